@@ -1,0 +1,2 @@
+//! flamingoc
+fn main() {}

@@ -1,0 +1,2 @@
+//! flamingo-run
+fn main() {}
