@@ -1,0 +1,400 @@
+//! Ops: what a node means. One op, one file: attributes, shape rule, reference evaluation or
+//! definition in other ops, ONNX form, tolerance, tests.
+//!
+//! Two kinds of op exist. *Standard* ops are ONNX operators and are evaluated here directly.
+//! *Functions* (domain `flamingo`) are defined by a body of other ops: that body is their
+//! reference evaluation, and is what an ONNX file stores beside the node.
+
+mod attention;
+mod attribute;
+mod broadcast;
+mod contrib;
+mod cross_attention;
+mod elementwise;
+mod feed_forward;
+mod gated_cross_attention;
+mod indexing;
+mod linear;
+mod matmul;
+mod media;
+mod norm;
+mod self_attention;
+mod shape;
+mod softmax;
+
+use std::fmt;
+
+pub use attention::{Attention, ResamplerAttention};
+pub use attribute::{Attribute, Attributes};
+pub use contrib::{FusedMatMul, Gelu, MultiHeadAttention, QuickGelu};
+pub use cross_attention::CrossAttention;
+pub use elementwise::{
+    Add, And, Cos, Div, Equal, Erf, LessOrEqual, Mul, Neg, Relu, Sigmoid, Sin, Sqrt, Sub, Tanh,
+};
+pub use feed_forward::FeedForward;
+pub use gated_cross_attention::GatedCrossAttention;
+pub use indexing::{Gather, Slice, Split, Where};
+pub use linear::{Activate, Activation, Linear};
+pub use matmul::MatMul;
+pub use media::{ClassEmbedding, ExpandBatch, FrameEmbedding, MergeFrames, Patches};
+pub use norm::{LayerNorm, LayerNormalization, RmsNorm};
+pub use self_attention::{Position, SelfAttention, alibi_slopes, rotary_frequencies};
+pub use shape::{Cast, Concat, Expand, Reshape, Transpose};
+pub use softmax::{ReduceMean, Softmax};
+
+use crate::graph::{Graph, GraphError};
+use crate::{Dim, Fact, Tensor};
+
+/// Why an op cannot take its inputs or attributes.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum OpError {
+    /// Wrong number of inputs.
+    #[error("takes {expected} inputs, got {found}")]
+    InputCount {
+        /// Inputs the op takes with its attributes.
+        expected: usize,
+        /// Inputs given.
+        found: usize,
+    },
+    /// An input's element type or shape does not fit.
+    #[error("input {index} ({role}): expected {expected}, got {found}")]
+    Input {
+        /// Position of the input.
+        index: usize,
+        /// What the input is for.
+        role: &'static str,
+        /// What would fit.
+        expected: String,
+        /// What came.
+        found: String,
+    },
+    /// An attribute is missing, unknown, of the wrong kind, or out of range.
+    #[error("attribute `{name}`: expected {expected}, got {found}")]
+    Attribute {
+        /// The attribute.
+        name: String,
+        /// What would fit.
+        expected: String,
+        /// What came.
+        found: String,
+    },
+    /// No op has this name.
+    #[error("no op is called `{0}`")]
+    Unknown(String),
+    /// The definition of a function could not be built or evaluated.
+    #[error("definition of `{op}`: {reason}")]
+    Body {
+        /// The function.
+        op: &'static str,
+        /// What failed.
+        reason: String,
+    },
+    /// A value cannot be computed (index out of range, unbound symbol, …).
+    #[error("{0}")]
+    Evaluation(String),
+}
+
+/// Which operators a function's body may use. Flavours differ in bodies only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Flavour {
+    /// Standard operators of opset 17, decomposed attention: what any reader takes.
+    Portable,
+    /// Adds `com.microsoft` operators that ONNX Runtime's CPU provider has.
+    OrtCpu,
+}
+
+impl Flavour {
+    /// Every flavour.
+    pub const ALL: [Flavour; 2] = [Flavour::Portable, Flavour::OrtCpu];
+
+    /// Name in file names and manifests.
+    pub fn name(self) -> &'static str {
+        match self {
+            Flavour::Portable => "portable",
+            Flavour::OrtCpu => "ort-cpu",
+        }
+    }
+
+    /// The flavour called `name`.
+    pub fn from_name(name: &str) -> Option<Flavour> {
+        Flavour::ALL.into_iter().find(|flavour| flavour.name() == name)
+    }
+}
+
+/// How an op is written in ONNX.
+#[derive(Debug, Clone, PartialEq)]
+pub enum OnnxForm {
+    /// One node of the standard domain, or of `domain`.
+    Node {
+        /// Operator set domain; empty for standard ONNX.
+        domain: &'static str,
+        /// Operator type.
+        op_type: &'static str,
+        /// Attributes in ONNX naming.
+        attributes: Attributes,
+        /// Further inputs after the op's own, stored as constants.
+        extra_inputs: Vec<OnnxInput>,
+    },
+    /// A call of the local function of the op's name in domain `flamingo`.
+    Function,
+}
+
+/// A constant input that ONNX wants where the op has an attribute.
+#[derive(Debug, Clone, PartialEq)]
+pub enum OnnxInput {
+    /// A list of i64.
+    I64(Vec<i64>),
+    /// A target shape; symbolic dimensions are written as 0, -1 or computed from an input.
+    Shape(Vec<Dim>),
+}
+
+/// How far a fused kernel may be from the op's reference.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Tolerance {
+    /// Absolute floor.
+    pub absolute: f32,
+    /// Part of the largest reference magnitude.
+    pub relative: f32,
+}
+
+/// What every op knows about itself.
+pub trait Operator: fmt::Debug {
+    /// Name in the text form; of functions also in ONNX.
+    fn name(&self) -> &'static str;
+
+    /// Attributes by name, in the order they print.
+    fn attributes(&self) -> Attributes;
+
+    /// Element types and shapes of the outputs; checks the inputs.
+    fn infer(&self, inputs: &[Fact]) -> Result<Vec<Fact>, OpError>;
+
+    /// How the op is written in ONNX.
+    fn onnx_form(&self) -> OnnxForm {
+        OnnxForm::Function
+    }
+
+    /// The definition in other ops for inputs of these facts; `None` for standard ops.
+    fn body(&self, _inputs: &[Fact], _flavour: Flavour) -> Option<Result<Graph, GraphError>> {
+        None
+    }
+
+    /// Reference evaluation. Functions evaluate their portable body.
+    fn evaluate(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>, OpError> {
+        let facts: Vec<Fact> = inputs.iter().map(Tensor::fact).collect();
+        let failed = |reason: String| OpError::Body { op: self.name(), reason };
+        let body = self
+            .body(&facts, Flavour::Portable)
+            .ok_or_else(|| failed("standard op without evaluation".into()))?
+            .map_err(|error| failed(error.to_string()))?;
+        crate::evaluate(&body, inputs).map_err(|error| failed(error.to_string()))
+    }
+
+    /// Allowed distance of a kernel from the reference.
+    fn tolerance(&self) -> Tolerance {
+        Tolerance { absolute: 1e-5, relative: 1e-5 }
+    }
+}
+
+/// Declares the op table: one line makes an op exist.
+macro_rules! ops {
+    ($($(#[$doc:meta])* $name:ident,)*) => {
+        /// The meaning of a node.
+        #[derive(Debug, Clone, PartialEq)]
+        pub enum Op {
+            $($(#[$doc])* $name($name),)*
+        }
+
+        impl Op {
+            /// Names of all ops.
+            pub const NAMES: &'static [&'static str] = &[$(stringify!($name)),*];
+
+            /// The op as its behaviour.
+            pub fn operator(&self) -> &dyn Operator {
+                match self {
+                    $(Op::$name(op) => op,)*
+                }
+            }
+
+            /// The op called `name` with `attributes`; each attribute must be known and present.
+            pub fn from_attributes(name: &str, attributes: &Attributes) -> Result<Op, OpError> {
+                match name {
+                    $(stringify!($name) => $name::parse(attributes).map(Op::$name),)*
+                    _ => Err(OpError::Unknown(name.to_owned())),
+                }
+            }
+        }
+
+        $(impl From<$name> for Op {
+            fn from(op: $name) -> Op {
+                Op::$name(op)
+            }
+        })*
+    };
+}
+
+ops! {
+    /// Elementwise sum.
+    Add,
+    /// Elementwise difference.
+    Sub,
+    /// Elementwise product.
+    Mul,
+    /// Elementwise quotient.
+    Div,
+    /// Elementwise negation.
+    Neg,
+    /// Square root.
+    Sqrt,
+    /// Error function.
+    Erf,
+    /// Logistic function.
+    Sigmoid,
+    /// Hyperbolic tangent.
+    Tanh,
+    /// max(x, 0).
+    Relu,
+    /// Cosine.
+    Cos,
+    /// Sine.
+    Sin,
+    /// Elementwise equality.
+    Equal,
+    /// Elementwise ≤.
+    LessOrEqual,
+    /// Elementwise and.
+    And,
+    /// Choice by condition.
+    Where,
+    /// Change of element type.
+    Cast,
+    /// Matrix product.
+    MatMul,
+    /// Softmax along the last axis.
+    Softmax,
+    /// Mean along the last axis.
+    ReduceMean,
+    /// Permutation of axes.
+    Transpose,
+    /// Change of shape.
+    Reshape,
+    /// Broadcast to a shape.
+    Expand,
+    /// Join along an axis.
+    Concat,
+    /// Part of an axis.
+    Slice,
+    /// Cut an axis into parts.
+    Split,
+    /// Rows by index.
+    Gather,
+    /// ONNX's layer normalisation.
+    LayerNormalization,
+    /// com.microsoft: x Wᵀ.
+    FusedMatMul,
+    /// com.microsoft: exact GELU.
+    Gelu,
+    /// com.microsoft: CLIP GELU.
+    QuickGelu,
+    /// com.microsoft: bidirectional attention.
+    MultiHeadAttention,
+    /// x Wᵀ with epilogue.
+    Linear,
+    /// Activation function.
+    Activate,
+    /// Two linears with an activation between.
+    FeedForward,
+    /// Layer normalisation with optional affine and head groups.
+    LayerNorm,
+    /// Root-mean-square normalisation with optional scale and head groups.
+    RmsNorm,
+    /// Bidirectional multi-head attention.
+    Attention,
+    /// Latents attend to media and latents.
+    ResamplerAttention,
+    /// Causal attention with past.
+    SelfAttention,
+    /// Text attends to the latents of its medium.
+    CrossAttention,
+    /// Query projection, cross-attention, gated output projection, residual.
+    GatedCrossAttention,
+    /// Picture → rows of patch pixels.
+    Patches,
+    /// Prepend the class token, add positions.
+    ClassEmbedding,
+    /// Add temporal embeddings.
+    FrameEmbedding,
+    /// Frames of a medium → one sequence.
+    MergeFrames,
+    /// Repeat for each medium.
+    ExpandBatch,
+}
+
+impl Op {
+    /// Name in the text form.
+    pub fn name(&self) -> &'static str {
+        self.operator().name()
+    }
+
+    /// Whether the op is a function of domain `flamingo`.
+    pub fn is_function(&self) -> bool {
+        self.operator().onnx_form() == OnnxForm::Function
+    }
+}
+
+/// Checks the number of inputs.
+pub(crate) fn expect_inputs(inputs: &[Fact], expected: usize) -> Result<(), OpError> {
+    match inputs.len() == expected {
+        true => Ok(()),
+        false => Err(OpError::InputCount { expected, found: inputs.len() }),
+    }
+}
+
+/// Checks that input `index` has this element type and these dimensions.
+pub(crate) fn expect_fact(
+    inputs: &[Fact],
+    index: usize,
+    role: &'static str,
+    expected: &Fact,
+) -> Result<(), OpError> {
+    match inputs.get(index) {
+        Some(found) if found == expected => Ok(()),
+        Some(found) => Err(input_error(index, role, expected, found)),
+        None => Err(OpError::InputCount { expected: index + 1, found: inputs.len() }),
+    }
+}
+
+/// Checks the rank of an f32 input.
+pub(crate) fn expect_rank(
+    inputs: &[Fact],
+    index: usize,
+    role: &'static str,
+    rank: usize,
+) -> Result<(), OpError> {
+    match &inputs[index] {
+        fact if fact.rank() == rank && fact.dtype == crate::DType::F32 => Ok(()),
+        fact => Err(input_error(index, role, &format!("f32 of rank {rank}"), fact)),
+    }
+}
+
+pub(crate) fn input_error(
+    index: usize,
+    role: &'static str,
+    expected: &dyn fmt::Display,
+    found: &dyn fmt::Display,
+) -> OpError {
+    OpError::Input { index, role, expected: expected.to_string(), found: found.to_string() }
+}
+
+/// The op with symbols of its target shape replaced by their values.
+pub(crate) fn bind_shapes(op: &Op, bindings: &crate::Bindings) -> Result<Op, OpError> {
+    let bind = |shape: &[Dim]| {
+        let size = |dim: &Dim| dim.evaluate(bindings).map(Dim::from);
+        let unbound = |symbol| OpError::Evaluation(format!("symbol `{symbol}` is not bound"));
+        shape.iter().map(size).collect::<Result<Vec<Dim>, String>>().map_err(unbound)
+    };
+    Ok(match op {
+        Op::Reshape(Reshape { shape }) => Op::Reshape(Reshape { shape: bind(shape)? }),
+        Op::Expand(Expand { shape }) => Op::Expand(Expand { shape: bind(shape)? }),
+        other => other.clone(),
+    })
+}

@@ -1,0 +1,392 @@
+//! Causal self-attention of a language model, with past keys and values.
+//!
+//! One sequence: q [m, h·d], k and v [m, g·d], past k and v [g, p, d], positions of the new
+//! tokens i64 [m], positions of all keys i64 [p + m]. A query sees the keys whose position is
+//! not above its own. Outputs: mixed values [m, h·d], present k and v [g, p + m, d] (k after
+//! rotary embedding).
+
+use super::attention::scaled;
+use super::{
+    Add, Attribute, Attributes, Cast, Concat, Cos, Flavour, LessOrEqual, MatMul, Mul, Neg, OpError,
+    Operator, Reshape, Sin, Slice, Softmax, Sub, Transpose, Where, expect_fact, expect_inputs,
+    expect_rank, input_error,
+};
+use crate::graph::{Graph, GraphError, ValueId};
+use crate::{DType, Dim, Fact, Tensor};
+
+/// How positions enter self-attention.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Position {
+    /// Not at all (positions are in the embeddings).
+    None,
+    /// Bias slope_h · (key position − query position), slopes 2^(−bias_max · i / n) as in MPT.
+    Alibi {
+        /// Largest exponent.
+        bias_max: f32,
+    },
+    /// Rotation of the first `n_dims` of each head, first half against second half.
+    Rotary {
+        /// Rotated dimensions of a head; even.
+        n_dims: usize,
+        /// Base of the frequencies.
+        theta: f32,
+    },
+}
+
+/// Causal multi-head attention over past and new tokens.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SelfAttention {
+    /// Query heads (h).
+    pub n_heads: usize,
+    /// Key and value heads (g); divides h.
+    pub n_kv_heads: usize,
+    /// Width of a head (d).
+    pub head_dim: usize,
+    /// Factor of the scores.
+    pub scale: f32,
+    /// Positional scheme.
+    pub position: Position,
+}
+
+/// ALiBi's slopes: powers of 2^(−bias_max / n) with n the next power of two; for other head
+/// counts every second slope comes first (transformers `build_mpt_alibi_tensor`).
+pub fn alibi_slopes(n_heads: usize, bias_max: f32) -> Vec<f32> {
+    let n = n_heads.next_power_of_two();
+    let slope = |k: usize| (-bias_max * k as f32 / n as f32).exp2();
+    match n == n_heads {
+        true => (1..=n).map(slope).collect(),
+        false => (2..=n).step_by(2).chain((1..=n).step_by(2)).take(n_heads).map(slope).collect(),
+    }
+}
+
+/// Rotary frequencies theta^(−2i / n_dims), i in 0..n_dims/2.
+pub fn rotary_frequencies(n_dims: usize, theta: f32) -> Vec<f32> {
+    (0..n_dims).step_by(2).map(|i| 1.0 / theta.powf(i as f32 / n_dims as f32)).collect()
+}
+
+impl SelfAttention {
+    pub(crate) fn parse(attributes: &Attributes) -> Result<SelfAttention, OpError> {
+        let names = ["n_heads", "n_kv_heads", "head_dim", "scale", "position", "n_dims", "base"];
+        attributes.expect_only(&names)?;
+        let op = SelfAttention {
+            n_heads: attributes.positive("n_heads")?,
+            n_kv_heads: attributes.positive("n_kv_heads")?,
+            head_dim: attributes.positive("head_dim")?,
+            scale: attributes.float("scale")?,
+            position: Position::parse(attributes)?,
+        };
+        if !op.n_heads.is_multiple_of(op.n_kv_heads) {
+            return Err(OpError::Attribute {
+                name: "n_kv_heads".into(),
+                expected: format!("a divisor of {}", op.n_heads),
+                found: op.n_kv_heads.to_string(),
+            });
+        }
+        Ok(op)
+    }
+}
+
+impl Position {
+    fn parse(attributes: &Attributes) -> Result<Position, OpError> {
+        let base = attributes.float("base")?;
+        match attributes.text("position")? {
+            "none" => Ok(Position::None),
+            "alibi" => Ok(Position::Alibi { bias_max: base }),
+            "rotary" => {
+                Ok(Position::Rotary { n_dims: attributes.positive("n_dims")?, theta: base })
+            }
+            other => Err(OpError::Attribute {
+                name: "position".into(),
+                expected: "none, alibi or rotary".into(),
+                found: other.into(),
+            }),
+        }
+    }
+}
+
+impl Operator for SelfAttention {
+    fn name(&self) -> &'static str {
+        "SelfAttention"
+    }
+
+    fn attributes(&self) -> Attributes {
+        let (position, n_dims, base) = match self.position {
+            Position::None => ("none", 0, 0.0),
+            Position::Alibi { bias_max } => ("alibi", 0, bias_max),
+            Position::Rotary { n_dims, theta } => ("rotary", n_dims, theta),
+        };
+        Attributes::none()
+            .with("n_heads", self.n_heads)
+            .with("n_kv_heads", self.n_kv_heads)
+            .with("head_dim", self.head_dim)
+            .with("scale", self.scale)
+            .with("position", position)
+            .with("n_dims", n_dims)
+            .with("base", Attribute::Float(base))
+    }
+
+    fn infer(&self, inputs: &[Fact]) -> Result<Vec<Fact>, OpError> {
+        expect_inputs(inputs, 7)?;
+        expect_rank(inputs, 0, "q", 2)?;
+        expect_rank(inputs, 3, "past_k", 3)?;
+        if let Position::Rotary { n_dims, .. } = self.position
+            && (n_dims > self.head_dim || n_dims % 2 == 1)
+        {
+            let expected = format!("an even number of rotated dimensions up to {}", self.head_dim);
+            return Err(input_error(0, "q", &expected, &n_dims));
+        }
+        let (text_len, past_len) = (inputs[0].shape[0].clone(), inputs[3].shape[1].clone());
+        let row = |heads: usize| Fact::f32([text_len.clone(), Dim::from(heads * self.head_dim)]);
+        let cache = |len: &Dim| {
+            Fact::f32([Dim::from(self.n_kv_heads), len.clone(), Dim::from(self.head_dim)])
+        };
+        let total_len = past_len.clone() + text_len.clone();
+        let expected = [
+            ("q", row(self.n_heads)),
+            ("k", row(self.n_kv_heads)),
+            ("v", row(self.n_kv_heads)),
+            ("past_k", cache(&past_len)),
+            ("past_v", cache(&past_len)),
+            ("positions", Fact::i64([text_len.clone()])),
+            ("key_positions", Fact::i64([total_len.clone()])),
+        ];
+        for (index, (role, fact)) in expected.iter().enumerate() {
+            expect_fact(inputs, index, role, fact)?;
+        }
+        Ok(vec![row(self.n_heads), cache(&total_len), cache(&total_len)])
+    }
+
+    fn body(&self, inputs: &[Fact], _flavour: Flavour) -> Option<Result<Graph, GraphError>> {
+        Some(self.definition(inputs))
+    }
+}
+
+impl SelfAttention {
+    fn definition(&self, inputs: &[Fact]) -> Result<Graph, GraphError> {
+        let mut graph = Graph::new("SelfAttention");
+        let g = &mut graph;
+        let names = ["q", "k", "v", "past_k", "past_v", "positions", "key_positions"];
+        let [q, k, v, past_k, past_v, positions, key_positions] =
+            [0, 1, 2, 3, 4, 5, 6].map(|i| g.input(names[i], inputs[i].clone()));
+        let mut q = self.heads(g, "q_heads", q, self.n_heads)?;
+        let mut k = self.heads(g, "k_heads", k, self.n_kv_heads)?;
+        let v = self.heads(g, "v_heads", v, self.n_kv_heads)?;
+        if let Position::Rotary { n_dims, theta } = self.position {
+            let angles = rotary_angles(g, positions, n_dims, theta)?;
+            q = self.rotate(g, "q_rotated", q, angles, n_dims)?;
+            k = self.rotate(g, "k_rotated", k, angles, n_dims)?;
+        }
+        let present_k = g.add("present_k", Concat { axis: 1 }, &[past_k, k])?;
+        let present_v = g.add("present_v", Concat { axis: 1 }, &[past_v, v])?;
+        let q = scaled(g, q, self.scale)?;
+        let mut scores = self.scores(g, q, present_k)?;
+        let (row, column) = relative(g, positions, key_positions)?;
+        if let Position::Alibi { bias_max } = self.position {
+            let bias = self.alibi(g, row, column, bias_max)?;
+            scores = g.add("biased", Add, &[scores, bias])?;
+        }
+        let visible = g.add("visible", LessOrEqual, &[column, row])?;
+        let lowest = g.literal(Tensor::scalar(f32::MIN));
+        let masked = g.add("masked", Where, &[visible, scores, lowest])?;
+        let weights = g.add("weights", Softmax, &[masked])?;
+        let y = self.mix(g, weights, present_v, &inputs[0])?;
+        graph.output("y", y);
+        graph.output("present_k", present_k);
+        graph.output("present_v", present_v);
+        Ok(graph)
+    }
+
+    /// [m, n·d] → [n, m, d].
+    fn heads(
+        &self,
+        graph: &mut Graph,
+        name: &str,
+        x: ValueId,
+        n: usize,
+    ) -> Result<ValueId, GraphError> {
+        let text_len = graph.fact(x).shape[0].clone();
+        let shape = vec![text_len, Dim::from(n), Dim::from(self.head_dim)];
+        let split = graph.add(&format!("{name}.split"), Reshape { shape }, &[x])?;
+        graph.add(name, Transpose { permutation: vec![1, 0, 2] }, &[split])
+    }
+
+    /// Query heads that share a key head, as rows of it: [h, m, d] → [g, h/g·m, d].
+    fn grouped(&self, graph: &mut Graph, name: &str, x: ValueId) -> Result<ValueId, GraphError> {
+        let mut shape = graph.fact(x).shape.clone();
+        shape[0] = Dim::from(self.n_kv_heads);
+        shape[1] = shape[1].clone() * Dim::from(self.n_heads / self.n_kv_heads);
+        graph.add(name, Reshape { shape }, &[x])
+    }
+
+    /// Scores [h, m, p + m].
+    fn scores(&self, graph: &mut Graph, q: ValueId, k: ValueId) -> Result<ValueId, GraphError> {
+        let columns = graph.add("columns", Transpose { permutation: vec![0, 2, 1] }, &[k])?;
+        if self.n_heads == self.n_kv_heads {
+            return graph.add("scores", MatMul, &[q, columns]);
+        }
+        let shape = vec![
+            Dim::from(self.n_heads),
+            graph.fact(q).shape[1].clone(),
+            graph.fact(k).shape[1].clone(),
+        ];
+        let q = self.grouped(graph, "q_groups", q)?;
+        let scores = graph.add("group_scores", MatMul, &[q, columns])?;
+        graph.add("scores", Reshape { shape }, &[scores])
+    }
+
+    /// slope · (key position − query position), [h, m, p + m].
+    fn alibi(
+        &self,
+        graph: &mut Graph,
+        row: ValueId,
+        column: ValueId,
+        bias_max: f32,
+    ) -> Result<ValueId, GraphError> {
+        let distance = graph.add("distance", Sub, &[column, row])?;
+        let distance = graph.add("distance_f32", Cast { dtype: DType::F32 }, &[distance])?;
+        let slopes = Tensor::f32(&[self.n_heads, 1, 1], alibi_slopes(self.n_heads, bias_max));
+        let slopes = slopes.ok_or_else(|| graph.broken("one slope a head".into()))?;
+        let slopes = graph.literal(slopes);
+        graph.add("alibi", Mul, &[slopes, distance])
+    }
+
+    /// Weighted values, back in rows: [m, h·d].
+    fn mix(
+        &self,
+        graph: &mut Graph,
+        weights: ValueId,
+        v: ValueId,
+        out: &Fact,
+    ) -> Result<ValueId, GraphError> {
+        let mut mixed = match self.n_heads == self.n_kv_heads {
+            true => graph.add("mixed", MatMul, &[weights, v])?,
+            false => {
+                let groups = self.grouped(graph, "weight_groups", weights)?;
+                graph.add("mixed", MatMul, &[groups, v])?
+            }
+        };
+        if self.n_heads != self.n_kv_heads {
+            let shape =
+                vec![Dim::from(self.n_heads), out.shape[0].clone(), Dim::from(self.head_dim)];
+            mixed = graph.add("ungrouped", Reshape { shape }, &[mixed])?;
+        }
+        let rows = graph.add("rows", Transpose { permutation: vec![1, 0, 2] }, &[mixed])?;
+        graph.add("joined", Reshape { shape: out.shape.clone() }, &[rows])
+    }
+
+    /// x · cos + rotate_half(x) · sin over the first `n_dims` of each head.
+    fn rotate(
+        &self,
+        graph: &mut Graph,
+        name: &str,
+        x: ValueId,
+        [cos, sin]: [ValueId; 2],
+        n_dims: usize,
+    ) -> Result<ValueId, GraphError> {
+        let part = |graph: &mut Graph, label: &str, start, end| {
+            graph.add(&format!("{name}.{label}"), Slice { axis: 2, start, end }, &[x])
+        };
+        let first = part(graph, "first", 0, n_dims / 2)?;
+        let second = part(graph, "second", n_dims / 2, n_dims)?;
+        let whole = part(graph, "whole", 0, n_dims)?;
+        let negated = graph.add(&format!("{name}.negated"), Neg, &[second])?;
+        let turned = graph.add(&format!("{name}.turned"), Concat { axis: 2 }, &[negated, first])?;
+        let straight = graph.add(&format!("{name}.cos"), Mul, &[whole, cos])?;
+        let across = graph.add(&format!("{name}.sin"), Mul, &[turned, sin])?;
+        let rotated = graph.add(name, Add, &[straight, across])?;
+        if n_dims == self.head_dim {
+            return Ok(rotated);
+        }
+        let rest = part(graph, "rest", n_dims, self.head_dim)?;
+        graph.add(&format!("{name}.joined"), Concat { axis: 2 }, &[rotated, rest])
+    }
+}
+
+/// cos and sin of position · frequency, each [m, n_dims] (the two halves are equal).
+fn rotary_angles(
+    graph: &mut Graph,
+    positions: ValueId,
+    n_dims: usize,
+    theta: f32,
+) -> Result<[ValueId; 2], GraphError> {
+    let text_len = graph.fact(positions).shape[0].clone();
+    let column = Reshape { shape: vec![text_len, Dim::from(1)] };
+    let column = graph.add("position_column", column, &[positions])?;
+    let column = graph.add("position_f32", Cast { dtype: DType::F32 }, &[column])?;
+    let frequencies = rotary_frequencies(n_dims, theta);
+    let frequencies = graph.literal(Tensor::vector(frequencies));
+    let angles = graph.add("angles", Mul, &[column, frequencies])?;
+    let both = graph.add("both_angles", Concat { axis: 1 }, &[angles, angles])?;
+    Ok([graph.add("cos", Cos, &[both])?, graph.add("sin", Sin, &[both])?])
+}
+
+/// Query positions as a column [m, 1] and key positions as a row [1, p + m].
+fn relative(
+    graph: &mut Graph,
+    positions: ValueId,
+    key_positions: ValueId,
+) -> Result<(ValueId, ValueId), GraphError> {
+    let (text_len, total_len) =
+        (graph.fact(positions).shape[0].clone(), graph.fact(key_positions).shape[0].clone());
+    let query = Reshape { shape: vec![text_len, Dim::from(1)] };
+    let key = Reshape { shape: vec![Dim::from(1), total_len] };
+    Ok((
+        graph.add("query_position", query, &[positions])?,
+        graph.add("key_position", key, &[key_positions])?,
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn op(position: Position) -> SelfAttention {
+        SelfAttention { n_heads: 2, n_kv_heads: 1, head_dim: 4, scale: 0.5, position }
+    }
+
+    fn noise(shape: &[usize], seed: usize) -> Tensor {
+        let n: usize = shape.iter().product();
+        Tensor::f32(shape, (0..n).map(|i| ((i * 7 + seed * 13) as f32).sin()).collect()).unwrap()
+    }
+
+    fn rows(tensor: &Tensor, start: usize, end: usize) -> Tensor {
+        Slice { axis: 0, start, end }.evaluate(&[tensor.clone()]).unwrap().remove(0)
+    }
+
+    /// Steps with past give what one pass over all tokens gives.
+    #[test]
+    fn step_equals_prefill() {
+        for position in [
+            Position::None,
+            Position::Alibi { bias_max: 8.0 },
+            Position::Rotary { n_dims: 4, theta: 1e4 },
+            Position::Rotary { n_dims: 2, theta: 1e4 },
+        ] {
+            let op = op(position);
+            let (q, k, v) = (noise(&[3, 8], 1), noise(&[3, 4], 2), noise(&[3, 4], 3));
+            let empty = Tensor::f32(&[1, 0, 4], vec![]).unwrap();
+            let run = |from: usize, to: usize, past: [Tensor; 2]| {
+                let ids = |a: usize, b: usize| {
+                    Tensor::i64(&[b - a], (a..b).map(|i| i as i64).collect()).unwrap()
+                };
+                let [past_k, past_v] = past;
+                let (q, k, v) = (rows(&q, from, to), rows(&k, from, to), rows(&v, from, to));
+                op.evaluate(&[q, k, v, past_k, past_v, ids(from, to), ids(0, to)]).unwrap()
+            };
+            let full = run(0, 3, [empty.clone(), empty.clone()]);
+            let first = run(0, 2, [empty.clone(), empty]);
+            let last = run(2, 3, [first[1].clone(), first[2].clone()]);
+            let expected = rows(&full[0], 2, 3).to_f32_vec().unwrap();
+            for (a, b) in last[0].to_f32_vec().unwrap().iter().zip(expected) {
+                assert!((a - b).abs() < 1e-6, "{position:?}");
+            }
+            assert_eq!(last[1].shape(), [1, 3, 4]);
+        }
+    }
+
+    #[test]
+    fn slopes_follow_the_reference() {
+        assert_eq!(alibi_slopes(4, 8.0), [0.25, 0.0625, 0.015625, 0.00390625]);
+        assert_eq!(alibi_slopes(3, 8.0), [0.0625, 0.00390625, 0.25]);
+    }
+}
