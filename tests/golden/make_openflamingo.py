@@ -13,6 +13,7 @@ import json
 import re
 import shutil
 import types
+import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -347,6 +348,18 @@ def write_clip_archive(path: Path, visual: nn.Module) -> None:
     image = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)
     traced = torch.jit.trace(archive, (image, torch.zeros(1, 8, dtype=torch.long)))
     traced.half().save(str(path))
+    drop_source_positions(path)
+
+
+def drop_source_positions(path: Path) -> None:
+    """Rewrites a TorchScript archive without its `.debug_pkl` members, which name local files."""
+    with zipfile.ZipFile(path) as archive:
+        members = [(m.filename, m.compress_type, archive.read(m)) for m in archive.infolist()]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, compress_type, content in members:
+            if not name.endswith(".debug_pkl"):
+                info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+                archive.writestr(info, content, compress_type)
 
 
 def write_otter(folder: Path, variant: Variant, model: Flamingo, base_lm: nn.Module) -> None:
