@@ -1,2 +1,61 @@
-//! xtask
-fn main() {}
+//! Development tasks: `cargo xtask test` is the one command that runs every check, here and in CI.
+//!
+//! [`setup`] installs what the tests need under `target/test-deps`; [`checks`] runs the checks in
+//! order and stops at the first failure; [`process`] runs one command and says what it runs.
+
+mod checks;
+mod process;
+mod setup;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result, bail};
+
+const HELP: &str = "\
+Development tasks of flamingoc.
+
+Usage: cargo xtask <TASK>
+
+  test    install what the tests need, then run every check: formatting, clippy,
+          documentation, feature builds, all tests; stops at the first failure
+  setup   only install what the tests need, under target/test-deps: a Python with
+          `onnx` and `numpy`, and the ONNX Runtime shared library
+
+Environment:
+  FLAMINGO_TEST_ORT_LIB   use this ONNX Runtime library instead of installing one
+  FLAMINGO_TEST_PYTHON    use this Python (with `onnx` and `numpy`) instead
+
+Example: cargo xtask test
+";
+
+fn main() -> ExitCode {
+    match run(&std::env::args().skip(1).collect::<Vec<_>>()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            process::say(&format!("error: {error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &[String]) -> Result<()> {
+    let root = workspace_root()?;
+    match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["test"] => checks::run_all(&root, &setup::install(&root)?),
+        ["setup"] => setup::install(&root).map(|deps| deps.announce()),
+        [] | ["help" | "--help" | "-h"] => {
+            process::print(HELP);
+            Ok(())
+        }
+        _ => bail!("unknown task `{}`\n\nhint: see `cargo xtask --help`", args.join(" ")),
+    }
+}
+
+/// The folder that holds the workspace's `Cargo.toml`: the parent of this crate's.
+fn workspace_root() -> Result<PathBuf> {
+    let manifest_dir = std::env::var_os("CARGO_MANIFEST_DIR")
+        .context("`CARGO_MANIFEST_DIR` is not set\n\nhint: run it as `cargo xtask`")?;
+    let root = Path::new(&manifest_dir).parent().context("xtask has no parent folder")?;
+    Ok(root.to_path_buf())
+}

@@ -1,0 +1,60 @@
+//! Every check of the repository, in the order from quick to slow. CI runs this list and nothing else.
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::Result;
+
+use crate::process;
+use crate::setup::TestDeps;
+
+/// One cargo call: its arguments and the variables it needs.
+struct Check {
+    args: &'static [&'static str],
+    env: &'static [(&'static str, &'static str)],
+}
+
+/// The feature builds only check: the tests run with all features on, and share the compiled
+/// dependencies of one target folder.
+const CHECKS: [Check; 7] = [
+    Check { args: &["fmt", "--all", "--check"], env: &[] },
+    Check {
+        args: &[
+            "clippy",
+            "--locked",
+            "--workspace",
+            "--all-targets",
+            "--all-features",
+            "--",
+            "-D",
+            "warnings",
+        ],
+        env: &[],
+    },
+    Check {
+        args: &["doc", "--locked", "--workspace", "--no-deps", "--all-features"],
+        env: &[("RUSTDOCFLAGS", "-Dwarnings")],
+    },
+    Check { args: &["check", "--locked", "-p", "flamingo-runtime", "-p", "flamingoc"], env: &[] },
+    Check {
+        args: &["check", "--locked", "-p", "flamingo-runtime", "--no-default-features"],
+        env: &[],
+    },
+    Check { args: &["check", "--locked", "-p", "flamingoc", "--no-default-features"], env: &[] },
+    Check { args: &["test", "--locked", "--workspace", "--all-features"], env: &[] },
+];
+
+/// Runs every check and stops at the first that fails.
+pub(crate) fn run_all(root: &Path, deps: &TestDeps) -> Result<()> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    for check in &CHECKS {
+        let mut command = Command::new(&cargo);
+        command.current_dir(root).args(check.args).envs(check.env.iter().copied());
+        if check.args[0] == "test" {
+            command.envs(deps.variables());
+        }
+        process::run(&mut command)?;
+    }
+    process::say("\nall checks passed");
+    Ok(())
+}

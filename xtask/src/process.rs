@@ -1,0 +1,46 @@
+//! Runs one command, prints it first, and turns a failing exit status into an error.
+
+use std::process::Command;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, bail};
+
+/// Prints a line of progress to stderr.
+#[expect(clippy::print_stderr, reason = "progress of a command-line tool goes to stderr")]
+pub(crate) fn say(line: &str) {
+    eprintln!("{line}");
+}
+
+/// Prints a result to stdout.
+#[expect(clippy::print_stdout, reason = "the help text is this tool's result")]
+pub(crate) fn print(text: &str) {
+    print!("{text}");
+}
+
+/// Prints and runs a command; an exit status that is not 0 is an error.
+pub(crate) fn run(command: &mut Command) -> Result<()> {
+    let line = describe(command);
+    say(&format!("\n$ {line}"));
+    let started = Instant::now();
+    let status = command.status().with_context(|| format!("could not start `{line}`"))?;
+    if !status.success() {
+        bail!("`{line}` failed: {status}");
+    }
+    say(&format!("  ok, {:.0} s", started.elapsed().as_secs_f64()));
+    Ok(())
+}
+
+/// The command as one would type it, with the variables that were set for it.
+fn describe(command: &Command) -> String {
+    let variables = command.get_envs().filter_map(|(name, value)| {
+        Some(format!("{}={}", name.to_string_lossy(), value?.to_string_lossy()))
+    });
+    let program = std::iter::once(command.get_program());
+    let words =
+        program.chain(command.get_args()).map(|word| quoted(word.to_string_lossy().as_ref()));
+    variables.chain(words).collect::<Vec<_>>().join(" ")
+}
+
+fn quoted(word: &str) -> String {
+    if word.contains(char::is_whitespace) { format!("'{word}'") } else { word.to_owned() }
+}
