@@ -1,0 +1,177 @@
+//! AVX2 vectors with FMA: eight f32 lanes, 16 registers.
+
+use std::arch::x86_64::*;
+
+use super::{Simd, Task};
+
+const LANES: usize = 8;
+
+/// Proof that the processor has AVX2 and FMA.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avx2(());
+
+impl Avx2 {
+    /// The token, if the processor has the instructions.
+    pub(crate) fn new() -> Option<Avx2> {
+        let available = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+        available.then_some(Avx2(()))
+    }
+}
+
+/// Evaluates register-only intrinsics.
+macro_rules! proven {
+    ($($intrinsic:tt)*) => {{
+        // SAFETY: `self` is an `Avx2`, whose only constructor found the instructions on this processor; the
+        // intrinsics work on registers and touch no memory.
+        unsafe { $($intrinsic)* }
+    }};
+}
+
+#[target_feature(enable = "avx2,fma")]
+fn run<T: Task>(simd: Avx2, task: T) -> T::Output {
+    task.run(simd)
+}
+
+/// Sum of the two halves, `[f32; 4]`.
+#[inline(always)]
+fn fold_halves(_: Avx2, a: __m256) -> __m128 {
+    proven!(_mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a)))
+}
+
+impl Simd for Avx2 {
+    type Lanes = [f32; LANES];
+    type F = __m256;
+    const LANES: usize = LANES;
+    const X_ROWS: usize = 3;
+
+    #[inline(always)]
+    fn run<T: Task>(self, task: T) -> T::Output {
+        // SAFETY: the token proves that the processor has every feature `run` is compiled for.
+        unsafe { run(self, task) }
+    }
+
+    #[inline(always)]
+    fn split(self, data: &[f32]) -> (&[Self::Lanes], &[f32]) {
+        data.as_chunks()
+    }
+
+    #[inline(always)]
+    fn split_mut(self, data: &mut [f32]) -> (&mut [Self::Lanes], &mut [f32]) {
+        data.as_chunks_mut()
+    }
+
+    #[inline(always)]
+    fn load(self, from: &Self::Lanes) -> Self::F {
+        // SAFETY: the token proves the instruction; `from` is eight readable f32, and the load is unaligned.
+        unsafe { _mm256_loadu_ps(from.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn store(self, value: Self::F, to: &mut Self::Lanes) {
+        // SAFETY: the token proves the instruction; `to` is eight writable f32, and the store is unaligned.
+        unsafe { _mm256_storeu_ps(to.as_mut_ptr(), value) }
+    }
+
+    #[inline(always)]
+    fn load_partial(self, from: &[f32]) -> Self::F {
+        let mut lanes = [0.0; LANES];
+        lanes[..from.len()].copy_from_slice(from);
+        self.load(&lanes)
+    }
+
+    #[inline(always)]
+    fn store_partial(self, value: Self::F, to: &mut [f32]) {
+        let mut lanes = [0.0; LANES];
+        self.store(value, &mut lanes);
+        to.copy_from_slice(&lanes[..to.len()]);
+    }
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> Self::F {
+        proven!(_mm256_set1_ps(value))
+    }
+
+    #[inline(always)]
+    fn add(self, a: Self::F, b: Self::F) -> Self::F {
+        proven!(_mm256_add_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F {
+        proven!(_mm256_sub_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F {
+        proven!(_mm256_mul_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn div(self, a: Self::F, b: Self::F) -> Self::F {
+        proven!(_mm256_div_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        proven!(_mm256_fmadd_ps(a, b, c))
+    }
+
+    #[inline(always)]
+    fn max(self, a: Self::F, b: Self::F) -> Self::F {
+        proven!(_mm256_max_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn min(self, a: Self::F, b: Self::F) -> Self::F {
+        proven!(_mm256_min_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn abs(self, a: Self::F) -> Self::F {
+        proven!(_mm256_andnot_ps(_mm256_set1_ps(-0.0), a))
+    }
+
+    #[inline(always)]
+    fn round(self, a: Self::F) -> Self::F {
+        proven!(_mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a))
+    }
+
+    #[inline(always)]
+    fn scale_pow2(self, a: Self::F, n: Self::F) -> Self::F {
+        proven! {
+            let n = _mm256_cvtps_epi32(n);
+            let (half, bias) = (_mm256_srai_epi32::<1>(n), _mm256_set1_epi32(127));
+            let first = _mm256_slli_epi32::<23>(_mm256_add_epi32(half, bias));
+            let second = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_sub_epi32(n, half), bias));
+            _mm256_mul_ps(_mm256_mul_ps(a, _mm256_castsi256_ps(first)), _mm256_castsi256_ps(second))
+        }
+    }
+
+    #[inline(always)]
+    fn reduce_add_4(self, [a, b, c, d]: [Self::F; 4]) -> [f32; 4] {
+        let mut sums = [0.0; 4];
+        // SAFETY: the token proves the instructions; the store writes the four elements of `sums`.
+        unsafe {
+            let ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+            let cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+            let (ab, cd) = (_mm256_castps_pd(ab), _mm256_castps_pd(cd));
+            let (low, high) = (_mm256_unpacklo_pd(ab, cd), _mm256_unpackhi_pd(ab, cd));
+            let halves = _mm256_add_ps(_mm256_castpd_ps(low), _mm256_castpd_ps(high));
+            _mm_storeu_ps(sums.as_mut_ptr(), fold_halves(self, halves));
+        }
+        sums
+    }
+
+    #[inline(always)]
+    fn reduce_add(self, vector: Self::F) -> f32 {
+        let [sum, ..] = self.reduce_add_4([vector; 4]);
+        sum
+    }
+
+    #[inline(always)]
+    fn reduce_max(self, vector: Self::F) -> f32 {
+        let mut lanes = [0.0; LANES];
+        self.store(vector, &mut lanes);
+        lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+}

@@ -1,0 +1,82 @@
+//! Names of the instruction sets that kernels are compiled for, and the choice made once at start-up.
+
+use std::{fmt, str::FromStr};
+
+use crate::{arch::Token, env, error::KernelError};
+
+/// An instruction set, in rising order of preference.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Isa {
+    /// Plain Rust on four-lane arrays, vectorised by the compiler for the target's baseline.
+    Scalar,
+    /// x86-64 with AVX2 and FMA, eight f32 lanes.
+    Avx2,
+    /// x86-64 with AVX-512 F, BW, DQ and VL, sixteen f32 lanes.
+    Avx512,
+}
+
+impl Isa {
+    /// Every instruction set this crate knows, in rising order of preference.
+    pub const ALL: [Isa; 3] = [Isa::Scalar, Isa::Avx2, Isa::Avx512];
+
+    /// The name used by the `FLAMINGO_ISA` environment variable.
+    pub fn name(self) -> &'static str {
+        match self {
+            Isa::Scalar => "scalar",
+            Isa::Avx2 => "avx2",
+            Isa::Avx512 => "avx512",
+        }
+    }
+
+    /// Whether this processor has it.
+    pub fn is_available(self) -> bool {
+        Token::new(self).is_some()
+    }
+
+    /// The best instruction set of this processor.
+    pub fn best() -> Isa {
+        Isa::ALL.into_iter().rev().find(|isa| isa.is_available()).unwrap_or(Isa::Scalar)
+    }
+
+    /// The instruction set to use: the one named by the environment, else the best.
+    pub(crate) fn from_environment() -> Result<Isa, KernelError> {
+        env::isa().map_or(Ok(Isa::best()), |name| name.parse())
+    }
+}
+
+impl fmt::Display for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl FromStr for Isa {
+    type Err = KernelError;
+
+    fn from_str(name: &str) -> Result<Isa, KernelError> {
+        let known = Isa::ALL.into_iter().find(|isa| isa.name() == name);
+        known.ok_or_else(|| KernelError::UnknownIsa { found: name.to_owned() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_round_trip_and_unknown_names_are_errors() {
+        for isa in Isa::ALL {
+            assert_eq!(isa.name().parse::<Isa>().unwrap(), isa);
+        }
+        for name in ["", "AVX2", "sse", "avx512 "] {
+            let error = name.parse::<Isa>().unwrap_err().to_string();
+            assert!(error.contains(&format!("`{name}`")), "{error}");
+        }
+    }
+
+    #[test]
+    fn scalar_is_always_available() {
+        assert!(Isa::Scalar.is_available());
+        assert!(Isa::best().is_available());
+    }
+}

@@ -1,0 +1,158 @@
+//! Linear layers: `act(x Wᵀ + bias) + residual`, and the gated form of SwiGLU blocks.
+
+use crate::{
+    Kernels,
+    activation::{Activation, activate_in_place},
+    arch::{MatrixMut, Simd, Task},
+    dot, math,
+    matrix::Matrix,
+};
+
+/// Most rows of the weight in one task: with a block of columns they fill half of a small second-level cache.
+const MAX_TILE_COLS: usize = 64;
+
+impl Kernels {
+    /// `out = activation(x Wᵀ + bias) + residual`.
+    ///
+    /// x `[m, k]`; weight `[n, k]`, rows as in the checkpoint; bias `[n]`; residual and out `[m, n]`. Every row of `out`
+    /// has the same bits whatever the number of rows and threads.
+    ///
+    /// # Panics
+    /// If the shapes disagree.
+    pub fn linear(
+        &self,
+        x: Matrix<'_>,
+        weight: Matrix<'_>,
+        bias: Option<&[f32]>,
+        activation: Option<Activation>,
+        residual: Option<Matrix<'_>>,
+        out: MatrixMut<'_>,
+    ) {
+        let (m, n) = (out.rows(), out.cols());
+        assert_eq!((x.rows(), x.cols()), (m, weight.cols()), "linear: shape of x");
+        assert_eq!(weight.rows(), n, "linear: rows of weight and columns of out");
+        assert!(bias.is_none_or(|bias| bias.len() == n), "linear: length of bias");
+        assert!(
+            residual.is_none_or(|residual| (residual.rows(), residual.cols()) == (m, n)),
+            "linear: residual"
+        );
+        let tile_cols = self.linear_tile_cols(n);
+        self.pool.run_tiles(out, row_starts(m), tile_cols, &|_, col, tile| {
+            let cols = col..col + tile.cols();
+            self.token.run(Linear {
+                x,
+                weight: weight.row_range(cols.clone()),
+                bias: bias.map(|bias| &bias[cols.clone()]),
+                activation,
+                residual: residual.map(|residual| residual.columns(cols)),
+                tile,
+            });
+        });
+    }
+
+    /// `out = activation(x Wgᵀ + bg) * (x Wuᵀ + bu)`.
+    ///
+    /// x `[m, k]`; weight `[2n, k]` and bias `[2n]`: the gate's rows, then the up rows; out `[m, n]`.
+    ///
+    /// # Panics
+    /// If the shapes disagree.
+    pub fn gated_linear(
+        &self,
+        x: Matrix<'_>,
+        weight: Matrix<'_>,
+        bias: Option<&[f32]>,
+        activation: Activation,
+        out: MatrixMut<'_>,
+    ) {
+        let (m, n) = (out.rows(), out.cols());
+        assert_eq!((x.rows(), x.cols()), (m, weight.cols()), "gated linear: shape of x");
+        assert_eq!(weight.rows(), 2 * n, "gated linear: rows of weight and columns of out");
+        assert!(bias.is_none_or(|bias| bias.len() == 2 * n), "gated linear: length of bias");
+        let tile_cols = self.linear_tile_cols(n);
+        self.pool.run_tiles(out, row_starts(m), tile_cols, &|_, col, tile| {
+            let cols = tile.cols();
+            let half = |start: usize| Half {
+                weight: weight.row_range(start..start + cols),
+                bias: bias.map(|bias| &bias[start..start + cols]),
+            };
+            self.token.run(GatedLinear { x, gate: half(col), up: half(n + col), activation, tile });
+        });
+    }
+
+    /// Columns of `out` in one task: a few tasks for each thread, whole register tiles.
+    fn linear_tile_cols(&self, n: usize) -> usize {
+        let share = n.div_ceil(4 * self.n_threads()).next_multiple_of(dot::W_ROWS);
+        share.clamp(dot::W_ROWS, MAX_TILE_COLS)
+    }
+}
+
+/// One band of all rows; none if there are no rows.
+fn row_starts(m: usize) -> &'static [usize] {
+    if m == 0 { &[] } else { &[0] }
+}
+
+struct Linear<'a> {
+    x: Matrix<'a>,
+    weight: Matrix<'a>,
+    bias: Option<&'a [f32]>,
+    activation: Option<Activation>,
+    residual: Option<Matrix<'a>>,
+    tile: MatrixMut<'a>,
+}
+
+impl Task for Linear<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, simd: S) {
+        dot::multiply(simd, self.x, self.weight, &mut self.tile);
+        for i in 0..self.tile.rows() {
+            let row = self.tile.row_mut(i);
+            if let Some(bias) = self.bias {
+                math::add_in_place(simd, row, bias);
+            }
+            if let Some(activation) = self.activation {
+                activate_in_place(simd, activation, row);
+            }
+            if let Some(residual) = self.residual {
+                math::add_in_place(simd, row, residual.row(i));
+            }
+        }
+    }
+}
+
+/// The gate's or the up part of a gated layer, `[tile columns, k]`.
+struct Half<'a> {
+    weight: Matrix<'a>,
+    bias: Option<&'a [f32]>,
+}
+
+struct GatedLinear<'a> {
+    x: Matrix<'a>,
+    gate: Half<'a>,
+    up: Half<'a>,
+    activation: Activation,
+    tile: MatrixMut<'a>,
+}
+
+impl Task for GatedLinear<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, simd: S) {
+        let (rows, cols) = (self.tile.rows(), self.tile.cols());
+        let mut up_data = vec![0.0; rows * cols];
+        let mut up = MatrixMut::new(&mut up_data, rows, cols);
+        dot::multiply(simd, self.x, self.gate.weight, &mut self.tile);
+        dot::multiply(simd, self.x, self.up.weight, &mut up);
+        for i in 0..rows {
+            let (gate, up) = (self.tile.row_mut(i), up.row_mut(i));
+            if let (Some(gate_bias), Some(up_bias)) = (self.gate.bias, self.up.bias) {
+                math::add_in_place(simd, gate, gate_bias);
+                math::add_in_place(simd, up, up_bias);
+            }
+            activate_in_place(simd, self.activation, gate);
+            math::multiply_in_place(simd, gate, up);
+        }
+    }
+}
