@@ -1,1 +1,2 @@
 //! Placeholder replaced by its first module.
+pub mod image;
