@@ -1,0 +1,69 @@
+//! Read-only memory maps of whole files: the one place of this crate with `unsafe`.
+
+use std::{fs::File, io, path::Path};
+
+use memmap2::Mmap;
+
+/// A regular file mapped for reading.
+///
+/// The file must keep its length and content for as long as the map lives: writers replace
+/// checkpoints and artifacts by renaming a new file over the old one, which leaves maps of the
+/// old one intact. Truncating a mapped file in place raises `SIGBUS` on the next read beyond
+/// its new end.
+#[derive(Debug)]
+pub struct MappedFile {
+    /// `None` for an empty file, which cannot be mapped everywhere.
+    map: Option<Mmap>,
+}
+
+impl MappedFile {
+    /// Maps the file at `path`; symbolic links are followed.
+    ///
+    /// # Errors
+    /// Those of opening and mapping; [`io::ErrorKind::InvalidInput`] for what is not a regular
+    /// file (folders, pipes, devices).
+    pub fn open(path: &Path) -> io::Result<MappedFile> {
+        if !std::fs::metadata(path)?.is_file() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+        }
+        let file = File::open(path)?;
+        if file.metadata()?.len() == 0 {
+            return Ok(MappedFile { map: None });
+        }
+        map_file(&file).map(|map| MappedFile { map: Some(map) })
+    }
+
+    /// The content of the file, page-aligned.
+    pub fn bytes(&self) -> &[u8] {
+        self.map.as_deref().unwrap_or_default()
+    }
+}
+
+#[expect(unsafe_code, reason = "the operating system cannot promise that a mapped file stays")]
+fn map_file(file: &File) -> io::Result<Mmap> {
+    // SAFETY: the map is read-only and private to this process; the file must not be truncated
+    // or rewritten in place while it lives, which `MappedFile` asks of its users.
+    unsafe { Mmap::map(file) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::MappedFile;
+
+    #[test]
+    fn content_is_mapped() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        for content in [&b""[..], b"flamingo"] {
+            std::fs::write(&path, content).unwrap();
+            assert_eq!(MappedFile::open(&path).unwrap().bytes(), content);
+        }
+    }
+
+    #[test]
+    fn folders_and_missing_files_are_errors() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(MappedFile::open(folder.path()).is_err());
+        assert!(MappedFile::open(&folder.path().join("missing")).is_err());
+    }
+}
