@@ -18,12 +18,17 @@ mod dtype;
 mod evaluate;
 mod fact;
 mod graph;
+pub mod onnx;
 pub mod op;
+mod patch;
 mod tensor;
+mod verify;
 
 pub use dim::{Bindings, Dim};
 pub use dtype::DType;
 pub use evaluate::{NoWeights, Weights, evaluate, evaluate_with, fold};
 pub use fact::Fact;
 pub use graph::{Constant, Graph, GraphError, Node, NodeId, Value, ValueId};
+pub use patch::Patch;
 pub use tensor::{Tensor, TensorError};
+pub use verify::{Verified, verify};

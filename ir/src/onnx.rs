@@ -1,0 +1,116 @@
+//! ONNX form of graphs: [`write_onnx`] and [`read_onnx`].
+//!
+//! A file holds one stage's runtime part. Values known at build time are initializers that
+//! point into one file of weights; each function op is a node of domain `flamingo` whose
+//! definition is stored in the file, so that any ONNX reader can execute it.
+
+mod function;
+mod inline;
+mod lower;
+mod message;
+mod name;
+#[expect(unreachable_pub, clippy::enum_variant_names, reason = "generated code")]
+mod proto;
+mod target;
+mod write;
+
+use std::collections::BTreeMap;
+
+pub use inline::inline_functions;
+pub use write::write_onnx;
+
+use crate::op::Flavour;
+use crate::{GraphError, ValueId};
+
+/// Domain of function ops.
+const FLAMINGO: &str = "flamingo";
+
+/// Literals up to this size may be stored in the file itself.
+pub const MAX_INLINE_BYTES: usize = 1024;
+
+/// Where a build-time value is stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WeightEntry {
+    /// Name of the initializer.
+    pub name: String,
+    /// First byte in the weight file.
+    pub offset: u64,
+    /// Size in bytes.
+    pub length: u64,
+}
+
+/// Where build-time values live.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct WeightLayout {
+    /// Path of the weight file, relative to the ONNX file's folder, with `/`, without `..`:
+    /// ONNX readers refuse external data outside the model's folder.
+    pub location: String,
+    /// Place of each build-time value that a runtime node reads or that is an output;
+    /// literals of i64 or of at most [`MAX_INLINE_BYTES`] need none.
+    pub entries: BTreeMap<ValueId, WeightEntry>,
+}
+
+/// Whether function ops stay functions in the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Functions {
+    /// Nodes of domain `flamingo` with their definitions in the file.
+    #[default]
+    Keep,
+    /// Ordinary nodes only, for readers without functions.
+    Inline,
+}
+
+/// What [`write_onnx`] writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WriteOptions {
+    /// Which operators definitions may use.
+    pub flavour: Flavour,
+    /// Whether function ops stay functions.
+    pub functions: Functions,
+}
+
+impl From<Flavour> for WriteOptions {
+    fn from(flavour: Flavour) -> WriteOptions {
+        WriteOptions { flavour, functions: Functions::Keep }
+    }
+}
+
+/// Why a graph cannot be written, or a file cannot be read.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum OnnxError {
+    /// The graph, or one that the file describes, is broken.
+    #[error(transparent)]
+    Graph(#[from] GraphError),
+    /// Build-time values that runtime nodes read have no place.
+    #[error("build-time values without a place in the weight file: {}", .0.join(", "))]
+    MissingWeights(Vec<String>),
+    /// A weight's place does not fit its value.
+    #[error("initializer \"{name}\": expected {expected}, got {found}")]
+    Weight {
+        /// Name of the initializer.
+        name: String,
+        /// What would fit.
+        expected: String,
+        /// What came.
+        found: String,
+    },
+    /// The weight file's path is not one inside the ONNX file's folder.
+    #[error("weight file `{0}`: expected a relative path with `/`, without `..`")]
+    Location(String),
+    /// Two values of the file would have the same name.
+    #[error("graph \"{graph}\": two values are called \"{name}\"")]
+    Name {
+        /// The graph or function.
+        graph: String,
+        /// The name.
+        name: String,
+    },
+    /// A target shape cannot be expressed.
+    #[error("node \"{node}\": dimension `{dim}` is neither the operand's nor an input's")]
+    Dim {
+        /// The node.
+        node: String,
+        /// The dimension.
+        dim: String,
+    },
+}

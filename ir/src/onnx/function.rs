@@ -1,0 +1,61 @@
+//! Definitions of function ops as ONNX local functions.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::proto::FunctionProto;
+use super::write::{Scope, nodes_from_graph};
+use super::{FLAMINGO, OnnxError, message};
+use crate::Fact;
+use crate::op::{Flavour, Op};
+use crate::verify::definition;
+
+/// The functions of one file.
+pub(super) struct FunctionTable {
+    flavour: Flavour,
+    /// Every function, after those it calls.
+    pub(super) functions: Vec<FunctionProto>,
+    /// By op name: bytes of the nameless function, and the name in the file.
+    names: BTreeMap<&'static str, Vec<(Vec<u8>, String)>>,
+}
+
+impl FunctionTable {
+    /// No functions.
+    pub(super) fn new(flavour: Flavour) -> FunctionTable {
+        FunctionTable { flavour, functions: Vec::new(), names: BTreeMap::new() }
+    }
+
+    /// The file's name of the function that defines `op` for inputs of these facts: the op's
+    /// name, then `_2`, `_3`, … for further definitions of the same op.
+    pub(super) fn name_of(&mut self, op: &Op, inputs: &[Fact]) -> Result<String, OnnxError> {
+        let mut function = self.function(op, inputs)?;
+        let bytes = message::bytes(&function);
+        let known = self.names.entry(op.name()).or_default();
+        if let Some((_, name)) = known.iter().find(|(other, _)| *other == bytes) {
+            return Ok(name.clone());
+        }
+        let name = match known.len() {
+            0 => op.name().to_owned(),
+            n => format!("{}_{}", op.name(), n + 1),
+        };
+        known.push((bytes, name.clone()));
+        function.name = Some(name.clone());
+        self.functions.push(function);
+        Ok(name)
+    }
+
+    fn function(&mut self, op: &Op, inputs: &[Fact]) -> Result<FunctionProto, OnnxError> {
+        let body = definition(op, inputs, self.flavour)?;
+        let nodes = nodes_from_graph(&body, Scope::Function, self)?.nodes;
+        let names = |ends: &[(String, _)]| ends.iter().map(|(name, _)| name.clone()).collect();
+        let domains: BTreeSet<&str> = nodes.iter().map(|node| node.domain()).chain([""]).collect();
+        Ok(FunctionProto {
+            domain: Some(FLAMINGO.into()),
+            input: names(body.inputs()),
+            output: names(body.outputs()),
+            attribute: op.operator().attributes().0.into_iter().map(|(name, _)| name).collect(),
+            opset_import: message::opsets(domains),
+            node: nodes,
+            ..FunctionProto::default()
+        })
+    }
+}

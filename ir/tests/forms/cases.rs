@@ -1,0 +1,403 @@
+//! Graphs of every op, with inputs, for tests of the forms that a graph can take.
+
+use std::collections::BTreeMap;
+
+use flamingo_ir::onnx::{WeightEntry, WeightLayout};
+use flamingo_ir::op::*;
+use flamingo_ir::{Bindings, DType, Dim, Fact, Graph, Tensor, ValueId, Weights};
+
+/// What an input of a case holds.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Source {
+    /// f32 in −1..1.
+    Noise,
+    /// f32 in 0.25..1.25.
+    Positive,
+    /// f32 in −1..1, known at build time.
+    Weight,
+    /// i64 past_len.. .
+    Positions,
+    /// i64 0.. .
+    KeyPositions,
+    /// i64 0, 1, …, n_media, 0, … .
+    MediaTime,
+    /// i64 1.. .
+    MediaIndex,
+    /// Truth values.
+    Truth,
+}
+
+use Source::*;
+
+/// One op with its inputs.
+pub(crate) struct Case {
+    pub(crate) name: &'static str,
+    pub(crate) op: Op,
+    pub(crate) inputs: Vec<(&'static str, Source, Fact)>,
+}
+
+fn case(name: &'static str, op: impl Into<Op>, inputs: &[(&'static str, Source, &str)]) -> Case {
+    let fact = |source: Source, shape: &str| {
+        let dtype = match source {
+            Noise | Positive | Weight => DType::F32,
+            Positions | KeyPositions | MediaTime | MediaIndex => DType::I64,
+            Truth => DType::Bool,
+        };
+        Fact::new(dtype, dims(shape))
+    };
+    let inputs = inputs.iter().map(|(name, source, shape)| (*name, *source, fact(*source, shape)));
+    Case { name, op: op.into(), inputs: inputs.collect() }
+}
+
+fn dims(text: &str) -> Vec<Dim> {
+    text.split(", ").filter(|dim| !dim.is_empty()).map(|dim| dim.parse().unwrap()).collect()
+}
+
+/// Values of the symbols of all cases: some of the runs have nothing in the past.
+pub(crate) fn all_bindings() -> [Bindings; 3] {
+    let names = ["text_len", "past_len", "n_media", "n_frames"];
+    let bind = |sizes: [usize; 4]| names.map(str::to_owned).into_iter().zip(sizes).collect();
+    [bind([3, 2, 2, 2]), bind([1, 0, 1, 1]), bind([5, 0, 3, 2])]
+}
+
+fn tensor(source: Source, fact: &Fact, bindings: &Bindings, seed: usize) -> Tensor {
+    let shape: Vec<usize> = fact.shape.iter().map(|dim| dim.evaluate(bindings).unwrap()).collect();
+    let n: usize = shape.iter().product();
+    let noise = |i: usize| (((i * 7919 + seed * 104_729 + 13) % 1009) as f32 / 504.5) - 1.0;
+    let integers = |f: &dyn Fn(usize) -> usize| {
+        Tensor::i64(&shape, (0..n).map(|i| i64::try_from(f(i)).unwrap()).collect()).unwrap()
+    };
+    match source {
+        Noise | Weight => Tensor::f32(&shape, (0..n).map(noise).collect()).unwrap(),
+        Positive => Tensor::f32(&shape, (0..n).map(|i| noise(i) / 2.0 + 0.75).collect()).unwrap(),
+        Positions => integers(&|i| bindings["past_len"] + i),
+        KeyPositions => integers(&|i| i),
+        MediaTime => integers(&|i| (i + 1) % (bindings["n_media"] + 1)),
+        MediaIndex => integers(&|i| i + 1),
+        Truth => {
+            let bytes: Vec<u8> = (0..n).map(|i| u8::from(i % 3 == 1)).collect();
+            Tensor::from_le_bytes(DType::Bool, &shape, &bytes).unwrap()
+        }
+    }
+}
+
+/// Weights of the cases, by name.
+#[derive(Default, Clone)]
+pub(crate) struct CaseWeights(pub(crate) BTreeMap<String, Tensor>);
+
+impl Weights for CaseWeights {
+    fn tensor(&self, name: &str) -> Result<Tensor, String> {
+        self.0.get(name).cloned().ok_or_else(|| format!("no weight `{name}`"))
+    }
+}
+
+/// A graph of cases, and what it needs to run.
+pub(crate) struct Built {
+    pub(crate) graph: Graph,
+    pub(crate) weights: CaseWeights,
+    pub(crate) layout: WeightLayout,
+    sources: Vec<(Source, Fact)>,
+}
+
+impl Built {
+    /// Inputs for the given sizes.
+    pub(crate) fn inputs(&self, bindings: &Bindings) -> Vec<Tensor> {
+        let sources = self.sources.iter().enumerate();
+        sources.map(|(seed, (source, fact))| tensor(*source, fact, bindings, seed)).collect()
+    }
+
+    /// The weight file's bytes, in the layout's order.
+    pub(crate) fn weight_bytes(&self) -> Vec<u8> {
+        self.weights.0.values().flat_map(Tensor::to_le_bytes).collect()
+    }
+}
+
+/// One graph that applies all `cases`, whose inputs are named `CASE.ROLE`.
+pub(crate) fn build(name: &str, cases: &[Case]) -> Built {
+    let mut graph = Graph::new(name);
+    let (mut weights, mut sources) = (CaseWeights::default(), Vec::new());
+    let mut weight_ids: BTreeMap<String, ValueId> = BTreeMap::new();
+    for case in cases {
+        let mut ids = Vec::new();
+        for (role, source, fact) in &case.inputs {
+            let name = format!("{}.{role}", case.name);
+            ids.push(match source {
+                Weight => {
+                    let seed = 1000 + weights.0.len();
+                    weights.0.insert(name.clone(), tensor(*source, fact, &Bindings::new(), seed));
+                    let id = graph.weight(&name, fact.clone());
+                    weight_ids.insert(name, id);
+                    id
+                }
+                _ => {
+                    sources.push((*source, fact.clone()));
+                    graph.input(&name, fact.clone())
+                }
+            });
+        }
+        let outputs = graph.add_many(case.name, case.op.clone(), &ids).unwrap();
+        for (index, id) in outputs.into_iter().enumerate() {
+            graph.output(&format!("{}.y{index}", case.name), id);
+        }
+    }
+    let mut layout = WeightLayout { location: "weights.bin".into(), ..WeightLayout::default() };
+    let mut offset = 0;
+    for (name, tensor) in &weights.0 {
+        let length = u64::try_from(tensor.to_le_bytes().len()).unwrap();
+        layout.entries.insert(weight_ids[name], WeightEntry { name: name.clone(), offset, length });
+        offset += length;
+    }
+    Built { graph, weights, layout, sources }
+}
+
+const X: (&str, Source, &str) = ("x", Noise, "text_len, 8");
+
+/// Every standard op of opset 17.
+pub(crate) fn standard_cases() -> Vec<Case> {
+    let i64_pair = [("a", Positions, "text_len, 1"), ("b", KeyPositions, "past_len + text_len")];
+    let pair = [X, ("b", Positive, "8")];
+    vec![
+        case("add", Add, &pair),
+        case("sub", Sub, &pair),
+        case("mul", Mul, &pair),
+        case("div", Div, &pair),
+        case("neg", Neg, &[X]),
+        case("sqrt", Sqrt, &[("x", Positive, "text_len, 8")]),
+        case("erf", Erf, &[X]),
+        case("sigmoid", Sigmoid, &[X]),
+        case("tanh", Tanh, &[X]),
+        case("relu", Relu, &[X]),
+        case("cos", Cos, &[X]),
+        case("sin", Sin, &[X]),
+        case("equal", Equal, &i64_pair),
+        case("less", LessOrEqual, &i64_pair),
+        case("and", And, &[("a", Truth, "text_len, 1"), ("b", Truth, "4")]),
+        case("where", Where, &[("c", Truth, "text_len, 1"), X, ("no", Noise, "1")]),
+        case("cast", Cast { dtype: DType::F32 }, &[("x", Positions, "text_len")]),
+        case("matmul", MatMul, &[("a", Noise, "2, text_len, 8"), ("b", Weight, "8, 300")]),
+        case("softmax", Softmax, &[X]),
+        case("mean", ReduceMean, &[X]),
+        case(
+            "transpose",
+            Transpose { permutation: vec![2, 0, 1] },
+            &[("x", Noise, "2, text_len, 4")],
+        ),
+        case("reshape", Reshape { shape: dims("text_len, 2, 4") }, &[X]),
+        case("reshape.flat", Reshape { shape: dims("1, 8*text_len") }, &[X]),
+        case(
+            "reshape.inner",
+            Reshape { shape: dims("2, text_len, n_frames, 1") },
+            &[("x", Noise, "1, 2*text_len, n_frames")],
+        ),
+        case("expand", Expand { shape: dims("2, text_len, 8") }, &[X]),
+        case(
+            "expand.media",
+            Expand { shape: dims("n_media, 3, text_len") },
+            &[("x", Noise, "3, 1")],
+        ),
+        case("concat", Concat { axis: 0 }, &[("a", Noise, "past_len, 8"), X]),
+        case("slice", Slice { axis: 1, start: 2, end: 7 }, &[X]),
+        case("split", Split { axis: 1, sizes: vec![1, 5, 2] }, &[X]),
+        case("gather", Gather, &[("table", Weight, "50, 8"), ("ids", Positions, "text_len")]),
+        case(
+            "norm",
+            LayerNormalization { epsilon: 1e-5 },
+            &[X, ("scale", Positive, "8"), ("bias", Noise, "8")],
+        ),
+        case("norm.plain", LayerNormalization { epsilon: 1e-5 }, &[X, ("scale", Weight, "8")]),
+    ]
+}
+
+/// Operators of com.microsoft as ops.
+pub(crate) fn contrib_cases() -> Vec<Case> {
+    let rows = |name| (name, Noise, "n_media, past_len + text_len, 8");
+    vec![
+        case("fused", FusedMatMul, &[X, ("weight", Weight, "5, 8")]),
+        case("ms_gelu", Gelu, &[X]),
+        case("ms_quick_gelu", QuickGelu { alpha: 1.702 }, &[X]),
+        case(
+            "mha",
+            MultiHeadAttention { n_heads: 2, scale: 0.4 },
+            &[("q", Noise, "n_media, text_len, 8"), rows("k"), rows("v")],
+        ),
+    ]
+}
+
+fn self_attention(name: &'static str, n_kv_heads: usize, position: Position) -> Case {
+    let (kv, past) = match n_kv_heads {
+        4 => ("text_len, 24", "4, past_len, 6"),
+        _ => ("text_len, 12", "2, past_len, 6"),
+    };
+    let op = SelfAttention { n_heads: 4, n_kv_heads, head_dim: 6, scale: 0.3, position };
+    case(
+        name,
+        op,
+        &[
+            ("q", Noise, "text_len, 24"),
+            ("k", Noise, kv),
+            ("v", Noise, kv),
+            ("past_k", Noise, past),
+            ("past_v", Noise, past),
+            ("positions", Positions, "text_len"),
+            ("key_positions", KeyPositions, "past_len + text_len"),
+        ],
+    )
+}
+
+fn gated_cross_attention(name: &'static str, query_bias: bool, query_norm: Option<f32>) -> Case {
+    let op = GatedCrossAttention { n_heads: 2, scale: 0.5, query_bias, query_norm };
+    let media = |name| (name, Noise, "n_media, 5, 12");
+    let mut inputs = vec![X, ("query", Weight, "12, 8")];
+    inputs.extend(query_bias.then_some(("query_bias", Weight, "12")));
+    inputs.extend(query_norm.map(|_| ("query_scale", Weight, "6")));
+    inputs.extend([media("media_k"), media("media_v")]);
+    inputs.extend([("media_time", MediaTime, "text_len"), ("media_index", MediaIndex, "n_media")]);
+    inputs.extend([("output", Weight, "8, 12"), ("residual", Noise, "text_len, 8")]);
+    case(name, op, &inputs)
+}
+
+/// Every function op.
+pub(crate) fn function_cases() -> Vec<Case> {
+    let activations = [
+        ("activate.gelu", Activation::Gelu),
+        ("activate.quick_gelu", Activation::QuickGelu),
+        ("activate.relu", Activation::Relu),
+        ("activate.squared_relu", Activation::SquaredRelu),
+        ("activate.silu", Activation::Silu),
+    ];
+    let mut cases: Vec<Case> = activations
+        .map(|(name, activation)| case(name, Activate { activation }, &[X]))
+        .into_iter()
+        .collect();
+    let linear = |activation, bias, residual| Linear { activation, bias, residual };
+    let feed_forward = |activation, gated, bias, residual| FeedForward {
+        activation,
+        gated,
+        up_bias: bias,
+        down_bias: bias,
+        residual,
+    };
+    let residual = ("residual", Noise, "text_len, 8");
+    let media = |name, rows| (name, Noise, rows);
+    cases.extend([
+        case("linear", linear(None, false, false), &[X, ("weight", Weight, "5, 8")]),
+        case(
+            "linear.all",
+            linear(Some(Activation::Gelu), true, true),
+            &[
+                ("x", Noise, "2, text_len, 7"),
+                ("weight", Weight, "300, 7"),
+                ("bias", Weight, "300"),
+                ("residual", Noise, "2, text_len, 300"),
+            ],
+        ),
+        case(
+            "feed_forward",
+            feed_forward(Activation::QuickGelu, false, true, false),
+            &[
+                X,
+                ("up", Weight, "10, 8"),
+                ("up_bias", Weight, "10"),
+                ("down", Weight, "8, 10"),
+                ("down_bias", Weight, "8"),
+            ],
+        ),
+        case(
+            "feed_forward.gated",
+            feed_forward(Activation::Silu, true, false, true),
+            &[X, ("up", Weight, "10, 8"), ("down", Weight, "8, 5"), residual],
+        ),
+        case(
+            "layer_norm",
+            LayerNorm { epsilon: 1e-5, n_heads: 1, scale: false, bias: false },
+            &[X],
+        ),
+        case(
+            "layer_norm.heads",
+            LayerNorm { epsilon: 1e-5, n_heads: 2, scale: true, bias: true },
+            &[X, ("scale", Weight, "4"), ("bias", Weight, "4")],
+        ),
+        case(
+            "rms_norm",
+            RmsNorm { epsilon: 1e-6, n_heads: 1, scale: true },
+            &[X, ("scale", Weight, "8")],
+        ),
+        case("rms_norm.heads", RmsNorm { epsilon: 1e-6, n_heads: 2, scale: false }, &[X]),
+        case(
+            "attention",
+            Attention { n_heads: 2, scale: 0.25 },
+            &[
+                media("q", "n_media, 3, 8"),
+                media("k", "n_media, n_frames, 8"),
+                media("v", "n_media, n_frames, 8"),
+            ],
+        ),
+        case(
+            "resampler",
+            ResamplerAttention { n_heads: 2, scale: 1.0 },
+            &[
+                media("q", "n_media, 3, 8"),
+                media("media_k", "n_media, 4*n_frames, 8"),
+                media("media_v", "n_media, 4*n_frames, 8"),
+                media("latent_k", "n_media, 3, 8"),
+                media("latent_v", "n_media, 3, 8"),
+            ],
+        ),
+        self_attention("self", 4, Position::None),
+        self_attention("self.alibi", 4, Position::Alibi { bias_max: 8.0 }),
+        self_attention("self.rotary", 4, Position::Rotary { n_dims: 6, theta: 1e4 }),
+        self_attention("self.groups", 2, Position::Rotary { n_dims: 4, theta: 1e4 }),
+        case(
+            "cross",
+            CrossAttention { n_heads: 2, scale: 0.5 },
+            &[
+                X,
+                media("media_k", "n_media, 5, 8"),
+                media("media_v", "n_media, 5, 8"),
+                ("media_time", MediaTime, "text_len"),
+                ("media_index", MediaIndex, "n_media"),
+            ],
+        ),
+        gated_cross_attention("gated", false, None),
+        gated_cross_attention("gated.normed", true, Some(1e-6)),
+        case("patches", Patches { patch_size: 2 }, &[("x", Noise, "n_media*n_frames, 3, 4, 6")]),
+        case(
+            "class",
+            ClassEmbedding,
+            &[
+                media("x", "n_media*n_frames, 6, 8"),
+                ("class", Weight, "8"),
+                ("positions", Weight, "7, 8"),
+            ],
+        ),
+        case(
+            "frame",
+            FrameEmbedding,
+            &[
+                media("x", "n_media*n_frames, 6, 8"),
+                media("weights", "n_frames, 4"),
+                ("table", Weight, "4, 8"),
+                media("pixel_values", "n_media, n_frames, 3, 4, 6"),
+            ],
+        ),
+        case(
+            "merge",
+            MergeFrames,
+            &[
+                media("x", "n_media*n_frames, 6, 8"),
+                media("pixel_values", "n_media, n_frames, 3, 4, 6"),
+            ],
+        ),
+        case(
+            "expand_batch",
+            ExpandBatch,
+            &[("x", Weight, "3, 8"), media("like", "n_media, n_frames, 3, 4, 6")],
+        ),
+    ]);
+    cases
+}
+
+/// All cases.
+pub(crate) fn all_cases() -> Vec<Case> {
+    standard_cases().into_iter().chain(contrib_cases()).chain(function_cases()).collect()
+}

@@ -1,0 +1,4 @@
+//! The forms that a graph can take: ONNX files and text.
+
+mod cases;
+mod onnx;
