@@ -269,7 +269,7 @@ fn add_segment<S: Simd, const M: usize>(
         add_columns::<S, M, 1>(s, weights, v, lane, start, out);
         lane += 1;
     }
-    if v.cols() % S::LANES > 0 {
+    if !v.cols().is_multiple_of(S::LANES) {
         add_last_columns(s, weights, v, start, out);
     }
 }

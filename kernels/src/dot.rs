@@ -3,10 +3,6 @@
 //! Every output element is computed in one fixed order, whatever the shapes, the tile it falls in and the thread: `k` is
 //! cut into blocks of [`K_BLOCK`]; in a block, lane `l` sums the products of columns `l`, `l + LANES`, …; the lanes are
 //! summed as a tree; the block sums are added in order. So one row gives the same bits alone and among many.
-#![expect(
-    clippy::needless_range_loop,
-    reason = "register tiles: several arrays walk by one index, and constant bounds unroll"
-)]
 
 use crate::{
     arch::{MAX_X_ROWS, MatrixMut, Simd},
