@@ -1,1 +1,4 @@
-//! Placeholder replaced by its first module.
+//! The compiler: from a checkpoint to an artifact, and the tools around it.
+#![forbid(unsafe_code)]
+
+pub mod passes;

@@ -1,0 +1,98 @@
+//! The media graph: pixels → visual tokens → keys and values of every gated layer.
+
+use flamingo_ir::op::{FrameEmbedding, MergeFrames, Reshape, RmsNorm};
+use flamingo_ir::{Dim, Fact, Graph, GraphError, ValueId};
+
+use super::resampler::build_resampler;
+use super::vision::build_vision;
+use super::{GatedKey, KeyMap, linear, rows};
+use crate::config::{ModelConfig, Normalisation};
+use crate::source::Binder;
+
+/// Builds the media graph.
+///
+/// Inputs: `pixel_values` f32 [n_media, n_frames, 3, S, S]; with temporal embeddings also
+/// `frame_weights` f32 [n_frames, max_frames], the mixing weights of the table's rows for each
+/// frame. Outputs: `visual_tokens` [n_media, n_latents, width], and `media_k.{i}`, `media_v.{i}`
+/// [n_media, n_latents, heads · head_dim] for the i-th gated block.
+pub(crate) fn build_media(
+    binder: &mut Binder,
+    keys: &dyn KeyMap,
+    config: &ModelConfig,
+) -> Result<Graph, GraphError> {
+    let mut graph = Graph::new("media");
+    let g = &mut graph;
+    let [n_media, n_frames] = ["n_media", "n_frames"].map(Dim::symbol);
+    let size = Dim::from(config.vision.image_size);
+    let picture = [Dim::from(3), size.clone(), size];
+    let shape = [&[n_media.clone(), n_frames.clone()], &picture[..]].concat();
+    let pixel_values = g.input("pixel_values", Fact::f32(shape));
+    let shape = [&[n_media * n_frames.clone()], &picture[..]].concat();
+    let pictures = g.add("vision.pictures", Reshape { shape }, &[pixel_values])?;
+    let mut x = build_vision(g, binder, keys, &config.vision, pictures)?;
+    let width = config.vision.width;
+    let visual_tokens = match &config.resampler {
+        None => g.add("vision.merged", MergeFrames, &[x, pixel_values])?,
+        Some(resampler) => {
+            if resampler.max_frames > 0 {
+                let fact = Fact::f32([n_frames, Dim::from(resampler.max_frames)]);
+                let weights = g.input("frame_weights", fact);
+                let name = keys.resampler(super::ResamplerKey::FrameEmbeddings);
+                let table = binder.weight(g, &name, &[resampler.max_frames, width]);
+                let inputs = [x, weights, table, pixel_values];
+                x = g.add("resampler.frame_embedding", FrameEmbedding, &inputs)?;
+            }
+            let media = g.add("resampler.media", MergeFrames, &[x, pixel_values])?;
+            build_resampler(g, binder, keys, resampler, width, media, pixel_values)?
+        }
+    };
+    let mut outputs = vec![("visual_tokens".to_owned(), visual_tokens)];
+    for (index, layer) in config.cross_attention.layers.iter().enumerate() {
+        let [k, v] = media_key_value(g, binder, keys, config, (index, *layer), visual_tokens)?;
+        outputs.push((format!("media_k.{index}"), k));
+        outputs.push((format!("media_v.{index}"), v));
+    }
+    for (name, value) in outputs {
+        graph.output(&name, value);
+    }
+    Ok(graph)
+}
+
+/// Keys and values of one gated block for all media.
+fn media_key_value(
+    graph: &mut Graph,
+    binder: &mut Binder,
+    keys: &dyn KeyMap,
+    config: &ModelConfig,
+    (index, layer): (usize, usize),
+    visual_tokens: ValueId,
+) -> Result<[ValueId; 2], GraphError> {
+    let cross = &config.cross_attention;
+    let (inner, width) = (cross.n_heads * cross.head_dim, config.vision.width);
+    let fused = keys.gated(index, layer, GatedKey::KeyValue);
+    let [key, value] = match binder.has(&fused) {
+        true => {
+            let fused = binder.weight(graph, &fused, &[2 * inner, width]);
+            [rows(graph, fused, 0, inner)?, rows(graph, fused, inner, 2 * inner)?]
+        }
+        false => [GatedKey::Key, GatedKey::Value]
+            .map(|key| binder.weight(graph, &keys.gated(index, layer, key), &[inner, width])),
+    };
+    let name = |part: &str| format!("media.{index}.{part}");
+    let mut k = linear(graph, &name("key"), visual_tokens, key, None)?;
+    if cross.qk_norm {
+        let scale = keys.gated(index, layer, GatedKey::KeyNorm);
+        let scale = binder.weight(graph, &scale, &[cross.head_dim]);
+        let op = RmsNorm { epsilon: rms_epsilon(config), n_heads: cross.n_heads, scale: true };
+        k = graph.add(&name("key_norm"), op, &[k, scale])?;
+    }
+    let v = linear(graph, &name("value"), visual_tokens, value, None)?;
+    Ok([k, v])
+}
+
+/// ε of the RMS norms of IDEFICS' gated blocks: the language model's.
+pub(super) fn rms_epsilon(config: &ModelConfig) -> f32 {
+    match config.language.normalisation {
+        Normalisation::Rms { epsilon } | Normalisation::Layer { epsilon } => epsilon,
+    }
+}

@@ -1,0 +1,123 @@
+//! CLIP's vision transformer (pre-norm), from pixels to tokens
+//! (open_clip 2.20 `VisionTransformer.forward`, transformers `CLIPVisionTransformer`).
+
+use flamingo_ir::op::{Activate, Add, Attention, ClassEmbedding, LayerNorm, Patches, Slice};
+use flamingo_ir::{Graph, GraphError, ValueId};
+
+use super::{KeyMap, VisionKey, linear, reshaped, rows};
+use crate::config::VisionConfig;
+use crate::source::Binder;
+
+/// Pictures [n, 3, S, S] → tokens [n, tokens, width]: the last layer's output without final norm.
+pub(super) fn build_vision(
+    graph: &mut Graph,
+    binder: &mut Binder,
+    keys: &dyn KeyMap,
+    config: &VisionConfig,
+    pictures: ValueId,
+) -> Result<ValueId, GraphError> {
+    let mut vision = Vision { graph, binder, keys, config };
+    let mut x = vision.embed(pictures)?;
+    for layer in 0..config.n_layers {
+        x = vision.attention(layer, x)?;
+        x = vision.feed_forward(layer, x)?;
+    }
+    let grid = config.grid() * config.grid();
+    match config.keep_class_token {
+        true => Ok(x),
+        false => graph.add("vision.patch_tokens", Slice { axis: 1, start: 1, end: grid + 1 }, &[x]),
+    }
+}
+
+struct Vision<'g, 'b, 'p> {
+    graph: &'g mut Graph,
+    binder: &'b mut Binder<'p>,
+    keys: &'b dyn KeyMap,
+    config: &'b VisionConfig,
+}
+
+impl Vision<'_, '_, '_> {
+    fn weight(&mut self, key: VisionKey, shape: &[usize]) -> ValueId {
+        self.binder.weight(self.graph, &self.keys.vision(key), shape)
+    }
+
+    fn norm(
+        &mut self,
+        name: &str,
+        x: ValueId,
+        affine: [ValueId; 2],
+    ) -> Result<ValueId, GraphError> {
+        let epsilon = self.config.epsilon;
+        let op = LayerNorm { epsilon, n_heads: 1, scale: true, bias: true };
+        self.graph.add(name, op, &[x, affine[0], affine[1]])
+    }
+
+    fn embed(&mut self, pictures: ValueId) -> Result<ValueId, GraphError> {
+        let VisionConfig { patch_size, width, .. } = *self.config;
+        let n_tokens = self.config.grid() * self.config.grid() + 1;
+        let patches = self.graph.add("vision.patches", Patches { patch_size }, &[pictures])?;
+        let weight = self.weight(VisionKey::Patch, &[width, 3, patch_size, patch_size]);
+        let weight = reshaped(self.graph, weight, &[width, 3 * patch_size * patch_size])?;
+        let x = linear(self.graph, "vision.patch_embedding", patches, weight, None)?;
+        let class = self.weight(VisionKey::ClassToken, &[width]);
+        let positions = self.weight(VisionKey::Positions, &[n_tokens, width]);
+        let x = self.graph.add("vision.class_embedding", ClassEmbedding, &[x, class, positions])?;
+        let affine = ["weight", "bias"].map(|part| self.weight(VisionKey::PreNorm(part), &[width]));
+        self.norm("vision.pre_norm", x, affine)
+    }
+
+    /// Weight and bias of q, k and v, cut out of a fused tensor where the file has one.
+    fn projections(&mut self, layer: usize) -> Result<[[ValueId; 2]; 3], GraphError> {
+        let width = self.config.width;
+        let fused = self.binder.has(&self.keys.vision(VisionKey::Qkv(layer, "weight")));
+        if !fused {
+            return Ok(["q", "k", "v"].map(|name| {
+                [
+                    self.weight(VisionKey::Projection(layer, name, "weight"), &[width, width]),
+                    self.weight(VisionKey::Projection(layer, name, "bias"), &[width]),
+                ]
+            }));
+        }
+        let weight = self.weight(VisionKey::Qkv(layer, "weight"), &[3 * width, width]);
+        let bias = self.weight(VisionKey::Qkv(layer, "bias"), &[3 * width]);
+        let mut cut = |part: usize| -> Result<[ValueId; 2], GraphError> {
+            let (start, end) = (part * width, (part + 1) * width);
+            Ok([rows(self.graph, weight, start, end)?, rows(self.graph, bias, start, end)?])
+        };
+        Ok([cut(0)?, cut(1)?, cut(2)?])
+    }
+
+    fn attention(&mut self, layer: usize, x: ValueId) -> Result<ValueId, GraphError> {
+        let VisionConfig { width, n_heads, .. } = *self.config;
+        let name = |part: &str| format!("vision.{layer}.attention.{part}");
+        let affine = ["weight", "bias"]
+            .map(|part| self.weight(VisionKey::AttentionNorm(layer, part), &[width]));
+        let y = self.norm(&name("norm"), x, affine)?;
+        let [q, k, v] = self.projections(layer)?;
+        let q = linear(self.graph, &name("query"), y, q[0], Some(q[1]))?;
+        let k = linear(self.graph, &name("key"), y, k[0], Some(k[1]))?;
+        let v = linear(self.graph, &name("value"), y, v[0], Some(v[1]))?;
+        let scale = 1.0 / ((width / n_heads) as f32).sqrt();
+        let mixed = self.graph.add(&name("attention"), Attention { n_heads, scale }, &[q, k, v])?;
+        let weight = self.weight(VisionKey::Output(layer, "weight"), &[width, width]);
+        let bias = self.weight(VisionKey::Output(layer, "bias"), &[width]);
+        let out = linear(self.graph, &name("output"), mixed, weight, Some(bias))?;
+        self.graph.add(&name("residual"), Add, &[x, out])
+    }
+
+    fn feed_forward(&mut self, layer: usize, x: ValueId) -> Result<ValueId, GraphError> {
+        let VisionConfig { width, mlp_width, activation, .. } = *self.config;
+        let name = |part: &str| format!("vision.{layer}.mlp.{part}");
+        let affine =
+            ["weight", "bias"].map(|part| self.weight(VisionKey::MlpNorm(layer, part), &[width]));
+        let y = self.norm(&name("norm"), x, affine)?;
+        let up = self.weight(VisionKey::Up(layer, "weight"), &[mlp_width, width]);
+        let up_bias = self.weight(VisionKey::Up(layer, "bias"), &[mlp_width]);
+        let hidden = linear(self.graph, &name("up"), y, up, Some(up_bias))?;
+        let hidden = self.graph.add(&name("activation"), Activate { activation }, &[hidden])?;
+        let down = self.weight(VisionKey::Down(layer, "weight"), &[width, mlp_width]);
+        let down_bias = self.weight(VisionKey::Down(layer, "bias"), &[width]);
+        let out = linear(self.graph, &name("down"), hidden, down, Some(down_bias))?;
+        self.graph.add(&name("residual"), Add, &[x, out])
+    }
+}

@@ -1,0 +1,98 @@
+//! The recipe file: names the parts of an OpenFlamingo model, and what its files cannot tell.
+
+use std::path::{Component, Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::source::SourceError;
+
+/// A recipe `.toml`. Paths are relative to it and stay in its folder.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// Family; `openflamingo`.
+    pub family: String,
+    /// Flamingo weights.
+    pub checkpoint: PathBuf,
+    /// Hugging Face folder of the language model.
+    pub language_model: PathBuf,
+    /// open_clip visual weights.
+    pub vision_encoder: PathBuf,
+    /// `tokenizer.json`; default: the one in the language model's folder, if any.
+    pub tokenizer: Option<PathBuf>,
+    /// What the vision encoder's tensors cannot tell.
+    #[serde(default)]
+    pub vision: VisionRecipe,
+    /// What the resampler's tensors cannot tell.
+    #[serde(default)]
+    pub resampler: ResamplerRecipe,
+    /// Ids of special tokens; default: the tokenizer's.
+    #[serde(default)]
+    pub tokens: TokensRecipe,
+}
+
+/// Section `[vision]`.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VisionRecipe {
+    /// Side of the input in pixels; default: from the positional embeddings.
+    pub image_size: Option<usize>,
+    /// Side of a patch in pixels; default: from the patch weight.
+    pub patch_size: Option<usize>,
+    /// Attention heads; default: width / 64.
+    pub heads: Option<usize>,
+    /// `quick_gelu` (default: OpenAI's weights) or `gelu`.
+    pub activation: Option<String>,
+}
+
+/// Section `[resampler]`.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResamplerRecipe {
+    /// Width of a head; default 64.
+    pub head_dim: Option<usize>,
+    /// `gelu` (default) or `squared_relu` (the paper's).
+    pub activation: Option<String>,
+}
+
+/// Section `[tokens]`.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokensRecipe {
+    /// `<image>`.
+    pub image: Option<u32>,
+    /// `<|endofchunk|>`.
+    pub end_of_chunk: Option<u32>,
+    /// `<PAD>`.
+    pub pad: Option<u32>,
+}
+
+impl Recipe {
+    /// Reads a recipe; unknown keys are errors.
+    pub fn read(path: &Path) -> Result<Recipe, SourceError> {
+        let io = |source| SourceError::Io { path: path.to_owned(), source };
+        let text = std::fs::read_to_string(path).map_err(io)?;
+        let wrong = |reason| SourceError::Config { path: path.to_owned(), reason };
+        let mut recipe: Recipe = toml::from_str(&text).map_err(|error| wrong(error.to_string()))?;
+        if recipe.family != "openflamingo" {
+            let found = &recipe.family;
+            return Err(wrong(format!("`family`: expected \"openflamingo\", got \"{found}\"")));
+        }
+        let folder = path.parent().unwrap_or(Path::new("."));
+        let parts =
+            [&mut recipe.checkpoint, &mut recipe.language_model, &mut recipe.vision_encoder];
+        for part in parts.into_iter().chain(recipe.tokenizer.as_mut()) {
+            let inside =
+                part.components().all(|c| matches!(c, Component::Normal(_) | Component::CurDir));
+            if !inside || part.as_os_str().is_empty() {
+                return Err(wrong(format!(
+                    "path `{}`: expected one inside the recipe's folder\n\nhint: put or link the parts beside \
+                     the recipe",
+                    part.display()
+                )));
+            }
+            *part = folder.join(&part);
+        }
+        Ok(recipe)
+    }
+}
