@@ -1,7 +1,7 @@
 //! Pictures: from files of users to the `[3, size, size]` f32 input of the vision encoder.
 //!
-//! The stages are [`decode`] (file → [`Picture`] in the file's own mode), the colour step,
-//! [`resize`] (Pillow's arithmetic, to the bit) and normalisation. The order and the numbers come
+//! The stages are [`mod@decode`] (file → [`Picture`] in the file's own mode), the colour step,
+//! [`mod@resize`] (Pillow's arithmetic, to the bit) and normalisation. The order and the numbers come
 //! from the checkpoint's [`ImageSpec`].
 //!
 //! Two steps differ from the reference on purpose:

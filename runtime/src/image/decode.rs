@@ -1,6 +1,6 @@
 //! Decoding: bytes of a JPEG, PNG, WebP or GIF file → [`Picture`] in the mode Pillow would open it in.
 //!
-//! Every size is checked against [`MAX_SIDE`](super::MAX_SIDE) and [`MAX_BYTES`] before
+//! Every size is checked against [`MAX_SIDE`] and [`MAX_BYTES`] before
 //! pixels are allocated. The EXIF orientation is applied to still pictures. Pixels of lossless
 //! formats equal Pillow's; JPEG and lossy WebP may differ by a few levels, since their decoders
 //! round differently. A CMYK JPEG becomes RGB here, before any resize.

@@ -2,7 +2,10 @@
 //!
 //! The arithmetic is that of Pillow's 8-bit resampler, written anew: a bicubic kernel (a = -0.5)
 //! stretched by the scale when shrinking, weights normalised in f64 and rounded to 22-bit fixed
-//! point, a horizontal pass, an 8-bit intermediate, a vertical pass.
+//! point, a horizontal pass, an 8-bit intermediate, a vertical pass. The horizontal pass comes
+//! first always, as in the Pillow versions of the references' time; from 12 on Pillow
+//! swaps the passes for some tall shapes, which changes clipped pixels there.
+//!
 //! Exactness matters because a vision encoder amplifies a level of difference into
 //! another answer now and then, which would hide real mistakes in parity tests.
 //!
