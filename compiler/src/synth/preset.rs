@@ -1,0 +1,224 @@
+//! The named shapes.
+
+use super::idefics::{self, Idefics};
+use super::language::{Architecture, Language};
+use super::openflamingo::{self, OpenFlamingo};
+use super::random::Storage;
+use super::tensor::Spread;
+use super::tokens::{Kind, Tokens};
+
+/// A checkpoint that can be made.
+#[derive(Clone, Debug)]
+pub(super) enum Model {
+    OpenFlamingo(OpenFlamingo),
+    Idefics(Idefics),
+}
+
+/// Names in the order in which they are listed.
+pub(super) const NAMES: [&str; 11] = [
+    "tiny-openflamingo-mpt1b",
+    "tiny-openflamingo-mpt",
+    "tiny-openflamingo-gpt-neox",
+    "tiny-openflamingo-llama",
+    "tiny-openflamingo-opt",
+    "tiny-idefics",
+    "of-mini",
+    "of-3b",
+    "of-4b",
+    "of-9b",
+    "idefics-9b",
+];
+
+/// Rows of the embedding of MPT and RedPajama-INCITE.
+const NEOX_VOCABULARY: usize = 50_432;
+/// Tokens of the GPT-NeoX-20B tokenizer.
+const NEOX_TOKENS: u32 = 50_277;
+
+/// The model of a preset and how its weights are spread.
+pub(super) fn find(name: &str) -> Option<(Model, Spread)> {
+    use Architecture::{GptNeox, Llama, MosaicGpt, Mpt, Opt};
+    let model = match name {
+        "tiny-openflamingo-mpt1b" => tiny_openflamingo(MosaicGpt, 256),
+        "tiny-openflamingo-mpt" => tiny_openflamingo(Mpt, 256),
+        "tiny-openflamingo-gpt-neox" => tiny_openflamingo(GptNeox, 256),
+        "tiny-openflamingo-llama" => tiny_openflamingo(Llama, 112),
+        "tiny-openflamingo-opt" => tiny_openflamingo(Opt, 128),
+        "tiny-idefics" => Model::Idefics(tiny_idefics()),
+        "of-mini" => Model::OpenFlamingo(of_mini()),
+        "of-3b" => released(neox_vocabulary(MosaicGpt, 2048, 24, 16, Storage::F32), 1),
+        "of-4b" => released(neox_vocabulary(GptNeox, 2560, 32, 32, Storage::F16), 2),
+        "of-9b" => released(neox_vocabulary(Mpt, 4096, 32, 32, Storage::Bf16), 4),
+        "idefics-9b" => Model::Idefics(idefics_9b()),
+        _ => return None,
+    };
+    let spread = if name.starts_with("tiny-") { Spread::TINY } else { Spread::LARGE };
+    Some((model, spread))
+}
+
+/// Four layers of width 64 with gated blocks before layers 1 and 3. The embedding of GPT-NeoX's
+/// kind is padded and shrinks when the tokens are added, the others grow, as in released models.
+fn tiny_openflamingo(architecture: Architecture, mlp_width: usize) -> Model {
+    let (kind, n_padding) = match architecture {
+        Architecture::MosaicGpt | Architecture::Mpt | Architecture::GptNeox => (Kind::GptNeox, 6),
+        Architecture::Llama => (Kind::Llama, 0),
+        Architecture::Opt => (Kind::Opt, 0),
+    };
+    let n_tokens = kind.n_base_tokens();
+    Model::OpenFlamingo(OpenFlamingo {
+        vision: openflamingo::Vision {
+            width: 48,
+            n_layers: 2,
+            n_heads: 4,
+            image_size: 28,
+            patch_size: 14,
+            output_width: 16,
+        },
+        resampler_depth: 6,
+        language: Language {
+            architecture,
+            width: 64,
+            n_layers: 4,
+            n_heads: 4,
+            mlp_width,
+            vocabulary: n_tokens as usize + n_padding,
+            max_context: 128,
+            storage: Storage::F32,
+        },
+        interval: 2,
+        tokens: Tokens::openflamingo(kind, n_tokens),
+    })
+}
+
+/// A language model over the GPT-NeoX-20B tokenizer.
+fn neox_vocabulary(
+    architecture: Architecture,
+    width: usize,
+    n_layers: usize,
+    n_heads: usize,
+    storage: Storage,
+) -> Language {
+    Language {
+        architecture,
+        width,
+        n_layers,
+        n_heads,
+        mlp_width: 4 * width,
+        vocabulary: NEOX_VOCABULARY,
+        max_context: 2048,
+        storage,
+    }
+}
+
+/// A released OpenFlamingo: CLIP ViT-L/14 at 224 pixels and six resampler layers.
+fn released(language: Language, interval: usize) -> Model {
+    let vision = openflamingo::Vision {
+        width: 1024,
+        n_layers: 24,
+        n_heads: 16,
+        image_size: 224,
+        patch_size: 14,
+        output_width: 768,
+    };
+    let tokens = Tokens::openflamingo(Kind::GptNeox, NEOX_TOKENS);
+    Model::OpenFlamingo(OpenFlamingo { vision, resampler_depth: 6, language, interval, tokens })
+}
+
+/// Small enough to make and run in seconds, with the proportions of a released model.
+fn of_mini() -> OpenFlamingo {
+    OpenFlamingo {
+        vision: openflamingo::Vision {
+            width: 512,
+            n_layers: 6,
+            n_heads: 8,
+            image_size: 224,
+            patch_size: 14,
+            output_width: 512,
+        },
+        resampler_depth: 2,
+        language: neox_vocabulary(Architecture::Mpt, 1024, 6, 8, Storage::F32),
+        interval: 1,
+        tokens: Tokens::openflamingo(Kind::GptNeox, NEOX_TOKENS),
+    }
+}
+
+fn tiny_idefics() -> Idefics {
+    let n_tokens = Kind::Llama.n_base_tokens();
+    Idefics {
+        width: 64,
+        n_layers: 4,
+        n_heads: 4,
+        mlp_width: 112,
+        vocabulary: n_tokens as usize,
+        max_context: 128,
+        interval: 2,
+        vision: idefics::Vision {
+            width: 48,
+            n_layers: 2,
+            n_heads: 4,
+            mlp_width: 96,
+            image_size: 28,
+            patch_size: 14,
+        },
+        resampler: idefics::Resampler { depth: 2, n_latents: 6, n_heads: 4, head_dim: 12 },
+        tokens: Tokens::idefics(n_tokens),
+        storage: Storage::F32,
+    }
+}
+
+fn idefics_9b() -> Idefics {
+    Idefics {
+        width: 4096,
+        n_layers: 32,
+        n_heads: 32,
+        mlp_width: 11_008,
+        vocabulary: 32_000,
+        max_context: 2048,
+        interval: 4,
+        vision: idefics::Vision {
+            width: 1280,
+            n_layers: 32,
+            n_heads: 16,
+            mlp_width: 5120,
+            image_size: 224,
+            patch_size: 14,
+        },
+        resampler: idefics::Resampler { depth: 6, n_latents: 64, n_heads: 16, head_dim: 96 },
+        tokens: Tokens::idefics(32_000),
+        storage: Storage::Bf16,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn openflamingo(name: &str) -> OpenFlamingo {
+        match find(name) {
+            Some((Model::OpenFlamingo(model), _)) => model,
+            other => panic!("`{name}`: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn every_name_is_a_preset() {
+        assert!(NAMES.iter().all(|name| find(name).is_some()));
+        assert!(find("of-80b").is_none());
+    }
+
+    /// Bytes of f32 values in the released `checkpoint.pt` files: 4.19, 4.87 and 5.54 GB; the
+    /// first is exact, from the count that OpenFlamingo prints (1 046 992 944 parameters).
+    #[test]
+    fn checkpoints_have_the_size_of_the_released_ones() {
+        assert_eq!(openflamingo("of-3b").checkpoint().n_values(), 1_046_992_944);
+        for (name, gigabytes) in [("of-4b", 4.873), ("of-9b", 5.539)] {
+            let found = openflamingo(name).checkpoint().n_values() as f64 * 4e-9;
+            assert!((found - gigabytes).abs() < 1e-3, "{name}: {found} GB, expected {gigabytes}");
+        }
+    }
+
+    #[test]
+    fn idefics_9b_has_the_published_number_of_parameters() {
+        let found = idefics_9b().tensors().n_values() as f64 * 1e-9;
+        assert!((found - 8.93).abs() < 0.01, "{found} billion, expected 8.93");
+    }
+}
