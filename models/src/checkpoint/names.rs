@@ -94,10 +94,10 @@ impl<'p, 'a> Collector<'p, 'a> {
     /// Whether tensors inside `value` count: TorchScript has parameters and buffers as
     /// attributes of modules, `torch.save` has them in containers.
     fn descends(&self, value: Value<'a>) -> bool {
-        match (self.dialect, node(self.pickle, value)) {
-            (Dialect::Torch, Some(Node::Dict(_) | Node::List(_) | Node::Tuple(_))) => true,
-            (Dialect::TorchScript, Some(Node::Object(_))) => true,
-            _ => false,
+        let node = node(self.pickle, value);
+        match self.dialect {
+            Dialect::Torch => matches!(node, Some(Node::Dict(_) | Node::List(_) | Node::Tuple(_))),
+            Dialect::TorchScript => matches!(node, Some(Node::Object(_))),
         }
     }
 

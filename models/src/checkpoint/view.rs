@@ -34,11 +34,11 @@ impl View {
         if self.shape.contains(&0) {
             return Some(0);
         }
-        let dims = self.shape.iter().zip(&self.strides);
-        let last = dims.fold(Some(self.offset), |last, (size, stride)| {
-            last?.checked_add((size - 1).checked_mul(*stride)?)
-        });
-        last?.checked_add(1)
+        let mut dims = self.shape.iter().zip(&self.strides);
+        let last = dims.try_fold(self.offset, |last, (size, stride)| {
+            last.checked_add((size - 1).checked_mul(*stride)?)
+        })?;
+        last.checked_add(1)
     }
 
     /// Whether the elements lie next to each other in row-major order.
