@@ -10,7 +10,7 @@ use std::ops::{Add, Mul};
 /// Values of symbols, by name.
 pub type Bindings = BTreeMap<String, usize>;
 
-/// One dimension of a shape.
+/// One dimension of a shape. Factors that do not fit saturate: no such tensor can exist.
 ///
 /// ```
 /// use flamingo_ir::Dim;
@@ -83,7 +83,8 @@ impl Add for Dim {
 
     fn add(mut self, other: Dim) -> Dim {
         for (product, factor) in other.terms {
-            *self.terms.entry(product).or_insert(0) += factor;
+            let sum = self.terms.entry(product).or_insert(0);
+            *sum = sum.saturating_add(factor);
         }
         self
     }
@@ -98,7 +99,8 @@ impl Mul for Dim {
             for (right, right_factor) in &other.terms {
                 let mut product = [left.as_slice(), right.as_slice()].concat();
                 product.sort_unstable();
-                *terms.entry(product).or_insert(0) += left_factor * right_factor;
+                let sum: &mut usize = terms.entry(product).or_insert(0);
+                *sum = sum.saturating_add(left_factor.saturating_mul(*right_factor));
             }
         }
         Dim { terms }

@@ -269,6 +269,8 @@ impl Operator for Where {
 
 #[cfg(test)]
 mod tests {
+    use std::slice::from_ref;
+
     use super::*;
 
     #[test]
@@ -284,8 +286,8 @@ mod tests {
     #[test]
     fn split_cuts_what_slice_takes() {
         let x = Tensor::f32(&[2, 3], (0..6).map(|i| i as f32).collect()).unwrap();
-        let parts = Split { axis: 1, sizes: vec![1, 2] }.evaluate(&[x.clone()]).unwrap();
-        let slice = Slice { axis: 1, start: 1, end: 3 }.evaluate(&[x.clone()]).unwrap();
+        let parts = Split { axis: 1, sizes: vec![1, 2] }.evaluate(from_ref(&x)).unwrap();
+        let slice = Slice { axis: 1, start: 1, end: 3 }.evaluate(from_ref(&x)).unwrap();
         assert_eq!(parts[1], slice[0]);
         assert!(Slice { axis: 1, start: 1, end: 4 }.infer(&[x.fact()]).is_err());
         assert!(Split { axis: 1, sizes: vec![1, 1] }.infer(&[x.fact()]).is_err());

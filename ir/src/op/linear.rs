@@ -251,6 +251,8 @@ pub(crate) fn known_rows(weight: &Fact) -> Option<usize> {
 
 #[cfg(test)]
 mod tests {
+    use std::slice::from_ref;
+
     use super::*;
 
     #[test]
@@ -269,9 +271,9 @@ mod tests {
         let x = Tensor::f32(&[2, 2], vec![-3.0, -0.5, 0.7, 2.0]).unwrap();
         for (activation, _) in Activation::NAMES {
             let op = Activate { activation };
-            let reference = op.evaluate(&[x.clone()]).unwrap();
+            let reference = op.evaluate(from_ref(&x)).unwrap();
             let body = op.body(&[x.fact()], Flavour::OrtCpu).unwrap().unwrap();
-            let other = crate::evaluate(&body, &[x.clone()]).unwrap();
+            let other = crate::evaluate(&body, from_ref(&x)).unwrap();
             for (a, b) in
                 reference[0].to_f32_vec().unwrap().iter().zip(other[0].to_f32_vec().unwrap())
             {

@@ -49,11 +49,12 @@ impl Patches {
         let (n, p) = (inputs[0].shape[0].clone(), self.patch_size);
         let (channels, rows, columns) = (known(1), known(2) / p, known(3) / p);
         let sizes = [channels, rows, p, columns, p].map(Dim::from);
-        let shape = [&[n.clone()], &sizes[..]].concat();
+        let shape = [std::slice::from_ref(&n), &sizes[..]].concat();
         let grid = graph.add("grid", Reshape { shape }, &[x])?;
         let permutation = vec![0, 2, 4, 1, 3, 5];
         let moved = graph.add("moved", Transpose { permutation }, &[grid])?;
-        let shape = vec![n, Dim::from(rows * columns), Dim::from(channels * p * p)];
+        let patch = Dim::from(channels) * Dim::from(p) * Dim::from(p);
+        let shape = vec![n, Dim::from(rows) * Dim::from(columns), patch];
         let y = graph.add("y", Reshape { shape }, &[moved])?;
         graph.output("y", y);
         Ok(graph)
@@ -87,10 +88,12 @@ impl Operator for Patches {
         let known = |axis: usize| inputs[0].shape[axis].known();
         let p = self.patch_size;
         match (known(1), known(2), known(3)) {
-            (Some(channels), Some(height), Some(width)) if height % p == 0 && width % p == 0 => {
-                let n_patches = (height / p) * (width / p);
-                let shape =
-                    [inputs[0].shape[0].clone(), n_patches.into(), (channels * p * p).into()];
+            (Some(channels), Some(height), Some(width))
+                if height > 0 && height % p == 0 && width > 0 && width % p == 0 =>
+            {
+                let n_patches = Dim::from(height / p) * Dim::from(width / p);
+                let patch = Dim::from(channels) * Dim::from(p) * Dim::from(p);
+                let shape = [inputs[0].shape[0].clone(), n_patches, patch];
                 Ok(vec![Fact::f32(shape)])
             }
             _ => {
@@ -245,7 +248,7 @@ impl Operator for ExpandBatch {
         };
         Ok(vec![Fact {
             dtype: inputs[0].dtype,
-            shape: [&[n.clone()], &inputs[0].shape[..]].concat(),
+            shape: [std::slice::from_ref(n), &inputs[0].shape[..]].concat(),
         }])
     }
 
@@ -279,6 +282,7 @@ mod tests {
         assert_eq!(rows[0].shape(), [1, 2, 4]);
         assert_eq!(rows[0].to_f32_vec().unwrap(), [0.0, 1.0, 4.0, 5.0, 2.0, 3.0, 6.0, 7.0]);
         assert!(Patches { patch_size: 3 }.infer(&[Fact::f32([1, 1, 2, 4])]).is_err());
+        assert!(Patches { patch_size: usize::MAX }.infer(&[Fact::f32([1, 3, 0, 0])]).is_err());
     }
 
     #[test]

@@ -253,13 +253,15 @@ impl RmsNorm {
 
 #[cfg(test)]
 mod tests {
+    use std::slice::from_ref;
+
     use super::*;
 
     #[test]
     fn parts_are_normalised_apart() {
         let x = Tensor::f32(&[1, 4], vec![1.0, 3.0, 10.0, 30.0]).unwrap();
         let norm = LayerNorm { epsilon: 0.0, n_heads: 2, scale: false, bias: false };
-        let y = norm.evaluate(&[x.clone()]).unwrap()[0].to_f32_vec().unwrap();
+        let y = norm.evaluate(from_ref(&x)).unwrap()[0].to_f32_vec().unwrap();
         assert_eq!(y, [-1.0, 1.0, -1.0, 1.0]);
         let norm = RmsNorm { epsilon: 0.0, n_heads: 1, scale: true };
         let scale = Tensor::vector(vec![2.0; 4]);

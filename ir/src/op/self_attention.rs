@@ -338,6 +338,8 @@ fn relative(
 
 #[cfg(test)]
 mod tests {
+    use std::slice::from_ref;
+
     use super::*;
 
     fn op(position: Position) -> SelfAttention {
@@ -350,7 +352,7 @@ mod tests {
     }
 
     fn rows(tensor: &Tensor, start: usize, end: usize) -> Tensor {
-        Slice { axis: 0, start, end }.evaluate(&[tensor.clone()]).unwrap().remove(0)
+        Slice { axis: 0, start, end }.evaluate(from_ref(tensor)).unwrap().remove(0)
     }
 
     /// Steps with past give what one pass over all tokens gives.
