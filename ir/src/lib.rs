@@ -22,6 +22,7 @@ pub mod onnx;
 pub mod op;
 mod patch;
 mod tensor;
+mod text;
 mod verify;
 
 pub use dim::{Bindings, Dim};
@@ -31,4 +32,5 @@ pub use fact::Fact;
 pub use graph::{Constant, Graph, GraphError, Node, NodeId, Value, ValueId};
 pub use patch::Patch;
 pub use tensor::{Tensor, TensorError};
+pub use text::{TextError, TextProblem};
 pub use verify::{Verified, verify};

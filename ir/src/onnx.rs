@@ -9,18 +9,22 @@ mod inline;
 mod lower;
 mod message;
 mod name;
+mod node;
 #[expect(unreachable_pub, clippy::enum_variant_names, reason = "generated code")]
 mod proto;
+mod read;
+mod scan;
 mod target;
 mod write;
 
 use std::collections::BTreeMap;
 
 pub use inline::inline_functions;
+pub use read::read_onnx;
 pub use write::write_onnx;
 
 use crate::op::Flavour;
-use crate::{GraphError, ValueId};
+use crate::{GraphError, ValueId, Verified};
 
 /// Domain of function ops.
 const FLAMINGO: &str = "flamingo";
@@ -75,6 +79,49 @@ impl From<Flavour> for WriteOptions {
     }
 }
 
+/// What [`read_onnx`] accepts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReadLimits {
+    /// Largest file, in bytes.
+    pub max_bytes: usize,
+    /// Most fields of all messages together.
+    pub max_fields: usize,
+    /// Largest known size of a dimension.
+    pub max_dim: usize,
+    /// Largest rank.
+    pub max_rank: usize,
+}
+
+impl Default for ReadLimits {
+    fn default() -> ReadLimits {
+        ReadLimits { max_bytes: 64 << 20, max_fields: 500_000, max_dim: 1 << 24, max_rank: 8 }
+    }
+}
+
+/// A file as a graph.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ReadModel {
+    /// The runtime graph; its weights are the file's external initializers.
+    pub graph: Verified,
+    /// The flavour of its definitions.
+    pub flavour: Flavour,
+    /// Path of the weight file, relative to the ONNX file's folder and inside it; empty if the
+    /// graph has no weights.
+    pub location: String,
+    /// Place of each weight, by name. The length is that of the weight's fact; whether the
+    /// weight file is long enough is for the caller to check.
+    pub weights: BTreeMap<String, WeightPlace>,
+}
+
+/// Where a weight is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WeightPlace {
+    /// First byte in the weight file.
+    pub offset: u64,
+    /// Size in bytes; `offset + length` does not overflow.
+    pub length: u64,
+}
+
 /// Why a graph cannot be written, or a file cannot be read.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum OnnxError {
@@ -112,5 +159,24 @@ pub enum OnnxError {
         node: String,
         /// The dimension.
         dim: String,
+    },
+    /// The file does not have the form that this program writes.
+    #[error("{place}: expected {expected}, got {found}")]
+    Malformed {
+        /// Where in the file.
+        place: String,
+        /// What would fit.
+        expected: String,
+        /// What came.
+        found: String,
+    },
+    /// Operators or attributes that no op has: all of them.
+    #[error("unknown operators or attributes: {}", .0.join("; "))]
+    Unknown(Vec<String>),
+    /// The file differs from what this version writes for the same graph.
+    #[error("{place}: written by another version or altered\n\nhint: compile the artifact again")]
+    Altered {
+        /// Where in the file.
+        place: String,
     },
 }

@@ -159,3 +159,53 @@ pub(crate) fn definition(op: &Op, inputs: &[Fact], flavour: Flavour) -> Result<G
         Err(Graph::new(op.name()).broken("a function without a definition".into()))
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::op::{Neg, Tanh};
+
+    fn check(graph: Graph, expected: &str) {
+        let error = verify(graph).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+
+    #[test]
+    fn names_are_unique_and_plain() {
+        let mut graph = Graph::new("twice");
+        graph.input("x", Fact::f32([1]));
+        graph.input("x", Fact::f32([1]));
+        check(graph, "two inputs or outputs are called \"x\"");
+        let mut graph = Graph::new("marked");
+        let x = graph.input("x", Fact::f32([1]));
+        graph.add("a#b", Neg, &[x]).unwrap();
+        check(graph, "\"a#b\" is no name");
+        check(Graph::new(""), "is no name");
+    }
+
+    #[test]
+    fn values_come_from_this_graph_and_earlier_nodes() {
+        let mut graph = Graph::new("foreign");
+        let x = graph.input("x", Fact::f32([1]));
+        let y = graph.add("y", Neg, &[x]).unwrap();
+        graph.output("y", y);
+        assert!(verify(graph).is_ok());
+        let mut other = Graph::new("other");
+        other.input("x", Fact::f32([1]));
+        other.output("y", y);
+        check(other, "output \"y\" is computed by no node");
+    }
+
+    #[test]
+    fn values_of_dropped_nodes_are_not_read() {
+        let mut graph = Graph::new("dropped");
+        let x = graph.input("x", Fact::f32([1]));
+        let unread = graph.add("unread", Neg, &[x]).unwrap();
+        let y = graph.add("y", Tanh, &[x]).unwrap();
+        graph.output("y", y);
+        graph.sweep().unwrap();
+        assert!(verify(graph.clone()).is_ok());
+        graph.add("late", Neg, &[unread]).unwrap();
+        check(graph, "node \"late\" (Neg): input 0 is read before it is computed");
+    }
+}

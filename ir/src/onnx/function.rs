@@ -12,6 +12,8 @@ use crate::verify::definition;
 /// The functions of one file.
 pub(super) struct FunctionTable {
     flavour: Flavour,
+    /// Bytes that further functions may take.
+    bytes_left: usize,
     /// Every function, after those it calls.
     pub(super) functions: Vec<FunctionProto>,
     /// By op name: bytes of the nameless function, and the name in the file.
@@ -20,8 +22,13 @@ pub(super) struct FunctionTable {
 
 impl FunctionTable {
     /// No functions.
-    pub(super) fn new(flavour: Flavour) -> FunctionTable {
-        FunctionTable { flavour, functions: Vec::new(), names: BTreeMap::new() }
+    pub(super) fn new(flavour: Flavour, max_bytes: usize) -> FunctionTable {
+        FunctionTable {
+            flavour,
+            bytes_left: max_bytes,
+            functions: Vec::new(),
+            names: BTreeMap::new(),
+        }
     }
 
     /// The file's name of the function that defines `op` for inputs of these facts: the op's
@@ -33,6 +40,8 @@ impl FunctionTable {
         if let Some((_, name)) = known.iter().find(|(other, _)| *other == bytes) {
             return Ok(name.clone());
         }
+        let too_large = || OnnxError::Altered { place: format!("function \"{}\"", op.name()) };
+        self.bytes_left = self.bytes_left.checked_sub(bytes.len()).ok_or_else(too_large)?;
         let name = match known.len() {
             0 => op.name().to_owned(),
             n => format!("{}_{}", op.name(), n + 1),

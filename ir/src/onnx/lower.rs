@@ -1,6 +1,6 @@
 //! The runtime part of a graph: build-time values become named weights or literals.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{MAX_INLINE_BYTES, OnnxError, WeightEntry, WeightLayout};
 use crate::graph::{Constant, Graph, ValueId};
@@ -19,7 +19,7 @@ pub(super) fn runtime_graph(graph: &Graph, layout: &WeightLayout) -> Result<Grap
         || graph.nodes().iter().filter(|node| !node.inputs.iter().all(|i| known.contains(i)));
     let read =
         written().flat_map(|node| &node.inputs).chain(graph.outputs().iter().map(|(_, id)| id));
-    lowering.constants(read.copied().filter(|id| known.contains(id)))?;
+    lowering.constants(read.copied().filter(|id| known.contains(id)).collect())?;
     for node in written() {
         let inputs: Vec<ValueId> = node.inputs.iter().map(|id| lowering.ids[id]).collect();
         let outputs = lowering.out.add_many(&node.name, node.op.clone(), &inputs)?;
@@ -40,7 +40,7 @@ struct Lowering<'a> {
 
 impl Lowering<'_> {
     /// Brings the build-time values `read` over, or lists those that have no place.
-    fn constants(&mut self, read: impl Iterator<Item = ValueId>) -> Result<(), OnnxError> {
+    fn constants(&mut self, read: BTreeSet<ValueId>) -> Result<(), OnnxError> {
         let mut missing = Vec::new();
         for id in read {
             if self.ids.contains_key(&id) {

@@ -28,18 +28,20 @@ pub fn write_onnx(
         Functions::Inline => inline_functions(&runtime, options.flavour)?,
     };
     let places = weights.entries.values().map(|e| (e.name.as_str(), (e.offset, e.length)));
-    let model = model_from_graph(&runtime, options, &weights.location, &places.collect())?;
+    let weights = (weights.location.as_str(), &places.collect());
+    let model = model_from_graph(&runtime, options, weights, usize::MAX)?;
     Ok(message::bytes(&model))
 }
 
 /// The model of a runtime graph. `places`: offset and length of each weight in `location`.
+/// Errors where the functions take more than `max_function_bytes`.
 pub(super) fn model_from_graph(
     graph: &Graph,
     options: WriteOptions,
-    location: &str,
-    places: &BTreeMap<&str, (u64, u64)>,
+    (location, places): (&str, &BTreeMap<&str, (u64, u64)>),
+    max_function_bytes: usize,
 ) -> Result<ModelProto, OnnxError> {
-    let mut functions = FunctionTable::new(options.flavour);
+    let mut functions = FunctionTable::new(options.flavour, max_function_bytes);
     let written = nodes_from_graph(graph, Scope::Main, &mut functions)?;
     let mut initializers = external_initializers(graph, location, places)?;
     initializers.extend(written.constants);

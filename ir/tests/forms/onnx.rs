@@ -3,9 +3,14 @@
 use std::collections::BTreeSet;
 
 use crate::cases::{all_bindings, all_cases, build};
-use flamingo_ir::onnx::{Functions, WriteOptions, inline_functions, write_onnx};
+use flamingo_ir::onnx::{
+    Functions, OnnxError, ReadLimits, ReadModel, WeightEntry, WeightLayout, WriteOptions,
+    inline_functions, read_onnx, write_onnx,
+};
 use flamingo_ir::op::{Flavour, Op};
-use flamingo_ir::{Tensor, evaluate_with, verify};
+use flamingo_ir::{Constant, Fact, Graph, Tensor, evaluate_with, verify};
+
+use crate::cases::Built;
 
 fn assert_close(name: &str, left: &[Tensor], right: &[Tensor]) {
     assert_eq!(left.len(), right.len(), "{name}");
@@ -53,4 +58,172 @@ fn writing_is_deterministic() {
     for functions in [Functions::Keep, Functions::Inline] {
         assert_eq!(write(functions), write(functions));
     }
+}
+
+fn write(built: &Built, flavour: Flavour, functions: Functions) -> Vec<u8> {
+    let verified = verify(built.graph.clone()).unwrap();
+    write_onnx(&verified, WriteOptions { flavour, functions }, &built.layout).unwrap()
+}
+
+fn read(bytes: &[u8]) -> Result<ReadModel, OnnxError> {
+    read_onnx(bytes, &ReadLimits::default())
+}
+
+/// Nodes, inputs and outputs in words, with values named by what they hold.
+fn words(graph: &Graph) -> Vec<String> {
+    let producers = graph.producers();
+    let value = |id| {
+        let fact = graph.fact(id);
+        match (&graph.value(id).constant, producers.get(&id)) {
+            (Some(Constant::Weight(name)), _) => format!("weight {name}: {fact}"),
+            (Some(Constant::Literal(tensor)), _) => format!("{tensor:?}"),
+            (None, Some(node)) => {
+                let node = graph.node(*node);
+                let index = node.outputs.iter().position(|output| *output == id);
+                format!("{}.{index:?}: {fact}", node.name)
+            }
+            (None, None) => {
+                let input = graph.inputs().iter().find(|(_, input)| *input == id);
+                format!("input {:?}: {fact}", input.map(|(name, _)| name))
+            }
+        }
+    };
+    let node = |node: &flamingo_ir::Node| {
+        let inputs: Vec<String> = node.inputs.iter().map(|id| value(*id)).collect();
+        let outputs: Vec<String> = node.outputs.iter().map(|id| value(*id)).collect();
+        format!("{} = {:?}({inputs:?}) -> {outputs:?}", node.name, node.op)
+    };
+    let inputs = graph.inputs().iter().map(|(name, id)| format!("{name} {}", value(*id)));
+    let outputs = graph.outputs().iter().map(|(name, id)| format!("{name} {}", value(*id)));
+    inputs.chain(graph.nodes().iter().map(node)).chain(outputs).collect()
+}
+
+#[test]
+fn reading_gives_the_graph_that_was_written() {
+    for flavour in Flavour::ALL {
+        let built = build("all", &all_cases());
+        let model = read(&write(&built, flavour, Functions::Keep)).unwrap();
+        assert_eq!(words(&model.graph), words(&built.graph));
+        assert_eq!((model.flavour, model.location.as_str()), (flavour, "weights.bin"));
+        let file = built.weight_bytes();
+        for (name, tensor) in &built.weights.0 {
+            let place = model.weights[name];
+            let start = usize::try_from(place.offset).unwrap();
+            let end = start + usize::try_from(place.length).unwrap();
+            assert_eq!(file[start..end], tensor.to_le_bytes());
+        }
+        for bindings in all_bindings() {
+            let inputs = built.inputs(&bindings);
+            let expected = evaluate_with(&built.graph, &inputs, &built.weights).unwrap();
+            assert_eq!(evaluate_with(&model.graph, &inputs, &built.weights).unwrap(), expected);
+        }
+    }
+}
+
+#[test]
+fn inlined_files_read_back_inlined() {
+    for flavour in Flavour::ALL {
+        let built = build("all", &all_cases());
+        let model = read(&write(&built, flavour, Functions::Inline)).unwrap();
+        let inlined = inline_functions(&built.graph, flavour).unwrap();
+        assert_eq!(words(&model.graph), words(&inlined));
+    }
+}
+
+/// Constants, folded values and inputs as outputs, and one value under two names.
+fn odd_graph() -> (Graph, WeightLayout) {
+    use flamingo_ir::op::{Add, Tanh};
+    let mut graph = Graph::new("odd");
+    let x = graph.input("x", Fact::f32([2]));
+    let weight = graph.weight("w", Fact::f32([2]));
+    let folded = graph.add("folded", Tanh, &[weight]).unwrap();
+    let small = graph.literal(Tensor::vector(vec![0.5, -1.5]));
+    let y = graph.add("y", Add, &[x, folded]).unwrap();
+    let z = graph.add("z", Add, &[y, small]).unwrap();
+    for (name, id) in
+        [("sum", y), ("again", y), ("same", x), ("constant", folded), ("small", small), ("z", z)]
+    {
+        graph.output(name, id);
+    }
+    let entry = WeightEntry { name: "folded".into(), offset: 64, length: 8 };
+    let entries = [(folded, entry)].into_iter().collect();
+    (graph, WeightLayout { location: "w/weights.safetensors".into(), entries })
+}
+
+#[test]
+fn build_time_nodes_become_weights() {
+    let (graph, layout) = odd_graph();
+    let verified = verify(graph).unwrap();
+    let model = read(&write_onnx(&verified, Flavour::Portable, &layout).unwrap()).unwrap();
+    let names: Vec<&str> = model.graph.nodes().iter().map(|node| node.name.as_str()).collect();
+    assert_eq!(names, ["y", "z"]);
+    assert_eq!(model.weights.keys().collect::<Vec<_>>(), ["folded"]);
+    let outputs = model.graph.outputs();
+    assert_eq!(outputs[0].1, outputs[1].1);
+    assert_eq!(outputs[2].1, model.graph.inputs()[0].1);
+    let nowhere = WeightLayout { entries: Default::default(), ..layout.clone() };
+    let missing = write_onnx(&verified, Flavour::Portable, &nowhere).unwrap_err();
+    let message =
+        "build-time values without a place in the weight file: result of \"folded\" (f32[2])";
+    assert_eq!(missing.to_string(), message);
+    for location in ["", "../w", "/w", "a//b", "a/..", "C:w", "a\\b", "./w"] {
+        let outside = WeightLayout { location: location.into(), ..layout.clone() };
+        let refused = write_onnx(&verified, Flavour::Portable, &outside);
+        assert_eq!(refused, Err(OnnxError::Location(location.into())));
+    }
+}
+
+/// Replaces `from` by as many bytes of `to`, so that the message stays whole.
+fn forged(bytes: &[u8], from: &str, to: &str) -> Result<ReadModel, OnnxError> {
+    assert_eq!(from.len(), to.len());
+    let mut forged = bytes.to_vec();
+    let mut start = 0;
+    let mut n = 0;
+    while let Some(at) = forged[start..].windows(from.len()).position(|w| w == from.as_bytes()) {
+        forged[start + at..start + at + from.len()].copy_from_slice(to.as_bytes());
+        start += at + from.len();
+        n += 1;
+    }
+    assert!(n > 0, "{from} does not occur");
+    read(&forged)
+}
+
+#[test]
+fn altered_files_are_errors() {
+    let bytes = write(&build("all", &all_cases()), Flavour::Portable, Functions::Keep);
+    let message = |from, to| forged(&bytes, from, to).unwrap_err().to_string();
+    assert!(message("Sigmoid", "Softmax").contains("attributes"));
+    assert!(message("weights.bin", "../ghts.bin").contains("`../ghts.bin`"));
+    assert!(message("portable", "portables".get(1..).unwrap()).contains("flavour"));
+    assert!(message("com.microsoft", "com.macrosoft").contains("domain `com.macrosoft`"));
+    let unknown = message("Tanh", "Tonh");
+    assert!(unknown.contains("unknown operator `Tonh`"), "{unknown}");
+    let swapped = message("product", "prodact");
+    assert!(swapped.contains("written by another version or altered"), "{swapped}");
+    assert!(message("text_len", "text-len").contains("text-len"));
+}
+
+/// Cut and flipped files give errors or graphs, never panics.
+#[test]
+fn forged_bytes_never_panic() {
+    let (graph, layout) = odd_graph();
+    let small = write_onnx(&verify(graph).unwrap(), Flavour::Portable, &layout).unwrap();
+    for len in 0..small.len() {
+        assert!(read(&small[..len]).is_err(), "{len}");
+    }
+    let large = write(&build("all", &all_cases()), Flavour::Portable, Functions::Keep);
+    let mut state = 1u64;
+    let mut random = |n: usize| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        usize::try_from(state >> 33).unwrap() % n
+    };
+    let mut n_same = 0;
+    for round in 0..3000 {
+        let file = if round % 10 == 0 { &large } else { &small };
+        let mut bytes = file.clone();
+        let at = random(bytes.len());
+        bytes[at] = u8::try_from(random(256)).unwrap();
+        n_same += usize::from(read(&bytes).is_ok());
+    }
+    assert!(n_same < 600, "{n_same} of 3000 changes went unnoticed");
 }
