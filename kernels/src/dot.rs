@@ -11,7 +11,7 @@ use crate::{
 
 /// Columns summed in registers before they are added to the output: 4 KiB of each row, so that a register tile's rows
 /// stay in the first-level cache.
-const K_BLOCK: usize = 1024;
+pub(crate) const K_BLOCK: usize = 1024;
 
 /// Rows of `w` in one register tile.
 pub(crate) const W_ROWS: usize = 4;
@@ -108,10 +108,13 @@ fn tile_sums<S: Simd, const M: usize>(
 ) -> [[f32; W_ROWS]; M] {
     let (n_lanes, n_rest) = (x[0].len() / S::LANES, x[0].len() % S::LANES);
     let mut sums = [[s.splat(0.0); W_ROWS]; M];
-    let x_split = x.map(|row| s.split(row));
-    let w_split = w.map(|row| s.split(row));
-    let x_lanes = x_split.map(|(lanes, _)| &lanes[..n_lanes]);
-    let w_lanes = w_split.map(|(lanes, _)| &lanes[..n_lanes]);
+    let (mut x_lanes, mut w_lanes) = ([s.split(x[0]).0; M], [s.split(w[0]).0; W_ROWS]);
+    for i in 0..M {
+        x_lanes[i] = &s.split(x[i]).0[..n_lanes];
+    }
+    for j in 0..W_ROWS {
+        w_lanes[j] = &s.split(w[j]).0[..n_lanes];
+    }
     for p in 0..n_lanes {
         let mut wv = [s.splat(0.0); W_ROWS];
         for j in 0..W_ROWS {
@@ -126,9 +129,9 @@ fn tile_sums<S: Simd, const M: usize>(
     }
     if n_rest > 0 {
         for i in 0..M {
-            let xv = s.load_partial(x_split[i].1);
+            let xv = s.load_partial(s.split(x[i]).1);
             for j in 0..W_ROWS {
-                sums[i][j] = s.mul_add(xv, s.load_partial(w_split[j].1), sums[i][j]);
+                sums[i][j] = s.mul_add(xv, s.load_partial(s.split(w[j]).1), sums[i][j]);
             }
         }
     }

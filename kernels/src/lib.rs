@@ -36,7 +36,9 @@ mod dot;
 mod kv_cache;
 mod math;
 mod matrix;
+mod packed;
 mod rotary;
+mod scratch;
 
 #[expect(
     unsafe_code,
@@ -61,12 +63,14 @@ pub use matrix::Matrix;
 pub use self_attention::{Position, SelfAttention};
 
 use arch::{Pool, Token};
+use scratch::Scratch;
 
 /// The kernels: an instruction set and a thread pool. Made once, shared by reference.
 pub struct Kernels {
     isa: Isa,
     token: Token,
     pool: Pool,
+    scratch: Scratch,
 }
 
 impl std::fmt::Debug for Kernels {
@@ -96,7 +100,7 @@ impl Kernels {
         let token = Token::new(isa)
             .ok_or_else(|| KernelError::UnsupportedIsa { isa, best: Isa::best() })?;
         let pool = Pool::new(n_threads.unwrap_or_else(probe::n_physical_cores).get())?;
-        Ok(Kernels { isa, token, pool })
+        Ok(Kernels { isa, token, pool, scratch: Scratch::default() })
     }
 
     /// The instruction set in use.

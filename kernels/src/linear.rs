@@ -6,6 +6,8 @@ use crate::{
     arch::{MatrixMut, Simd, Task},
     dot, math,
     matrix::Matrix,
+    packed::{self, PackedX},
+    scratch::Scratch,
 };
 
 /// Most rows of the weight in one task: with a block of columns they fill half of a small second-level cache.
@@ -37,15 +39,17 @@ impl Kernels {
             "linear: residual"
         );
         let tile_cols = self.linear_tile_cols(n);
-        self.pool.run_tiles(out, row_starts(m), tile_cols, &|_, col, tile| {
-            let cols = col..col + tile.cols();
-            self.token.run(Linear {
-                x,
-                weight: weight.row_range(cols.clone()),
-                bias: bias.map(|bias| &bias[cols.clone()]),
-                activation,
-                residual: residual.map(|residual| residual.columns(cols)),
-                tile,
+        self.with_rows(x, |x| {
+            self.pool.run_tiles(out, row_starts(m), tile_cols, &|_, col, tile| {
+                let cols = col..col + tile.cols();
+                self.token.run(Linear {
+                    x,
+                    weight: weight.row_range(cols.clone()),
+                    bias: bias.map(|bias| &bias[cols.clone()]),
+                    activation,
+                    residual: residual.map(|residual| residual.columns(cols)),
+                    tile,
+                });
             });
         });
     }
@@ -69,14 +73,26 @@ impl Kernels {
         assert_eq!(weight.rows(), 2 * n, "gated linear: rows of weight and columns of out");
         assert!(bias.is_none_or(|bias| bias.len() == 2 * n), "gated linear: length of bias");
         let tile_cols = self.linear_tile_cols(n);
-        self.pool.run_tiles(out, row_starts(m), tile_cols, &|_, col, tile| {
-            let cols = tile.cols();
-            let half = |start: usize| Half {
-                weight: weight.row_range(start..start + cols),
-                bias: bias.map(|bias| &bias[start..start + cols]),
-            };
-            self.token.run(GatedLinear { x, gate: half(col), up: half(n + col), activation, tile });
+        self.with_rows(x, |x| {
+            self.pool.run_tiles(out, row_starts(m), tile_cols, &|_, col, tile| {
+                let cols = tile.cols();
+                let half = |start: usize| Half {
+                    weight: weight.row_range(start..start + cols),
+                    bias: bias.map(|bias| &bias[start..start + cols]),
+                };
+                self.token.run(GatedLinear {
+                    x,
+                    gate: half(col),
+                    up: half(n + col),
+                    activation,
+                    tile,
+                });
+            });
         });
+    }
+
+    fn with_rows(&self, x: Matrix<'_>, body: impl FnOnce(Rows<'_>)) {
+        self.with_packed_x(x, |packed| body(Rows { x, packed, scratch: &self.scratch }));
     }
 
     /// Columns of `out` in one task: a few tasks for each thread, whole register tiles.
@@ -91,8 +107,37 @@ fn row_starts(m: usize) -> &'static [usize] {
     if m == 0 { &[] } else { &[0] }
 }
 
-struct Linear<'a> {
+/// The rows that meet the weight, `[m, k]`: packed if there are many.
+#[derive(Clone, Copy)]
+struct Rows<'a> {
     x: Matrix<'a>,
+    packed: Option<PackedX<'a>>,
+    scratch: &'a Scratch,
+}
+
+impl Rows<'_> {
+    /// `out = x weightᵀ`
+    #[inline(always)]
+    fn multiply<S: Simd>(&self, s: S, weight: Matrix<'_>, out: &mut MatrixMut<'_>) {
+        let Some(packed) = self.packed else {
+            return dot::multiply(s, self.x, weight, out);
+        };
+        struct Multiply<'a, 'b>(PackedX<'a>, Matrix<'a>, &'a mut [f32], &'a mut MatrixMut<'b>);
+        impl Task for Multiply<'_, '_> {
+            type Output = ();
+
+            #[inline(always)]
+            fn run<S: Simd>(self, s: S) {
+                packed::multiply(s, self.0, self.1, self.2, self.3);
+            }
+        }
+        let len = packed::w_scratch_len(weight.rows());
+        self.scratch.with(len, |scratch| s.run(Multiply(packed, weight, scratch, out)));
+    }
+}
+
+struct Linear<'a> {
+    x: Rows<'a>,
     weight: Matrix<'a>,
     bias: Option<&'a [f32]>,
     activation: Option<Activation>,
@@ -105,7 +150,7 @@ impl Task for Linear<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {
-        dot::multiply(simd, self.x, self.weight, &mut self.tile);
+        self.x.multiply(simd, self.weight, &mut self.tile);
         for i in 0..self.tile.rows() {
             let row = self.tile.row_mut(i);
             if let Some(bias) = self.bias {
@@ -128,7 +173,7 @@ struct Half<'a> {
 }
 
 struct GatedLinear<'a> {
-    x: Matrix<'a>,
+    x: Rows<'a>,
     gate: Half<'a>,
     up: Half<'a>,
     activation: Activation,
@@ -143,8 +188,8 @@ impl Task for GatedLinear<'_> {
         let (rows, cols) = (self.tile.rows(), self.tile.cols());
         let mut up_data = vec![0.0; rows * cols];
         let mut up = MatrixMut::new(&mut up_data, rows, cols);
-        dot::multiply(simd, self.x, self.gate.weight, &mut self.tile);
-        dot::multiply(simd, self.x, self.up.weight, &mut up);
+        self.x.multiply(simd, self.gate.weight, &mut self.tile);
+        self.x.multiply(simd, self.up.weight, &mut up);
         for i in 0..rows {
             let (gate, up) = (self.tile.row_mut(i), up.row_mut(i));
             if let (Some(gate_bias), Some(up_bias)) = (self.gate.bias, self.up.bias) {
