@@ -153,7 +153,7 @@ pub enum OnnxError {
         name: String,
     },
     /// A target shape cannot be expressed.
-    #[error("node \"{node}\": dimension `{dim}` is neither the operand's nor an input's")]
+    #[error("node \"{node}\": dimension `{dim}` is of no value before it")]
     Dim {
         /// The node.
         node: String,

@@ -2,7 +2,7 @@
 //!
 //! A symbolic dimension is written as 0 (`Reshape`: the operand's size of the same axis), as 1
 //! (`Expand`: the operand's size), as −1 (`Reshape`: whatever is left), or is read from the
-//! shape of an input. −1 stands beside sizes that may be 0 at run time (`past_len`) only if
+//! shape of an input, or of a value computed before. −1 stands beside sizes that may be 0 at run time (`past_len`) only if
 //! there is no other way: readers reject −1 where the other sizes multiply to 0. (ONNX Runtime's
 //! reshape fusion puts −1 for a single size that is read from a shape, so graphs should not
 //! reshape values that may be empty to more than one symbolic dimension.)
@@ -25,7 +25,7 @@ pub(super) enum Piece {
 }
 
 /// The pieces of a target shape, or the first dimension that cannot be written. `sources[0]` is
-/// the operand's fact, the others are facts of graph inputs.
+/// the operand's fact, the others are facts of graph inputs and of values computed before.
 pub(super) fn pieces(op: &Op, target: &[Dim], sources: &[&Fact]) -> Result<Vec<Piece>, Dim> {
     let operand = sources.first().copied();
     let is_expand = matches!(op, Op::Expand(_));
@@ -66,7 +66,7 @@ pub(super) fn pieces(op: &Op, target: &[Dim], sources: &[&Fact]) -> Result<Vec<P
     Ok(pieces)
 }
 
-/// The axis of a source that is exactly `dim`; graph inputs come before the operand.
+/// The axis of a source that is exactly `dim`; the operand comes last.
 fn find(dim: &Dim, sources: &[&Fact]) -> Option<Piece> {
     let order = (1..sources.len()).chain([0]);
     order.into_iter().find_map(|source| {

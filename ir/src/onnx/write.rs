@@ -219,9 +219,17 @@ impl Writer<'_> {
 
     fn target(&mut self, node: &Node, name: String, target: &[Dim]) -> Result<String, OnnxError> {
         let inputs = self.graph.inputs().iter().map(|(_, id)| *id);
-        let ids: Vec<ValueId> = node.inputs.iter().take(1).copied().chain(inputs).collect();
-        let facts: Vec<&Fact> = ids.iter().map(|id| self.graph.fact(*id)).collect();
-        let pieces = pieces(&node.op, target, &facts)
+        let mut ids: Vec<ValueId> = node.inputs.iter().take(1).copied().chain(inputs).collect();
+        let resolve = |ids: &[ValueId]| {
+            let facts: Vec<&Fact> = ids.iter().map(|id| self.graph.fact(*id)).collect();
+            pieces(&node.op, target, &facts)
+        };
+        let pieces = resolve(&ids).or_else(|_| {
+            let before = self.graph.nodes().iter().take_while(|other| other.name != node.name);
+            ids.extend(before.flat_map(|other| &other.outputs));
+            resolve(&ids)
+        });
+        let pieces = pieces
             .map_err(|dim| OnnxError::Dim { node: node.name.clone(), dim: dim.to_string() })?;
         let mut parts = Vec::new();
         let mut numbers = Vec::new();

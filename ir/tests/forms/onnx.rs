@@ -130,6 +130,27 @@ fn inlined_files_read_back_inlined() {
     }
 }
 
+/// A product of symbols that no input has, only a value computed before.
+#[test]
+fn target_shapes_use_values_computed_before() {
+    use flamingo_ir::op::{ExpandBatch, Reshape};
+    use flamingo_ir::{Dim, Fact};
+    let [n, f] = ["n", "f"].map(Dim::symbol);
+    let mut graph = Graph::new("products");
+    let x = graph.input("x", Fact::f32([n.clone(), f.clone(), Dim::from(2)]));
+    let class = graph.input("class", Fact::f32([1, 2]));
+    let shape = vec![n * f, Dim::from(1), Dim::from(2)];
+    let rows = graph.add("rows", Reshape { shape }, &[x]).unwrap();
+    let y = graph.add("y", ExpandBatch, &[class, rows]).unwrap();
+    graph.output("y", y);
+    let verified = verify(graph).unwrap();
+    for functions in [Functions::Keep, Functions::Inline] {
+        let options = WriteOptions { flavour: Flavour::Portable, functions };
+        let bytes = write_onnx(&verified, options, &WeightLayout::default()).unwrap();
+        assert_eq!(read(&bytes).unwrap().graph.outputs()[0].0, "y");
+    }
+}
+
 /// Constants, folded values and inputs as outputs, and one value under two names.
 fn odd_graph() -> (Graph, WeightLayout) {
     use flamingo_ir::op::{Add, Tanh};
