@@ -17,17 +17,31 @@ pub(crate) const K_BLOCK: usize = 1024;
 pub(crate) const W_ROWS: usize = 4;
 
 /// `out = x wᵀ`; x `[m, k]`, w `[n, k]`, out `[m, n]`.
+///
+/// Few rows of x: the rows of w are read once, end to end, from main memory. More: a tile of x rows stays in the
+/// first-level cache while a block of w comes from the second.
 #[inline(always)]
 pub(crate) fn multiply<S: Simd>(s: S, x: Matrix<'_>, w: Matrix<'_>, out: &mut MatrixMut<'_>) {
-    if x.cols() == 0 {
-        (0..out.rows()).for_each(|i| out.row_mut(i).fill(0.0));
-        return;
+    let (m, n, k) = (x.rows(), w.rows(), x.cols());
+    if k == 0 {
+        return (0..m).for_each(|i| out.row_mut(i).fill(0.0));
     }
-    for start in (0..x.cols()).step_by(K_BLOCK) {
-        let end = (start + K_BLOCK).min(x.cols());
-        let block =
-            Block { x: x.columns(start..end), w: w.columns(start..end), is_first: start == 0 };
-        block.add_to(s, out);
+    if m <= 2 * S::X_ROWS {
+        for j in (0..n).step_by(W_ROWS) {
+            for start in (0..k).step_by(K_BLOCK) {
+                for i in (0..m).step_by(S::X_ROWS) {
+                    Block::new(x, w, start).add_tile(s, i, j, out);
+                }
+            }
+        }
+    } else {
+        for start in (0..k).step_by(K_BLOCK) {
+            for i in (0..m).step_by(S::X_ROWS) {
+                for j in (0..n).step_by(W_ROWS) {
+                    Block::new(x, w, start).add_tile(s, i, j, out);
+                }
+            }
+        }
     }
 }
 
@@ -38,25 +52,11 @@ struct Block<'a> {
     is_first: bool,
 }
 
-impl Block<'_> {
-    /// Few rows of x: each row of w is read once, in the outer loop, from main memory. Many: a tile of x rows stays in
-    /// the first-level cache while the rows of w come from the second.
+impl<'a> Block<'a> {
     #[inline(always)]
-    fn add_to<S: Simd>(&self, s: S, out: &mut MatrixMut<'_>) {
-        let (m, n) = (self.x.rows(), self.w.rows());
-        if m <= 2 * S::X_ROWS {
-            for j in (0..n).step_by(W_ROWS) {
-                for i in (0..m).step_by(S::X_ROWS) {
-                    self.add_tile(s, i, j, out);
-                }
-            }
-        } else {
-            for i in (0..m).step_by(S::X_ROWS) {
-                for j in (0..n).step_by(W_ROWS) {
-                    self.add_tile(s, i, j, out);
-                }
-            }
-        }
+    fn new(x: Matrix<'a>, w: Matrix<'a>, start: usize) -> Self {
+        let end = (start + K_BLOCK).min(x.cols());
+        Block { x: x.columns(start..end), w: w.columns(start..end), is_first: start == 0 }
     }
 
     #[inline(always)]
