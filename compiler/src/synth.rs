@@ -212,6 +212,9 @@ impl Staging {
 
 #[cfg(test)]
 mod tests {
+    use flamingo_models::Source;
+    use flamingo_models::checkpoint::Checkpoint;
+
     use super::*;
 
     fn tiny() -> impl Iterator<Item = &'static str> {
@@ -297,6 +300,59 @@ mod tests {
             assert_eq!(entry.size(), 4 * spec.n_values() as u64, "{}", spec.name);
         }
         assert_eq!(archive.len(), model.checkpoint().specs().len() + 3);
+    }
+
+    #[test]
+    fn checkpoint_reader_finds_every_tensor_with_its_shape() {
+        let dir = tempfile::tempdir().unwrap();
+        for preset in tiny() {
+            let folder = dir.path().join(preset);
+            make(preset, &folder, 1);
+            let (model, _) = preset::find(preset).unwrap();
+            let files: Vec<(PathBuf, TensorList)> = match &model {
+                Model::Idefics(model) => vec![(folder.clone(), model.tensors())],
+                Model::OpenFlamingo(model) => vec![
+                    (folder.join("checkpoint.pt"), model.checkpoint()),
+                    (folder.join("clip_visual.pt"), model.vision.tensors()),
+                    (folder.join("lang_encoder"), model.language.tensors()),
+                ],
+            };
+            for (path, expected) in files {
+                let found = Checkpoint::open(&path)
+                    .unwrap_or_else(|error| panic!("{preset}, {}: {error}", path.display()));
+                let shapes: Vec<(String, Vec<usize>)> =
+                    found.infos().map(|info| (info.name.clone(), info.shape.clone())).collect();
+                let expected: Vec<(String, Vec<usize>)> = expected
+                    .sorted()
+                    .specs()
+                    .iter()
+                    .map(|spec| (spec.name.clone(), spec.shape.clone()))
+                    .collect();
+                assert_eq!(shapes, expected, "{preset}, {}", path.display());
+            }
+        }
+    }
+
+    #[test]
+    fn importer_takes_every_tiny_preset_and_uses_every_weight() {
+        let dir = tempfile::tempdir().unwrap();
+        for preset in tiny() {
+            let folder = dir.path().join(preset);
+            make(preset, &folder, 1);
+            let graphs = Source::open(&folder).and_then(|source| source.graphs());
+            assert!(graphs.is_ok(), "{preset}: {}", graphs.err().unwrap());
+        }
+    }
+
+    #[test]
+    fn tied_head_has_the_values_of_the_embedding() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("m");
+        make("tiny-openflamingo-opt", &folder, 1);
+        let checkpoint = Checkpoint::open(&folder.join("checkpoint.pt")).unwrap();
+        let bytes = |name: &str| checkpoint.bytes(&format!("lang_encoder.{name}")).unwrap();
+        assert_eq!(bytes("lm_head.weight"), bytes("model.decoder.embed_tokens.weight"));
+        assert_ne!(bytes("lm_head.weight"), bytes("model.decoder.embed_positions.weight"));
     }
 
     #[test]
