@@ -1,0 +1,292 @@
+//! What a backend is: it encodes media once, and advances sequences of text over them.
+//!
+//! A session (prompt, caches, sampling) talks to [`Backend`] and [`Sequence`] only; which engine
+//! executes the graphs is decided when an artifact is opened.
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+use flamingo_kernels::KernelError;
+
+/// What is known of one medium (a picture, or the frames of a video) after it was encoded: its
+/// visual tokens, and the keys and values of every gated block. Shared between sequences.
+#[derive(Clone, Debug, PartialEq, Default)]
+pub struct Media {
+    /// Output of the resampler, `[n_latents, dim]`, f32.
+    pub visual_tokens: Vec<f32>,
+    /// Keys of each gated block, `[n_latents, inner]`, f32; empty for a block that has none.
+    pub k: Vec<Vec<f32>>,
+    /// Values of each gated block, `[n_latents, inner]`, f32; empty for a block that has none.
+    pub v: Vec<Vec<f32>>,
+    /// Latents of a medium.
+    pub n_latents: usize,
+}
+
+impl Media {
+    /// Memory that the numbers take, in bytes.
+    pub fn bytes(&self) -> usize {
+        let blocks: usize = self.k.iter().chain(&self.v).map(Vec::len).sum();
+        (self.visual_tokens.len() + blocks) * size_of::<f32>()
+    }
+}
+
+/// New tokens of one sequence: a whole prompt, a part of it, or one token.
+#[derive(Clone, Copy, Debug)]
+pub struct Step<'a> {
+    /// The new tokens, at least one.
+    pub input_ids: &'a [u32],
+    /// For each new token the medium it sees: 0 none, t the t-th of `media`.
+    pub media_time: &'a [u32],
+    /// All media of the sequence so far, in the order of the text.
+    pub media: &'a [Arc<Media>],
+    /// Which of the new tokens' logits are wanted, as indices into `input_ids`.
+    pub logit_rows: &'a [usize],
+}
+
+/// An engine that executes the two graphs of an artifact.
+pub trait Backend: Send + Sync {
+    /// Name on the command line: `native`, `ort`, `tract`.
+    fn name(&self) -> &'static str;
+
+    /// Encodes media: pixel values `[n_media, n_frames, 3, size, size]`, f32, normalised.
+    ///
+    /// # Errors
+    /// If the sizes disagree with each other or with the model.
+    fn encode(
+        &self,
+        pixel_values: &[f32],
+        n_media: usize,
+        n_frames: usize,
+    ) -> Result<Vec<Media>, BackendError>;
+
+    /// An empty sequence that can grow to `max_context` tokens.
+    ///
+    /// # Errors
+    /// If the memory for its keys and values cannot be had.
+    fn new_sequence(&self, max_context: usize) -> Result<Box<dyn Sequence>, BackendError>;
+}
+
+/// The keys and values of one sequence's tokens.
+pub trait Sequence: Send {
+    /// Tokens so far.
+    fn len(&self) -> usize;
+
+    /// Whether no token was given yet.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Tokens it can hold.
+    fn max_context(&self) -> usize;
+
+    /// Appends tokens and returns logits `[n_logit_rows, vocab]`, f32. After an error the
+    /// sequence is as before.
+    ///
+    /// # Errors
+    /// If the step does not fit the model, its media or the room left.
+    fn advance(&mut self, step: &Step<'_>) -> Result<Vec<f32>, BackendError>;
+
+    /// Forgets the tokens from `len` on; nothing if there are fewer.
+    fn truncate(&mut self, len: usize);
+}
+
+/// Where weights lie: a memory map, so that no backend needs a copy.
+pub trait WeightBytes: Send + Sync {
+    /// The f32 tensor `name`, row-major; `None` if there is none of that name and type. The
+    /// answer never changes.
+    fn f32(&self, name: &str) -> Option<&[f32]>;
+}
+
+/// Weights in ordinary memory, for small models and tests.
+impl WeightBytes for BTreeMap<String, Vec<f32>> {
+    fn f32(&self, name: &str) -> Option<&[f32]> {
+        self.get(name).map(Vec::as_slice)
+    }
+}
+
+/// A node that a backend has no kernel for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct UnsupportedNode {
+    /// The node's name.
+    pub node: String,
+    /// The op's name.
+    pub op: &'static str,
+    /// What about it is not supported.
+    pub reason: String,
+}
+
+impl fmt::Display for UnsupportedNode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "node \"{}\" ({}): {}", self.node, self.op, self.reason)
+    }
+}
+
+/// Why a backend cannot load or run a model.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BackendError {
+    /// Nodes without a kernel, all of them.
+    #[error(
+        "graph \"{graph}\": {} nodes cannot be executed:\n  {}\n\n\
+         hint: compile with the standard passes, or run with `--backend ort`",
+        nodes.len(), lines(nodes)
+    )]
+    Unsupported {
+        /// The graph.
+        graph: String,
+        /// Every node concerned.
+        nodes: Vec<UnsupportedNode>,
+    },
+    /// The graph is not one of an artifact of this version; all differences.
+    #[error(
+        "graph \"{graph}\": {}\n\nhint: compile the artifact again with this version",
+        lines(problems)
+    )]
+    Graph {
+        /// The graph.
+        graph: String,
+        /// Each difference: place, expected, found.
+        problems: Vec<String>,
+    },
+    /// Weights are missing or of another size; all of them.
+    #[error(
+        "graph \"{graph}\": weights do not fit:\n  {}\n\n\
+         hint: the weights file belongs to another graph; compile the artifact again",
+        lines(weights)
+    )]
+    Weights {
+        /// The graph.
+        graph: String,
+        /// Every weight concerned.
+        weights: Vec<WeightMismatch>,
+    },
+    /// A value given by the caller does not fit.
+    #[error("{place}: expected {expected}, found {found}\n\nhint: {hint}")]
+    Input {
+        /// Which input, and where in it.
+        place: String,
+        /// What would fit.
+        expected: String,
+        /// What came.
+        found: String,
+        /// What to do.
+        hint: &'static str,
+    },
+    /// Memory that cannot be had.
+    #[error("{what}: expected {bytes} bytes of memory, found less\n\nhint: {hint}")]
+    Memory {
+        /// What it is for.
+        what: String,
+        /// How much; `usize::MAX` where the number itself overflows.
+        bytes: usize,
+        /// What to do.
+        hint: &'static str,
+    },
+    /// The kernels cannot be used.
+    #[error(transparent)]
+    Kernels(#[from] KernelError),
+    /// An engine other than ours cannot be had, or cannot load or run a graph.
+    #[error("{engine}: {place}: {reason}\n\nhint: {hint}")]
+    Engine {
+        /// Name of the backend.
+        engine: &'static str,
+        /// The library, file or graph.
+        place: String,
+        /// What the engine says; for a library what was looked for and found.
+        reason: String,
+        /// What to do.
+        hint: &'static str,
+    },
+}
+
+/// A weight that is missing or of another size.
+#[derive(Clone, Debug, PartialEq)]
+pub struct WeightMismatch {
+    /// Name of the tensor.
+    pub name: String,
+    /// Elements that the graph declares.
+    pub expected: usize,
+    /// Elements that the file has; `None` if it has no f32 tensor of that name.
+    pub found: Option<usize>,
+}
+
+impl fmt::Display for WeightMismatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "weight `{}`: expected {} f32 elements, found ", self.name, self.expected)?;
+        match self.found {
+            Some(found) => write!(f, "{found}"),
+            None => f.write_str("none"),
+        }
+    }
+}
+
+fn lines<T: fmt::Display>(items: &[T]) -> String {
+    items.iter().map(T::to_string).collect::<Vec<_>>().join("\n  ")
+}
+
+/// Mixing weights `[n_frames, n_max]` of learnt temporal embeddings: frame i takes row i; more
+/// frames than rows are spread evenly from the first row to the last, linearly interpolated
+/// (Flamingo paper, appendix on video: 8 embeddings for 30 frames).
+pub fn frame_weights(n_frames: usize, n_max: usize) -> Vec<f32> {
+    let mut weights = vec![0.0; n_frames.saturating_mul(n_max)];
+    for (frame, row) in weights.chunks_exact_mut(n_max.max(1)).enumerate() {
+        if n_frames <= n_max {
+            row[frame] = 1.0;
+            continue;
+        }
+        let time = frame * (n_max - 1);
+        let (below, rest) = (time / (n_frames - 1), time % (n_frames - 1));
+        let share = rest as f32 / (n_frames - 1) as f32;
+        row[below] = 1.0 - share;
+        if rest > 0 {
+            row[below + 1] = share;
+        }
+    }
+    weights
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_beyond_the_table_are_interpolated() {
+        assert_eq!(frame_weights(2, 3), [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]);
+        assert_eq!(frame_weights(3, 2), [1.0, 0.0, 0.5, 0.5, 0.0, 1.0]);
+        assert_eq!(frame_weights(3, 1), [1.0; 3]);
+        assert!(frame_weights(3, 0).is_empty());
+        assert!(frame_weights(0, 3).is_empty());
+        for row in frame_weights(30, 8).chunks(8) {
+            assert!((row.iter().sum::<f32>() - 1.0).abs() < 1e-6);
+        }
+    }
+
+    #[test]
+    fn errors_list_everything_and_end_with_a_hint() {
+        let node = |node: &str| UnsupportedNode {
+            node: node.into(),
+            op: "Erf",
+            reason: "no kernel; use `Activate`".into(),
+        };
+        let error =
+            BackendError::Unsupported { graph: "media".into(), nodes: vec![node("a"), node("b")] };
+        let text = error.to_string();
+        assert!(text.contains("node \"a\" (Erf)") && text.contains("node \"b\" (Erf)"), "{text}");
+        assert!(text.contains("\n\nhint: "), "{text}");
+        let missing = WeightMismatch { name: "w".into(), expected: 4, found: None };
+        assert_eq!(missing.to_string(), "weight `w`: expected 4 f32 elements, found none");
+    }
+
+    #[test]
+    fn media_know_their_size() {
+        let media = Media {
+            visual_tokens: vec![0.0; 6],
+            k: vec![vec![0.0; 4]],
+            v: vec![vec![0.0; 4]],
+            n_latents: 2,
+        };
+        assert_eq!(media.bytes(), 14 * 4);
+    }
+}

@@ -1,0 +1,202 @@
+//! The native backend: the two graphs of an artifact on our own CPU kernels.
+//!
+//! At load each graph becomes a static plan: instructions over weights in the memory map, inputs,
+//! and buffers that share memory. Keys and values of text live in caches that attention writes in
+//! place; keys and values of media are read where the encoder left them. A prompt and a single
+//! token take the same path.
+#![forbid(unsafe_code)]
+
+mod execute;
+mod lower;
+mod plan;
+mod size;
+mod stage;
+#[cfg(test)]
+mod tests;
+
+use std::num::NonZeroUsize;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use flamingo_ir::{Bindings, Graph};
+use flamingo_kernels::{Kernels, KvCache};
+
+use crate::backend::{Backend, BackendError, Media, Sequence, Step, WeightBytes, frame_weights};
+use crate::contract::{Contract, check_step, full, indices};
+
+pub use stage::{Buffers, Call, NativeStage, StageMemory};
+
+/// Runs the media and decoder graphs of an artifact on the CPU, in f32.
+#[derive(Clone, Debug)]
+pub struct NativeBackend {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    media: NativeStage,
+    decoder: NativeStage,
+    contract: Contract,
+    /// Rows of the decoder's buffers are shared by all sequences that do not run at the same time.
+    decoder_buffers: Mutex<Vec<Buffers>>,
+}
+
+impl NativeBackend {
+    /// Plans the two graphs. `n_threads` defaults to one for each physical core.
+    ///
+    /// # Errors
+    /// Lists every node without a kernel, every difference between graphs and contract, or every
+    /// weight that does not fit.
+    pub fn new(
+        media: &Graph,
+        decoder: &Graph,
+        weights: Arc<dyn WeightBytes>,
+        n_threads: Option<NonZeroUsize>,
+    ) -> Result<NativeBackend, BackendError> {
+        let kernels = Arc::new(Kernels::new(n_threads)?);
+        NativeBackend::with_kernels(media, decoder, weights, kernels)
+    }
+
+    /// As [`NativeBackend::new`], on kernels that are there already.
+    ///
+    /// # Errors
+    /// As [`NativeBackend::new`].
+    pub fn with_kernels(
+        media: &Graph,
+        decoder: &Graph,
+        weights: Arc<dyn WeightBytes>,
+        kernels: Arc<Kernels>,
+    ) -> Result<NativeBackend, BackendError> {
+        let contract = Contract::new(media, decoder)?;
+        let shared = Shared {
+            media: NativeStage::new(media, Arc::clone(&weights), Arc::clone(&kernels))?,
+            decoder: NativeStage::new(decoder, weights, kernels)?,
+            contract,
+            decoder_buffers: Mutex::new(Vec::new()),
+        };
+        Ok(NativeBackend { shared: Arc::new(shared) })
+    }
+
+    /// The stage that encodes media.
+    pub fn media_stage(&self) -> &NativeStage {
+        &self.shared.media
+    }
+
+    /// The stage that advances text.
+    pub fn decoder_stage(&self) -> &NativeStage {
+        &self.shared.decoder
+    }
+}
+
+impl Backend for NativeBackend {
+    fn name(&self) -> &'static str {
+        "native"
+    }
+
+    /// One medium at a time: a row's numbers do not depend on its neighbours, and the buffers of
+    /// one medium are enough.
+    fn encode(
+        &self,
+        pixel_values: &[f32],
+        n_media: usize,
+        n_frames: usize,
+    ) -> Result<Vec<Media>, BackendError> {
+        let medium_elements =
+            self.shared.contract.pictures.check(pixel_values.len(), n_media, n_frames)?;
+        let n_max = self.shared.contract.pictures.n_max_frames.unwrap_or(0);
+        let weights = frame_weights(n_frames, n_max);
+        let bindings = bindings([("n_media", 1), ("n_frames", n_frames)]);
+        let mut buffers = Buffers::default();
+        let encode = |pixel_values: &[f32]| {
+            let call = Call {
+                bindings: &bindings,
+                numbers: &[("pixel_values", pixel_values), ("frame_weights", &weights)],
+                indices: &[],
+                media: &[],
+                media_time: &[],
+            };
+            let outputs = self.shared.media.run(&call, &mut [], &mut buffers)?;
+            Ok(self.shared.contract.media_from_outputs(outputs))
+        };
+        pixel_values.chunks_exact(medium_elements).map(encode).collect()
+    }
+
+    fn new_sequence(&self, max_context: usize) -> Result<Box<dyn Sequence>, BackendError> {
+        Ok(Box::new(NativeSequence {
+            caches: self.shared.decoder.new_caches(max_context)?,
+            shared: Arc::clone(&self.shared),
+            max_context,
+            len: 0,
+        }))
+    }
+}
+
+impl Shared {
+    fn take_buffers(&self) -> Buffers {
+        let mut free = self.decoder_buffers.lock().unwrap_or_else(PoisonError::into_inner);
+        free.pop().unwrap_or_default()
+    }
+
+    fn return_buffers(&self, buffers: Buffers) {
+        let mut free = self.decoder_buffers.lock().unwrap_or_else(PoisonError::into_inner);
+        free.push(buffers);
+    }
+}
+
+/// Keys and values of one sequence, in caches of fixed capacity.
+#[derive(Debug)]
+struct NativeSequence {
+    shared: Arc<Shared>,
+    caches: Vec<KvCache>,
+    max_context: usize,
+    len: usize,
+}
+
+impl Sequence for NativeSequence {
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn max_context(&self) -> usize {
+        self.max_context
+    }
+
+    fn advance(&mut self, step: &Step<'_>) -> Result<Vec<f32>, BackendError> {
+        check_step(step, self.len, self.max_context)?;
+        let input_ids: Vec<i64> = step.input_ids.iter().map(|id| i64::from(*id)).collect();
+        let positions: Vec<i64> = indices(self.len..self.len + input_ids.len())
+            .ok_or_else(|| full(step, self.len, self.max_context))?;
+        let logit_rows = indices(step.logit_rows.iter().copied()).unwrap_or_default();
+        let bindings = bindings([
+            ("text_len", input_ids.len()),
+            ("past_len", self.len),
+            ("n_media", step.media.len()),
+            ("n_latents", step.media.first().map_or(0, |media| media.n_latents)),
+            ("n_logits", step.logit_rows.len()),
+        ]);
+        let call = Call {
+            bindings: &bindings,
+            numbers: &[],
+            indices: &[
+                ("input_ids", &input_ids),
+                ("positions", &positions),
+                ("logit_rows", &logit_rows),
+            ],
+            media: step.media,
+            media_time: step.media_time,
+        };
+        let mut buffers = self.shared.take_buffers();
+        let outputs = self.shared.decoder.run(&call, &mut self.caches, &mut buffers);
+        self.shared.return_buffers(buffers);
+        let logits = outputs?.pop().unwrap_or_default();
+        self.len += input_ids.len();
+        Ok(logits)
+    }
+
+    fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
+    }
+}
+
+fn bindings<const N: usize>(sizes: [(&str, usize); N]) -> Bindings {
+    sizes.into_iter().map(|(name, size)| (name.to_owned(), size)).collect()
+}

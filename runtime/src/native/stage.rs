@@ -1,0 +1,387 @@
+//! One graph, planned and checked against its weights: what a native backend runs.
+#![forbid(unsafe_code)]
+
+use std::fmt;
+use std::sync::Arc;
+
+use flamingo_ir::{Bindings, Graph};
+use flamingo_kernels::{Kernels, KvCache};
+
+use super::execute::{Context, Unresolved};
+use super::plan::{CacheShape, Indices, Instruction, MediaInput, Plan, PlanInput, Role, View};
+use super::size::Sizes;
+use crate::backend::{BackendError, Media, WeightBytes, WeightMismatch};
+
+/// A graph as a static plan over mapped weights. Running it allocates nothing but the outputs
+/// once its buffers have grown to the largest call.
+pub struct NativeStage {
+    plan: Plan,
+    weights: Arc<dyn WeightBytes>,
+    kernels: Arc<Kernels>,
+}
+
+/// Buffers of a stage; they grow when a call needs more, and one set serves one call at a time.
+#[derive(Debug, Default)]
+pub struct Buffers {
+    slots: Vec<Vec<f32>>,
+}
+
+/// What one run of a stage reads.
+#[derive(Clone, Copy, Debug)]
+pub struct Call<'a> {
+    /// Values of the symbols `n_media`, `n_frames`, `text_len`, `past_len`, `n_logits`, those that
+    /// occur in the graph.
+    pub bindings: &'a Bindings,
+    /// f32 inputs by name, row-major.
+    pub numbers: &'a [(&'a str, &'a [f32])],
+    /// i64 inputs by name; `positions` and `key_positions` only if the graph gathers by them.
+    pub indices: &'a [(&'a str, &'a [i64])],
+    /// Media of the sequence.
+    pub media: &'a [Arc<Media>],
+    /// For each row the medium it sees, 0 for none; empty for a graph without cross-attention.
+    pub media_time: &'a [u32],
+}
+
+/// Memory of a stage, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StageMemory {
+    /// Weights, in the memory map.
+    pub weight_bytes: usize,
+    /// Literals of the graph, on the heap.
+    pub literal_bytes: usize,
+    /// Buffers of one call at a time.
+    pub buffer_bytes: usize,
+    /// What the buffers would take if none were shared.
+    pub unshared_bytes: usize,
+}
+
+impl fmt::Debug for NativeStage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("NativeStage").field("plan", &self.plan).finish_non_exhaustive()
+    }
+}
+
+impl NativeStage {
+    /// Plans `graph` and checks that `weights` has what it needs.
+    ///
+    /// # Errors
+    /// Lists every node without a kernel, every difference from the contract of stages, or every
+    /// weight that is missing or of another size.
+    pub fn new(
+        graph: &Graph,
+        weights: Arc<dyn WeightBytes>,
+        kernels: Arc<Kernels>,
+    ) -> Result<NativeStage, BackendError> {
+        let plan = Plan::new(graph)?;
+        let mismatch = |(name, expected): &(String, usize)| {
+            let found = weights.f32(name).map(<[f32]>::len);
+            let (name, expected) = (name.clone(), *expected);
+            (found != Some(expected)).then_some(WeightMismatch { name, expected, found })
+        };
+        let mismatches: Vec<WeightMismatch> = plan.weights.iter().filter_map(mismatch).collect();
+        match mismatches.is_empty() {
+            true => Ok(NativeStage { plan, weights, kernels }),
+            false => Err(BackendError::Weights { graph: plan.graph, weights: mismatches }),
+        }
+    }
+
+    /// Names of the outputs of [`NativeStage::run`]: the graph's, without `present_k` and
+    /// `present_v`.
+    pub fn output_names(&self) -> impl Iterator<Item = &str> {
+        self.plan.outputs.iter().map(|(name, _)| name.as_str())
+    }
+
+    /// Number of layers with a cache.
+    pub fn n_layers(&self) -> usize {
+        self.plan.caches.len()
+    }
+
+    /// Memory that a call with these sizes needs.
+    ///
+    /// # Errors
+    /// If a symbol is unbound or a size overflows.
+    pub fn memory(&self, bindings: &Bindings) -> Result<StageMemory, BackendError> {
+        let sizes = self.sizes(bindings)?;
+        let bytes = |n_elements: usize| n_elements.saturating_mul(size_of::<f32>());
+        let sum = |total: usize, n_elements| total.saturating_add(bytes(n_elements));
+        let buffers = self.plan.instructions.iter();
+        let unshared = buffers.map(|i| sizes.get(i.rows).saturating_mul(sizes.get(i.cols)));
+        Ok(StageMemory {
+            weight_bytes: self.plan.weights.iter().map(|(_, n_elements)| *n_elements).fold(0, sum),
+            literal_bytes: self.plan.literals.iter().map(Vec::len).fold(0, sum),
+            buffer_bytes: self.slot_sizes(&sizes).fold(0, sum),
+            unshared_bytes: unshared.fold(0, sum),
+        })
+    }
+
+    /// Empty caches for sequences of up to `capacity` tokens, one a layer.
+    ///
+    /// # Errors
+    /// If that memory cannot be had.
+    pub fn new_caches(&self, capacity: usize) -> Result<Vec<KvCache>, BackendError> {
+        let size = |shape: &CacheShape| {
+            shape.n_kv_heads.checked_mul(shape.head_dim)?.checked_mul(capacity)
+        };
+        let total = self
+            .plan
+            .caches
+            .iter()
+            .try_fold(0usize, |total, shape| size(shape)?.checked_mul(2)?.checked_add(total));
+        let n_elements = total.unwrap_or(usize::MAX);
+        // Asks for all of it once, so that a lack of memory is an error and not an abort.
+        Vec::<f32>::new().try_reserve_exact(n_elements).map_err(|_| BackendError::Memory {
+            what: format!("keys and values of {capacity} tokens"),
+            bytes: n_elements.saturating_mul(size_of::<f32>()),
+            hint: "pass a smaller `--max-context`",
+        })?;
+        let cache = |shape: &CacheShape| KvCache::new(shape.n_kv_heads, shape.head_dim, capacity);
+        Ok(self.plan.caches.iter().map(cache).collect())
+    }
+
+    /// Runs the stage: appends to `caches` at token `past_len` and returns the outputs named by
+    /// [`NativeStage::output_names`], each row-major.
+    ///
+    /// # Errors
+    /// If an input is missing, of another size or out of range, or memory cannot be had; the
+    /// caches then hold nothing new at or before `past_len`.
+    pub fn run(
+        &self,
+        call: &Call<'_>,
+        caches: &mut [KvCache],
+        buffers: &mut Buffers,
+    ) -> Result<Vec<Vec<f32>>, BackendError> {
+        let sizes = self.sizes(call.bindings)?;
+        let (numbers, indices) = self.check_inputs(call, &sizes)?;
+        self.check_caches(call, caches)?;
+        self.grow(&sizes, buffers)?;
+        let weights: Option<Vec<&[f32]>> =
+            self.plan.weights.iter().map(|(name, _)| self.weights.f32(name)).collect();
+        let weights = weights.ok_or_else(|| self.unresolved("a weight that was there"))?;
+        let context = Context {
+            kernels: &self.kernels,
+            plan: &self.plan,
+            sizes: &sizes,
+            weights: &weights,
+            numbers: &numbers,
+            indices: &indices,
+            media: call.media,
+            media_time: call.media_time,
+            past_len: call.bindings.get("past_len").copied().unwrap_or(0),
+            slots: &[],
+        };
+        for instruction in &self.plan.instructions {
+            self.step(instruction, context, caches, buffers)
+                .map_err(|Unresolved| self.unresolved(&instruction.node))?;
+        }
+        let context = Context { slots: &buffers.slots, ..context };
+        let read = |(name, view): &(String, View)| {
+            context.to_vec(view).map_err(|Unresolved| self.unresolved(name))
+        };
+        self.plan.outputs.iter().map(read).collect()
+    }
+
+    /// Runs one instruction; its output's slot is out of `buffers` meanwhile.
+    fn step(
+        &self,
+        instruction: &Instruction,
+        context: Context<'_>,
+        caches: &mut [KvCache],
+        buffers: &mut Buffers,
+    ) -> Result<(), Unresolved> {
+        let [rows, cols] = [instruction.rows, instruction.cols].map(|size| context.sizes.get(size));
+        if rows == 0 || cols == 0 {
+            return Ok(());
+        }
+        let slot = self.plan.slot_of[instruction.buffer];
+        let mut out = std::mem::take(&mut buffers.slots[slot]);
+        let context = Context { slots: &buffers.slots, ..context };
+        let target = out.get_mut(..rows * cols).ok_or(Unresolved);
+        let run = |target| context.execute(&instruction.action, caches, target, (rows, cols));
+        let result = target.and_then(run);
+        buffers.slots[slot] = out;
+        result
+    }
+
+    fn unresolved(&self, place: &str) -> BackendError {
+        BackendError::Graph {
+            graph: self.plan.graph.clone(),
+            problems: vec![format!("`{place}`: expected operands as planned, found others")],
+        }
+    }
+
+    fn sizes(&self, bindings: &Bindings) -> Result<Sizes, BackendError> {
+        self.plan.sizes.evaluate(bindings).map_err(|(dim, reason)| BackendError::Input {
+            place: format!("graph \"{}\": dimension `{dim}`", self.plan.graph),
+            expected: "a size".into(),
+            found: match reason.as_str() {
+                "overflow" => reason,
+                symbol => format!("no value of `{symbol}`"),
+            },
+            hint: "bind every symbol of the graph to a size that fits the machine",
+        })
+    }
+
+    /// Elements of each slot.
+    fn slot_sizes<'a>(&'a self, sizes: &'a Sizes) -> impl Iterator<Item = usize> + 'a {
+        let largest = |slot: &Vec<_>| slot.iter().map(|size| sizes.get(*size)).max().unwrap_or(0);
+        self.plan.slots.iter().map(largest)
+    }
+
+    fn grow(&self, sizes: &Sizes, buffers: &mut Buffers) -> Result<(), BackendError> {
+        buffers.slots.resize_with(self.plan.slots.len(), Vec::new);
+        for (slot, needed) in buffers.slots.iter_mut().zip(self.slot_sizes(sizes)) {
+            let more = needed.saturating_sub(slot.len());
+            if more > 0 {
+                slot.try_reserve_exact(more).map_err(|_| BackendError::Memory {
+                    what: format!("a buffer of graph \"{}\"", self.plan.graph),
+                    bytes: needed.saturating_mul(size_of::<f32>()),
+                    hint: "give fewer tokens or frames at once",
+                })?;
+                slot.resize(needed, 0.0);
+            }
+        }
+        Ok(())
+    }
+
+    /// Slices of the inputs that are read, by place; the rest is empty.
+    fn check_inputs<'a>(
+        &self,
+        call: &Call<'a>,
+        sizes: &Sizes,
+    ) -> Result<(Vec<&'a [f32]>, Vec<&'a [i64]>), BackendError> {
+        let n_inputs = self.plan.inputs.len();
+        let (mut numbers, mut indices) =
+            (vec![&[] as &[f32]; n_inputs], vec![&[] as &[i64]; n_inputs]);
+        for (place, input) in self.plan.inputs.iter().enumerate().filter(|(_, i)| i.is_read) {
+            let expected = sizes.get(input.n_elements);
+            match input.role {
+                Role::Numbers => {
+                    let found = call.numbers.iter().find(|(name, _)| *name == input.name);
+                    numbers[place] =
+                        self.expect_len(input, expected, found.map(|(_, data)| *data))?;
+                }
+                Role::Indices if input.name == "media_time" => {
+                    self.expect_len(input, expected, Some(call.media_time))?;
+                    self.check_media_time(call)?;
+                }
+                Role::Indices => {
+                    let found = call.indices.iter().find(|(name, _)| *name == input.name);
+                    indices[place] =
+                        self.expect_len(input, expected, found.map(|(_, data)| *data))?;
+                }
+                Role::Media(media) => self.check_media(input, media, call)?,
+                Role::PastK(_) | Role::PastV(_) => {}
+            }
+        }
+        for (Indices { input, offset }, limit) in &self.plan.limits {
+            let (name, limit) = (&self.plan.inputs[*input].name, sizes.get(*limit));
+            self.check_range(name, indices[*input], *offset, limit)?;
+        }
+        Ok((numbers, indices))
+    }
+
+    fn wrong_input(&self, name: &str, expected: String, found: String) -> BackendError {
+        BackendError::Input {
+            place: format!("graph \"{}\": input `{name}`", self.plan.graph),
+            expected,
+            found,
+            hint: "check the sizes against `inspect`, and that prompt and artifact belong together",
+        }
+    }
+
+    fn expect_len<'a, T>(
+        &self,
+        input: &PlanInput,
+        expected: usize,
+        found: Option<&'a [T]>,
+    ) -> Result<&'a [T], BackendError> {
+        found.filter(|data| data.len() == expected).ok_or_else(|| {
+            let found = found.map_or("none".into(), |data| data.len().to_string());
+            self.wrong_input(&input.name, format!("{expected} elements"), found)
+        })
+    }
+
+    /// Checks that each index plus `offset` is a row of a table of `limit` rows.
+    fn check_range(
+        &self,
+        name: &str,
+        indices: &[i64],
+        offset: i64,
+        limit: usize,
+    ) -> Result<(), BackendError> {
+        let row = |index: i64| usize::try_from(index.checked_add(offset)?).ok();
+        let is_outside = |index: &&i64| row(**index).is_none_or(|row| row >= limit);
+        match indices.iter().find(is_outside) {
+            None => Ok(()),
+            Some(index) => {
+                let (first, limit) = (offset.saturating_neg(), i128::try_from(limit).unwrap_or(0));
+                let expected = format!("{first} to {}", limit - 1 - i128::from(offset));
+                Err(self.wrong_input(name, expected, index.to_string()))
+            }
+        }
+    }
+
+    fn check_media_time(&self, call: &Call<'_>) -> Result<(), BackendError> {
+        let n_media = call.media.len();
+        let is_outside = |time: &&u32| usize::try_from(**time).is_ok_and(|time| time > n_media);
+        match call.media_time.iter().find(is_outside) {
+            None => Ok(()),
+            Some(time) => {
+                let expected = format!("0 to {n_media}, the number of media");
+                Err(self.wrong_input("media_time", expected, time.to_string()))
+            }
+        }
+    }
+
+    fn check_media(
+        &self,
+        input: &PlanInput,
+        media_input: MediaInput,
+        call: &Call<'_>,
+    ) -> Result<(), BackendError> {
+        for (index, media) in call.media.iter().enumerate() {
+            let blocks = if media_input.is_key { &media.k } else { &media.v };
+            let found = blocks.get(media_input.block).map_or(0, Vec::len);
+            let n_latents = media_input.n_latents.unwrap_or(media.n_latents);
+            if Some(found) != n_latents.checked_mul(media_input.width) {
+                let width = media_input.width;
+                let expected = format!("{n_latents} x {width} elements for medium {}", index + 1);
+                return Err(self.wrong_input(&input.name, expected, found.to_string()));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_caches(&self, call: &Call<'_>, caches: &[KvCache]) -> Result<(), BackendError> {
+        if self.plan.caches.is_empty() {
+            return Ok(());
+        }
+        let size = |name: &str| call.bindings.get(name).copied().unwrap_or(0);
+        let total_len = size("past_len").saturating_add(size("text_len"));
+        let shape = |cache: &KvCache| CacheShape {
+            n_kv_heads: cache.n_kv_heads(),
+            head_dim: cache.head_dim(),
+        };
+        let fits = caches.len() == self.plan.caches.len()
+            && caches.iter().zip(&self.plan.caches).all(|(cache, expected)| {
+                shape(cache) == *expected && cache.capacity() >= total_len
+            });
+        match fits {
+            true => Ok(()),
+            false => {
+                let expected = format!("room for {total_len} tokens in caches of this stage");
+                let found = caches.iter().map(KvCache::capacity).min();
+                let found = found.map_or("none".into(), |found| format!("room for {found}"));
+                Err(self.wrong_input("past_k", expected, found))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+impl NativeStage {
+    /// Inputs of the graph, in order.
+    pub(super) fn plan_inputs(&self) -> &[PlanInput] {
+        &self.plan.inputs
+    }
+}
