@@ -1,2 +1,7 @@
-//! flamingoc
-fn main() {}
+//! The `flamingoc` command.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    flamingoc::cli::main()
+}

@@ -39,7 +39,11 @@ const PASSES: &[(&str, Rewrite, &str)] = &[
     ),
     ("fuse_activations", fuse::activations, "before feed-forwards are looked for"),
     ("fuse_residuals", fuse::residuals, "before feed-forwards are looked for"),
-    ("fuse_feed_forwards", fuse::feed_forwards, "before linears are merged, whose first half they are"),
+    (
+        "fuse_feed_forwards",
+        fuse::feed_forwards,
+        "before linears are merged, whose first half they are",
+    ),
     ("fuse_resampler_attention", fuse::resampler_attention, "keys and values are not concatenated"),
     (
         "fuse_gated_cross_attention",

@@ -44,7 +44,11 @@ impl Golden {
 }
 
 /// Runs a graph on named tensors.
-fn run(graph: &Graph, inputs: &BTreeMap<String, Tensor>, source: &Source) -> BTreeMap<String, Tensor> {
+fn run(
+    graph: &Graph,
+    inputs: &BTreeMap<String, Tensor>,
+    source: &Source,
+) -> BTreeMap<String, Tensor> {
     let ordered: Vec<Tensor> =
         graph.inputs().iter().map(|(name, _)| inputs[name].clone()).collect();
     let outputs = evaluate_with(graph, &ordered, &source.parts).unwrap();
@@ -63,7 +67,8 @@ fn forward(
     golden: &Golden,
     case: &str,
 ) -> (Option<Tensor>, Tensor) {
-    let ids: Vec<i64> = golden.get(case, "input_ids").unwrap().as_i64().unwrap().iter().copied().collect();
+    let ids: Vec<i64> =
+        golden.get(case, "input_ids").unwrap().as_i64().unwrap().iter().copied().collect();
     let mut inputs = BTreeMap::new();
     let pixels = golden.get(case, "pixel_values").cloned();
     let size = source.config.vision.image_size;
@@ -74,7 +79,8 @@ fn forward(
     let max_frames = source.config.resampler.as_ref().map_or(0, |resampler| resampler.max_frames);
     let one_hot = |i: usize| if i / max_frames == i % max_frames { 1.0 } else { 0.0 };
     let weights = (0..shape[1] * max_frames).map(one_hot).collect();
-    inputs.insert("frame_weights".to_owned(), Tensor::f32(&[shape[1], max_frames], weights).unwrap());
+    inputs
+        .insert("frame_weights".to_owned(), Tensor::f32(&[shape[1], max_frames], weights).unwrap());
     let mut encoded = run(media, &inputs, source);
     let visual_tokens = encoded.remove("visual_tokens").unwrap();
     inputs.extend(encoded);
@@ -103,7 +109,8 @@ fn relative_error(a: &Tensor, b: &Tensor) -> f32 {
     let (a, b) = (a.to_f32_vec().unwrap(), b.to_f32_vec().unwrap());
     let scale = b.iter().fold(1e-6f32, |max, value| max.max(value.abs()));
     let worst = a.iter().zip(&b).map(|(a, b)| (a - b).abs());
-    worst.fold(0.0, |max, value| if value.is_nan() { f32::INFINITY } else { max.max(value / scale) })
+    worst
+        .fold(0.0, |max, value| if value.is_nan() { f32::INFINITY } else { max.max(value / scale) })
 }
 
 /// One checkpoint: as built against PyTorch, and optimised against as built.
@@ -113,7 +120,8 @@ fn check(folder: &Path) {
     let graphs = source.graphs().unwrap_or_else(|error| panic!("{name}: {error}"));
     let golden = Golden::read(folder);
     let optimised = |graph: &Graph| {
-        optimise(graph.clone(), &source.parts, &mut |_, _| {}).unwrap_or_else(|e| panic!("{name}: {e}"))
+        optimise(graph.clone(), &source.parts, &mut |_, _| {})
+            .unwrap_or_else(|e| panic!("{name}: {e}"))
     };
     let (media, media_records) = optimised(&graphs.media);
     let (decoder, decoder_records) = optimised(&graphs.decoder);
@@ -128,7 +136,9 @@ fn check(folder: &Path) {
             ("visual tokens", golden.get(&case, "visual_tokens"), tokens, fast_tokens),
             ("logits", golden.get(&case, "logits"), Some(logits), Some(fast_logits)),
         ] {
-            let (Some(reference), Some(built), Some(fast)) = (reference, built, fast) else { continue };
+            let (Some(reference), Some(built), Some(fast)) = (reference, built, fast) else {
+                continue;
+            };
             let error = relative_error(&built, reference);
             assert!(error <= 2e-5, "{name} {case}: {what} differ from PyTorch by {error:e}");
             let error = relative_error(&fast, &built);

@@ -15,6 +15,7 @@ pub mod checkpoint;
 pub mod config;
 mod family;
 pub mod image_spec;
+pub mod manifest;
 pub mod map;
 mod media_time;
 mod source;

@@ -58,7 +58,8 @@ fn fold_into(
     let shifted = match shift {
         None => None,
         Some(shift) => {
-            let column = patch.add("shift_column", Reshape { shape: vec![k, Dim::from(1)] }, &[shift])?;
+            let column =
+                patch.add("shift_column", Reshape { shape: vec![k, Dim::from(1)] }, &[shift])?;
             let product = patch.add("shift_product", MatMul, &[weight, column])?;
             Some(patch.add("shift_row", Reshape { shape: vec![n] }, &[product])?)
         }

@@ -15,11 +15,15 @@ pub(super) fn run(patch: &mut Patch, _weights: &dyn Weights) -> Result<(), Graph
                 fold_attention(patch, &node, op.scale, scaled)?;
             }
             Op::SelfAttention(op) if op.scale != 1.0 => {
-                let scaled = Op::SelfAttention(flamingo_ir::op::SelfAttention { scale: 1.0, ..op.clone() });
+                let scaled =
+                    Op::SelfAttention(flamingo_ir::op::SelfAttention { scale: 1.0, ..op.clone() });
                 fold_attention(patch, &node, op.scale, scaled)?;
             }
             Op::CrossAttention(op) if op.scale != 1.0 => {
-                let scaled = Op::CrossAttention(flamingo_ir::op::CrossAttention { scale: 1.0, ..op.clone() });
+                let scaled = Op::CrossAttention(flamingo_ir::op::CrossAttention {
+                    scale: 1.0,
+                    ..op.clone()
+                });
                 fold_attention(patch, &node, op.scale, scaled)?;
             }
             _ => {}
@@ -56,7 +60,8 @@ fn scaled_linear(
         true => patch.add("factor_column", Reshape { shape: vec![n, Dim::from(1)] }, &[factor])?,
         false => factor,
     };
-    let mut inputs = vec![node.inputs[0], patch.add("scaled_weight", Mul, &[node.inputs[1], column])?];
+    let mut inputs =
+        vec![node.inputs[0], patch.add("scaled_weight", Mul, &[node.inputs[1], column])?];
     if op.bias {
         inputs.push(patch.add("scaled_bias", Mul, &[node.inputs[2], factor])?);
     }

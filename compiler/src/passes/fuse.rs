@@ -1,9 +1,9 @@
 //! Fusions: neighbouring nodes become one function that a kernel runs at once.
 
+use flamingo_ir::op::Concat;
 use flamingo_ir::op::{
     Activation, FeedForward, GatedCrossAttention, Linear, Op, ResamplerAttention,
 };
-use flamingo_ir::op::Concat;
 use flamingo_ir::{GraphError, Node, Patch, ValueId, Weights};
 
 /// The linear that computes `value`, if `value` has one reader.
@@ -114,9 +114,14 @@ fn gated_up(patch: &mut Patch, product: &Node) -> Result<Option<Up>, GraphError>
             && !gate_op.residual
             && !up_op.residual;
         let (Some(activation), true) = (gate_op.activation, fits) else { continue };
-        let weight = patch.add("gate_and_up", Concat { axis: 0 }, &[gate.inputs[1], up.inputs[1]])?;
+        let weight =
+            patch.add("gate_and_up", Concat { axis: 0 }, &[gate.inputs[1], up.inputs[1]])?;
         let bias = match up_op.bias {
-            true => Some(patch.add("gate_and_up_bias", Concat { axis: 0 }, &[gate.inputs[2], up.inputs[2]])?),
+            true => Some(patch.add(
+                "gate_and_up_bias",
+                Concat { axis: 0 },
+                &[gate.inputs[2], up.inputs[2]],
+            )?),
             false => None,
         };
         return Ok(Some(Up { x: up.inputs[0], weight, bias, activation, gated: true }));

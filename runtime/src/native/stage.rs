@@ -11,6 +11,7 @@ use super::execute::{Context, Unresolved};
 use super::plan::{CacheShape, Indices, Instruction, MediaInput, Plan, PlanInput, Role, View};
 use super::size::Sizes;
 use crate::backend::{BackendError, Media, WeightBytes, WeightMismatch};
+use crate::contract;
 
 /// A graph as a static plan over mapped weights. Running it allocates nothing but the outputs
 /// once its buffers have grown to the largest call.
@@ -24,6 +25,13 @@ pub struct NativeStage {
 #[derive(Debug, Default)]
 pub struct Buffers {
     slots: Vec<Vec<f32>>,
+}
+
+impl Buffers {
+    /// Memory that the buffers take, in bytes.
+    pub fn bytes(&self) -> usize {
+        self.slots.iter().map(|slot| size_of_val(slot.as_slice())).sum()
+    }
 }
 
 /// What one run of a stage reads.
@@ -275,18 +283,13 @@ impl NativeStage {
         }
         for (Indices { input, offset }, limit) in &self.plan.limits {
             let (name, limit) = (&self.plan.inputs[*input].name, sizes.get(*limit));
-            self.check_range(name, indices[*input], *offset, limit)?;
+            contract::check_range(&self.plan.graph, name, indices[*input], *offset, limit)?;
         }
         Ok((numbers, indices))
     }
 
     fn wrong_input(&self, name: &str, expected: String, found: String) -> BackendError {
-        BackendError::Input {
-            place: format!("graph \"{}\": input `{name}`", self.plan.graph),
-            expected,
-            found,
-            hint: "check the sizes against `inspect`, and that prompt and artifact belong together",
-        }
+        contract::wrong_input(&self.plan.graph, name, expected, found)
     }
 
     fn expect_len<'a, T>(
@@ -299,26 +302,6 @@ impl NativeStage {
             let found = found.map_or("none".into(), |data| data.len().to_string());
             self.wrong_input(&input.name, format!("{expected} elements"), found)
         })
-    }
-
-    /// Checks that each index plus `offset` is a row of a table of `limit` rows.
-    fn check_range(
-        &self,
-        name: &str,
-        indices: &[i64],
-        offset: i64,
-        limit: usize,
-    ) -> Result<(), BackendError> {
-        let row = |index: i64| usize::try_from(index.checked_add(offset)?).ok();
-        let is_outside = |index: &&i64| row(**index).is_none_or(|row| row >= limit);
-        match indices.iter().find(is_outside) {
-            None => Ok(()),
-            Some(index) => {
-                let (first, limit) = (offset.saturating_neg(), i128::try_from(limit).unwrap_or(0));
-                let expected = format!("{first} to {}", limit - 1 - i128::from(offset));
-                Err(self.wrong_input(name, expected, index.to_string()))
-            }
-        }
     }
 
     fn check_media_time(&self, call: &Call<'_>) -> Result<(), BackendError> {
@@ -343,11 +326,8 @@ impl NativeStage {
             let blocks = if media_input.is_key { &media.k } else { &media.v };
             let found = blocks.get(media_input.block).map_or(0, Vec::len);
             let n_latents = media_input.n_latents.unwrap_or(media.n_latents);
-            if Some(found) != n_latents.checked_mul(media_input.width) {
-                let width = media_input.width;
-                let expected = format!("{n_latents} x {width} elements for medium {}", index + 1);
-                return Err(self.wrong_input(&input.name, expected, found.to_string()));
-            }
+            let place = (self.plan.graph.as_str(), input.name.as_str());
+            contract::check_medium(place, index, found, [n_latents, media_input.width])?;
         }
         Ok(())
     }

@@ -13,7 +13,7 @@ use flamingo_kernels::{Kernels, KvCache};
 
 use super::plan::Role;
 use super::stage::{Buffers, Call, NativeStage};
-use crate::backend::{Media, WeightBytes};
+use crate::backend::Media;
 
 /// A small deterministic generator (splitmix64), so that tests need no seed file.
 pub(super) struct Noise(u64);
@@ -239,8 +239,4 @@ pub(super) fn check(model: &Model, inputs: &[Tensor]) {
         outputs.values().flatten().map(|value| value.to_bits()).collect()
     };
     assert_eq!(bits(&single), bits(&double), "graph \"{}\": one thread, two", model.graph.name);
-}
-
-pub(super) fn source(model: &Model) -> Arc<dyn WeightBytes> {
-    Arc::new(model.bytes())
 }

@@ -1,0 +1,120 @@
+//! The command line: one file a verb. Results go to stdout, progress to stderr; exit status 0 is
+//! success, 1 a failed check, 2 an error.
+
+mod check;
+mod compile;
+mod demo;
+mod doctor;
+mod inspect;
+mod output;
+mod run;
+mod synth;
+mod trace;
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand};
+use flamingo_runtime::OpenOptions;
+
+use output::Output;
+
+/// Compile Flamingo-family vision-language models for edge devices, and run them.
+///
+/// Takes an OpenFlamingo, IDEFICS-1 or Otter checkpoint and writes an artifact that runs
+/// interleaved text, pictures and video on a CPU.
+#[derive(Parser)]
+#[command(name = "flamingoc", version, max_term_width = 80, after_help = EXAMPLES)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+const EXAMPLES: &str = "Examples:
+  flamingoc demo
+  flamingoc compile models/demo/recipe.toml -o demo.flamingo
+  flamingoc run demo.flamingo --prompt \"<image>what color ?\" --image a.png
+
+Exit status: 0 ok, 1 a check failed, 2 an error.";
+
+#[derive(Subcommand)]
+enum Verb {
+    Demo(demo::Demo),
+    Compile(compile::Compile),
+    Run(run::Run),
+    Trace(trace::Trace),
+    Check(check::Check),
+    Inspect(inspect::Inspect),
+    Synth(synth::Synth),
+    Doctor(doctor::Doctor),
+}
+
+/// How a verb ended, if not with an error.
+enum Outcome {
+    Ok,
+    CheckFailed,
+}
+
+/// Options of every verb that opens an artifact.
+#[derive(Args, Clone)]
+struct Opening {
+    /// Engine that runs the graphs
+    #[arg(long, value_name = "NAME", default_value = "native",
+          value_parser = ["native", "ort", "tract"])]
+    backend: String,
+    /// Execution provider of `--backend ort`
+    #[arg(long, value_name = "NAME", default_value = "cpu", value_parser = ["cpu", "cuda", "tensorrt"])]
+    ep: String,
+    /// ONNX Runtime's shared library [default: ORT_DYLIB_PATH, then known places]
+    #[arg(long, value_name = "FILE")]
+    ort_lib: Option<PathBuf>,
+    /// Threads [default: one for each physical core]
+    #[arg(long, value_name = "N")]
+    threads: Option<NonZeroUsize>,
+    /// Check the hash of every file of the artifact first
+    #[arg(long)]
+    verify: bool,
+}
+
+impl Opening {
+    fn options(&self) -> OpenOptions {
+        OpenOptions {
+            backend: Some(self.backend.clone()),
+            execution_provider: Some(self.ep.clone()),
+            ort_library: self.ort_lib.clone(),
+            n_threads: self.threads,
+            verify: self.verify,
+        }
+    }
+}
+
+/// Runs the command line.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let mut output = Output::new();
+    match dispatch(cli.verb, &mut output) {
+        Ok(Outcome::Ok) => ExitCode::SUCCESS,
+        Ok(Outcome::CheckFailed) => ExitCode::from(1),
+        Err(error) => {
+            if !output::is_broken_pipe(&error) {
+                output.note(&format!("error: {error:#}"));
+            }
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn dispatch(verb: Verb, output: &mut Output) -> Result<Outcome> {
+    match verb {
+        Verb::Demo(demo) => demo.run(output),
+        Verb::Compile(compile) => compile.run(output),
+        Verb::Run(run) => run.run(output),
+        Verb::Trace(trace) => trace.run(output),
+        Verb::Check(check) => check.run(output),
+        Verb::Inspect(inspect) => inspect.run(output),
+        Verb::Synth(synth) => synth.run(output),
+        Verb::Doctor(doctor) => doctor.run(output),
+    }
+}

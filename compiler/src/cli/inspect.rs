@@ -1,0 +1,207 @@
+//! `flamingoc inspect`.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Args;
+use flamingo_ir::Bindings;
+use flamingo_models::Source;
+use flamingo_runtime::native::NativeBackend;
+use flamingo_runtime::{Artifact, LoadedGraphs};
+use serde_json::json;
+
+use super::Outcome;
+use super::output::{Output, bytes};
+use crate::compile::Report;
+use crate::passes::runtime_ops;
+
+/// Show what is in an artifact, or in a checkpoint before it is compiled
+#[derive(Args)]
+#[command(after_help = "Examples:
+  flamingoc inspect demo.flamingo
+  flamingoc inspect demo.flamingo --graph decoder
+  flamingoc inspect models/demo/recipe.toml")]
+pub(super) struct Inspect {
+    /// Artifact, recipe or checkpoint folder
+    path: PathBuf,
+    /// Print the text form of this graph instead
+    #[arg(long, value_name = "STAGE", value_parser = ["media", "decoder"])]
+    graph: Option<String>,
+    /// Print as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Inspect {
+    pub(super) fn run(self, output: &mut Output) -> Result<Outcome> {
+        match self.path.join("manifest.json").is_file() {
+            true => self.artifact(output)?,
+            false => self.source(output)?,
+        }
+        Ok(Outcome::Ok)
+    }
+
+    fn artifact(&self, output: &mut Output) -> Result<()> {
+        let artifact = Artifact::open(&self.path, false)?;
+        let graphs = artifact.load()?;
+        if let Some(stage) = &self.graph {
+            let graph = if stage == "media" { &graphs.media } else { &graphs.decoder };
+            return output.text(&graph.to_string());
+        }
+        let report: Report =
+            serde_json::from_str(&std::fs::read_to_string(self.path.join("report.json"))?)?;
+        let memory = memory_plan(&artifact, &graphs)?;
+        if self.json {
+            return output.json(&json!({
+                "manifest": artifact.manifest,
+                "report": report,
+                "memory_bytes": memory,
+            }));
+        }
+        describe_config(output, &artifact.manifest.config)?;
+        let files = artifact.manifest.files.iter();
+        let rows: Vec<Vec<String>> = files.map(|f| vec![f.path.clone(), bytes(f.bytes)]).collect();
+        output.line("\nfiles")?;
+        output.table(&["", "size"], &rows)?;
+        for (stage, records) in &report.passes {
+            let total = |ops: &BTreeMap<String, usize>| ops.values().sum::<usize>().to_string();
+            let row = |r: &crate::passes::PassRecord| {
+                vec![r.pass.clone(), r.replaced.to_string(), total(&r.ops)]
+            };
+            let rows: Vec<Vec<String>> = records.iter().map(row).collect();
+            output.line(&format!("\n{stage}: passes"))?;
+            output.table(&["", "values replaced", "ops after"], &rows)?;
+            if let Some(last) = records.last() {
+                let rows: Vec<Vec<String>> =
+                    last.ops.iter().map(|(op, n)| vec![op.clone(), n.to_string()]).collect();
+                output.line(&format!("\n{stage}: ops on the device"))?;
+                output.table(&["", "nodes"], &rows)?;
+            }
+        }
+        output.line("\nmemory beside the weights, native backend")?;
+        let rows: Vec<Vec<String>> =
+            memory.iter().map(|(what, n)| vec![what.clone(), bytes(*n)]).collect();
+        output.table(&["", "size"], &rows)?;
+        output.line(&format!(
+            "\nverdict: {}{}",
+            report.verdict,
+            match report.parity.is_null() {
+                true => " (parity not checked yet: `flamingoc check`)",
+                false => "",
+            }
+        ))
+    }
+
+    fn source(&self, output: &mut Output) -> Result<()> {
+        let source = Source::open(&self.path)?;
+        let graphs = source.graphs()?;
+        if let Some(stage) = &self.graph {
+            let graph = if stage == "media" { &graphs.media } else { &graphs.decoder };
+            return output.text(&graph.to_string());
+        }
+        let parts = part_sizes(&source);
+        if self.json {
+            let ops = json!({"media": runtime_ops(&graphs.media), "decoder": runtime_ops(&graphs.decoder)});
+            return output.json(&json!({
+                "config": source.config,
+                "parts": parts.iter().map(|(part, (tensors, values))| {
+                    json!({"part": part, "tensors": tensors, "values": values})
+                }).collect::<Vec<_>>(),
+                "ops": ops,
+                "notes": source.notes,
+            }));
+        }
+        describe_config(output, &source.config)?;
+        let rows: Vec<Vec<String>> = parts
+            .iter()
+            .map(|(part, (tensors, values))| {
+                vec![part.clone(), tensors.to_string(), values.to_string()]
+            })
+            .collect();
+        output.line("")?;
+        output.table(&["part", "tensors", "numbers"], &rows)?;
+        for note in &source.notes {
+            output.line(&format!("note: {note}"))?;
+        }
+        Ok(())
+    }
+}
+
+/// Tensors and numbers of each part.
+fn part_sizes(source: &Source) -> BTreeMap<String, (usize, u64)> {
+    let mut parts = BTreeMap::new();
+    for part in source.parts.names() {
+        let entry: &mut (usize, u64) = parts.entry(part.to_owned()).or_default();
+        for info in source.parts.infos(part) {
+            entry.0 += 1;
+            entry.1 += info.shape.iter().map(|size| *size as u64).product::<u64>();
+        }
+    }
+    parts
+}
+
+fn describe_config(output: &mut Output, config: &flamingo_models::ModelConfig) -> Result<()> {
+    let (vision, language, cross) = (&config.vision, &config.language, &config.cross_attention);
+    output.line(&format!("family            {:?}", config.family))?;
+    output.line(&format!(
+        "vision encoder    CLIP ViT, {0} x {0} pixels, patch {1}, {2} layers of width {3}",
+        vision.image_size, vision.patch_size, vision.n_layers, vision.width
+    ))?;
+    match &config.resampler {
+        Some(resampler) => output.line(&format!(
+            "resampler         {} layers, {} visual tokens, {} heads of {}",
+            resampler.n_layers, resampler.n_latents, resampler.n_heads, resampler.head_dim
+        ))?,
+        None => output.line("resampler         none")?,
+    }
+    output.line(&format!(
+        "language model    {:?}, {} layers of width {}, {} heads, vocabulary {}",
+        language.architecture,
+        language.n_layers,
+        language.width,
+        language.n_heads,
+        language.vocabulary
+    ))?;
+    output.line(&format!(
+        "cross-attention   {} gated blocks, {} heads of {}, before layers {:?}",
+        cross.layers.len(),
+        cross.n_heads,
+        cross.head_dim,
+        cross.layers
+    ))
+}
+
+/// Bytes the native backend needs beside the weights, by what they are for.
+fn memory_plan(artifact: &Artifact, graphs: &LoadedGraphs) -> Result<BTreeMap<String, u64>> {
+    let config = &artifact.manifest.config;
+    let limits = &artifact.manifest.limits;
+    let weights = graphs.weights.clone();
+    let backend = NativeBackend::new(&graphs.media, &graphs.decoder, weights, None)?;
+    let bindings = |values: &[(&str, usize)]| -> Bindings {
+        values.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect()
+    };
+    let n_latents = config.n_latents(1);
+    let one = [("n_media", 1), ("n_frames", 1), ("n_logits", 1), ("n_latents", n_latents)];
+    let media = backend.media_stage().memory(&bindings(&one))?;
+    let at = |text_len: usize| -> Result<u64> {
+        let text = [("text_len", text_len), ("past_len", 0)];
+        let memory = backend.decoder_stage().memory(&bindings(&[&one[..], &text[..]].concat()))?;
+        Ok(memory.buffer_bytes as u64)
+    };
+    let language = &config.language;
+    let per_token = 2 * 4 * (language.n_layers * language.n_kv_heads * language.head_dim) as u64;
+    let blocks = config.cross_attention.layers.len();
+    let inner = config.cross_attention.n_heads * config.cross_attention.head_dim;
+    let per_media = 4 * n_latents as u64 * (config.vision.width + 2 * blocks * inner) as u64;
+    Ok(BTreeMap::from([
+        ("encode one picture".to_owned(), media.buffer_bytes as u64),
+        ("prefill of 128 tokens".to_owned(), at(128)?),
+        ("decode step".to_owned(), at(1)?),
+        (
+            format!("KV cache of {} tokens", limits.max_context),
+            per_token * limits.max_context as u64,
+        ),
+        ("visual tokens, keys and values of one picture".to_owned(), per_media),
+    ]))
+}

@@ -1,0 +1,134 @@
+//! `flamingoc run`.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, bail};
+use clap::Args;
+use flamingo_runtime::{Answer, GenerateOptions, Model, PromptFile, SamplingOptions, Stop};
+use serde_json::json;
+
+use super::output::Output;
+use super::{Opening, Outcome};
+
+/// Answer a prompt with pictures; the text streams to stdout
+#[derive(Args)]
+#[command(after_help = "Examples:
+  flamingoc run demo.flamingo --prompt \"<image>what color ?\" --image a.png
+  flamingoc run demo.flamingo --prompt-file p.json --json
+
+A prompt file: {\"segments\": [{\"image\": \"a.jpg\"}, {\"text\": \"Output: a cat.\"},
+  {\"end_of_chunk\": true}, {\"video\": \"b.gif\", \"fps\": 1, \"frames\": 8},
+  {\"text\": \"Output:\"}], \"max_new_tokens\": 20, \"temperature\": 0}")]
+pub(super) struct Run {
+    /// The artifact
+    artifact: PathBuf,
+    /// Text with `<image>` where each picture stands
+    #[arg(long, value_name = "TEXT", conflicts_with = "prompt_file")]
+    prompt: Option<String>,
+    /// A picture for the next `<image>`; repeat it for more
+    #[arg(long, value_name = "FILE", requires = "prompt")]
+    image: Vec<PathBuf>,
+    /// A prompt as JSON
+    #[arg(long, value_name = "FILE")]
+    prompt_file: Option<PathBuf>,
+    /// Most new tokens [default: the prompt file's, else 64]
+    #[arg(long, value_name = "N")]
+    max_new_tokens: Option<usize>,
+    /// Sampling temperature; 0 takes the most likely token [default: the prompt file's, else 0]
+    #[arg(long, value_name = "T")]
+    temperature: Option<f32>,
+    /// Sample from the K most likely tokens; 0 for all
+    #[arg(long, value_name = "K", default_value = "0")]
+    top_k: usize,
+    /// Sample from the most likely tokens of together this probability
+    #[arg(long, value_name = "P", default_value = "1")]
+    top_p: f32,
+    /// Make tokens that occurred less likely
+    #[arg(long, value_name = "X", default_value = "1")]
+    repetition_penalty: f32,
+    /// Seed of sampling
+    #[arg(long, value_name = "N", default_value = "0")]
+    seed: u64,
+    #[command(flatten)]
+    opening: Opening,
+    /// Print text, token ids, timings and cache counts as JSON at the end
+    #[arg(long)]
+    json: bool,
+}
+
+impl Run {
+    pub(super) fn run(self, output: &mut Output) -> Result<Outcome> {
+        let prompt = match (&self.prompt, &self.prompt_file) {
+            (Some(text), _) => PromptFile::from_text(text, &self.image)?,
+            (None, Some(path)) => PromptFile::read(path)?,
+            (None, None) => {
+                bail!("no prompt\n\nhint: pass `--prompt TEXT` or `--prompt-file FILE`")
+            }
+        };
+        let options = self.options(&prompt)?;
+        let model = Model::open(&self.artifact, &self.opening.options())?;
+        let mut shown = Ok(());
+        let answer = model.generate(&prompt, &options, &mut |piece| {
+            if !self.json && shown.is_ok() {
+                shown = output.text(piece);
+            }
+        })?;
+        shown?;
+        match self.json {
+            true => output.json(&answer_json(&answer))?,
+            false => output.line("")?,
+        }
+        if answer.stop == Stop::Context {
+            output.note("note: stopped at the context limit");
+        }
+        Ok(Outcome::Ok)
+    }
+
+    fn options(&self, prompt: &PromptFile) -> Result<GenerateOptions> {
+        let temperature = self.temperature.or(prompt.temperature).unwrap_or(0.0);
+        let within = |name: &str, value: f32, low: f32, high: f32| {
+            if value.is_finite() && (low..=high).contains(&value) {
+                return Ok(());
+            }
+            bail!("`--{name}`: expected {low} to {high}, got {value}")
+        };
+        within("temperature", temperature, 0.0, 100.0)?;
+        within("top-p", self.top_p, 0.0, 1.0)?;
+        within("repetition-penalty", self.repetition_penalty, 0.01, 100.0)?;
+        Ok(GenerateOptions {
+            max_new_tokens: self.max_new_tokens.or(prompt.max_new_tokens).unwrap_or(64),
+            sampling: SamplingOptions {
+                temperature,
+                top_k: self.top_k,
+                top_p: self.top_p,
+                repetition_penalty: self.repetition_penalty,
+                seed: self.seed,
+            },
+            ..GenerateOptions::default()
+        })
+    }
+}
+
+/// The contract of `run --json`.
+pub(super) fn answer_json(answer: &Answer) -> serde_json::Value {
+    let stop = match answer.stop {
+        Stop::Length => json!("length"),
+        Stop::Context => json!("context"),
+        Stop::Token(id) => json!({ "token": id }),
+    };
+    json!({
+        "text": answer.text,
+        "tokens": answer.tokens,
+        "n_prompt_tokens": answer.n_prompt_tokens,
+        "stop": stop,
+        "timings": {
+            "first_token_ms": answer.timings.first_token_ms,
+            "decode_tokens_per_s": answer.timings.decode_tokens_per_s,
+        },
+        "cache": {
+            "visual_hits": answer.cache.visual_hits,
+            "visual_misses": answer.cache.visual_misses,
+            "prefix_tokens_reused": 0,
+        },
+    })
+}

@@ -1,0 +1,240 @@
+//! The compiler's pipeline: source → graphs → passes → weights and graphs of an artifact.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use flamingo_ir::op::Flavour;
+use flamingo_ir::{Graph, Verified};
+use flamingo_models::Source;
+use flamingo_models::manifest::{Limits, Manifest, Provenance, SCHEMA_VERSION};
+use serde::{Deserialize, Serialize};
+
+use crate::emit::{Staging, WeightPlan, hash_file, write_file, write_graph};
+use crate::passes::{PassRecord, optimise};
+
+/// What to compile, and how.
+#[derive(Debug, Clone)]
+pub struct CompileOptions {
+    /// Recipe, folder with a recipe, or Hugging Face folder.
+    pub source: PathBuf,
+    /// The artifact's folder.
+    pub output: PathBuf,
+    /// Whether an artifact at `output` may be replaced.
+    pub overwrite: bool,
+    /// Most tokens of a sequence; default: what the language model was made for.
+    pub max_context: Option<usize>,
+    /// Most media of a prompt.
+    pub max_images: usize,
+    /// Where to write the graphs' text after which pass.
+    pub dump: Option<(String, PathBuf)>,
+}
+
+/// What the compiler did, `report.json`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Report {
+    /// `pass` or `fail`.
+    pub verdict: String,
+    /// Runtime ops after each pass, by stage.
+    pub passes: BTreeMap<String, Vec<PassRecord>>,
+    /// Parity with the source: filled in by `flamingoc check`.
+    pub parity: serde_json::Value,
+    /// Bytes and scheme of the weights.
+    pub quantisation: Quantisation,
+    /// Weights with values that are not finite, and how many.
+    pub not_finite: BTreeMap<String, usize>,
+    /// What a user should know.
+    pub notes: Vec<String>,
+}
+
+/// How weights are stored.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Quantisation {
+    /// Bytes of the weights in f32.
+    pub bytes_f32: u64,
+    /// Bytes of the weights as stored.
+    pub bytes: u64,
+    /// Mean KL divergence of next tokens from f32; 0 for f32.
+    pub mean_kl: f64,
+    /// Share of equal next tokens; 1 for f32.
+    pub top1_agreement: f64,
+    /// Per-layer schemes; empty for f32, where all are alike.
+    pub layers: Vec<serde_json::Value>,
+}
+
+/// How far a compilation is.
+pub enum Progress<'a> {
+    /// A stage begins.
+    Stage(&'a str),
+    /// Weight bytes written, of how many.
+    Bytes(u64, u64),
+}
+
+/// The flavours of an artifact for the CPU.
+pub const CPU_FLAVOURS: [Flavour; 2] = [Flavour::Portable, Flavour::OrtCpu];
+
+/// Compiles a source into an artifact. The same source and options give the same bytes.
+pub fn compile(
+    options: &CompileOptions,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<(Manifest, Report)> {
+    progress(Progress::Stage("reading the source"));
+    let source = Source::open(&options.source)?;
+    let limits = limits(&source, options)?;
+    let graphs = source.graphs()?;
+    let staging = Staging::begin(&options.output, options.overwrite)?;
+    progress(Progress::Stage("optimising the graphs"));
+    let (media, media_passes) = optimise_stage(graphs.media, &source, options)?;
+    let (decoder, decoder_passes) = optimise_stage(graphs.decoder, &source, options)?;
+    let stages = [&media, &decoder];
+    let plan = WeightPlan::new(&stages)?;
+    progress(Progress::Stage("writing the weights"));
+    let path = staging.path().join("graphs").join(crate::emit::WEIGHTS);
+    let total = plan.total_bytes();
+    let mut on_bytes = |done| progress(Progress::Bytes(done, total));
+    let (weights, not_finite) = plan.write(&path, &stages, &source.parts, &mut on_bytes)?;
+    refuse_not_finite(&not_finite)?;
+    let passes = BTreeMap::from([
+        ("media".to_owned(), media_passes),
+        ("decoder".to_owned(), decoder_passes),
+    ]);
+    let report = report(&source, passes, not_finite, weights.bytes);
+    progress(Progress::Stage("writing the graphs"));
+    let mut files = vec![weights];
+    let mut entries = Vec::new();
+    for (index, (stage, graph)) in [("media", &media), ("decoder", &decoder)].iter().enumerate() {
+        for flavour in CPU_FLAVOURS {
+            let (entry, file) =
+                write_graph(staging.path(), stage, flavour, graph, plan.layout(index))?;
+            entries.push(entry);
+            files.push(file);
+        }
+    }
+    if let Some(tokenizer) = &source.tokenizer {
+        let bytes = std::fs::read(tokenizer)
+            .with_context(|| format!("cannot read `{}`", tokenizer.display()))?;
+        files.push(write_file(staging.path(), "tokenizer.json", &bytes)?);
+    }
+    files.push(write_file(staging.path(), "report.json", &pretty_json(&report)?)?);
+    files.sort();
+    progress(Progress::Stage("hashing the source"));
+    let manifest = Manifest {
+        schema_version: SCHEMA_VERSION,
+        compiler_version: env!("CARGO_PKG_VERSION").to_owned(),
+        config: source.config.clone(),
+        image: source.image.clone(),
+        limits,
+        precision: ["vision", "resampler", "media", "decoder"]
+            .map(|group| (group.to_owned(), "f32".to_owned()))
+            .into(),
+        graphs: entries,
+        files,
+        provenance: provenance(&source, options)?,
+    };
+    write_file(staging.path(), "manifest.json", &pretty_json(&manifest)?)?;
+    staging.finish()?;
+    Ok((manifest, report))
+}
+
+fn limits(source: &Source, options: &CompileOptions) -> Result<Limits> {
+    let made_for = source.config.language.max_context;
+    let max_context = options.max_context.unwrap_or(made_for);
+    let learnt = matches!(
+        source.config.language.position,
+        flamingo_models::config::PositionConfig::Learnt { .. }
+    );
+    if max_context == 0 || (learnt && max_context > made_for) {
+        bail!(
+            "`--max-context {max_context}`: the language model has positions for 1 to {made_for} tokens\n\n\
+             hint: leave the option out to take {made_for}"
+        );
+    }
+    Ok(Limits { max_context, max_images: options.max_images })
+}
+
+fn optimise_stage(
+    graph: Graph,
+    source: &Source,
+    options: &CompileOptions,
+) -> Result<(Verified, Vec<PassRecord>)> {
+    let stage = graph.name.clone();
+    let mut dumped = Ok(());
+    let mut observe = |pass: &str, graph: &Graph| {
+        if let Some((wanted, folder)) = &options.dump
+            && wanted == pass
+        {
+            let path = folder.join(format!("{stage}.{pass}.txt"));
+            dumped = std::fs::create_dir_all(folder)
+                .and_then(|()| std::fs::write(&path, graph.to_string()))
+                .with_context(|| format!("cannot write `{}`", path.display()));
+        }
+    };
+    let result = optimise(graph, &source.parts, &mut observe)?;
+    dumped?;
+    Ok(result)
+}
+
+/// NaN and infinite weights make every answer worthless.
+fn refuse_not_finite(not_finite: &BTreeMap<String, usize>) -> Result<()> {
+    if not_finite.is_empty() {
+        return Ok(());
+    }
+    let lines: Vec<String> =
+        not_finite.iter().map(|(name, n)| format!("  `{name}`: {n} values")).collect();
+    bail!(
+        "{} weights have values that are NaN or infinite:\n{}\n\nhint: the checkpoint is damaged, or was saved \
+         from a run that diverged",
+        not_finite.len(),
+        lines.join("\n")
+    )
+}
+
+fn report(
+    source: &Source,
+    passes: BTreeMap<String, Vec<PassRecord>>,
+    not_finite: BTreeMap<String, usize>,
+    bytes: u64,
+) -> Report {
+    Report {
+        verdict: "pass".to_owned(),
+        passes,
+        parity: serde_json::Value::Null,
+        quantisation: Quantisation {
+            bytes_f32: bytes,
+            bytes,
+            mean_kl: 0.0,
+            top1_agreement: 1.0,
+            layers: Vec::new(),
+        },
+        not_finite,
+        notes: source.notes.clone(),
+    }
+}
+
+fn provenance(source: &Source, options: &CompileOptions) -> Result<Provenance> {
+    let mut sources = Vec::new();
+    for file in source.parts.files() {
+        sources.push(hash_file(file)?);
+    }
+    let mut recorded = BTreeMap::from([("max_images".to_owned(), options.max_images.to_string())]);
+    if let Some(max_context) = options.max_context {
+        recorded.insert("max_context".to_owned(), max_context.to_string());
+    }
+    Ok(Provenance { sources, options: recorded })
+}
+
+fn pretty_json(value: &impl Serialize) -> Result<Vec<u8>> {
+    let mut bytes = serde_json::to_vec_pretty(value)?;
+    bytes.push(b'\n');
+    Ok(bytes)
+}
+
+/// The artifact's folder for a source when none is given: beside the working folder.
+pub fn default_output(source: &Path) -> PathBuf {
+    let name = match source.extension().is_some_and(|extension| extension == "toml") {
+        true => source.parent().and_then(Path::file_name),
+        false => source.file_name(),
+    };
+    let name = name.map_or("model".into(), |name| name.to_string_lossy().into_owned());
+    PathBuf::from(format!("{name}.flamingo"))
+}

@@ -1,0 +1,378 @@
+//! Writes an artifact: weights streamed into one file, graphs that point into it, manifest and
+//! report; whole or not at all.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use flamingo_ir::onnx::{MAX_INLINE_BYTES, WeightEntry, WeightLayout, write_onnx};
+use flamingo_ir::op::Flavour;
+use flamingo_ir::{Constant, DType, Fact, Graph, Tensor, ValueId, Verified, Weights, fold};
+use flamingo_models::manifest::{FileEntry, GraphEntry, TensorEntry};
+use serde_json::json;
+
+/// Name of the weight file inside `graphs/`. ONNX readers refuse external data outside the
+/// model's folder, so the weights lie beside the graphs.
+pub const WEIGHTS: &str = "weights.safetensors";
+
+/// Tensors begin at multiples of this.
+const ALIGNMENT: u64 = 64;
+
+/// One tensor to be written.
+struct Planned {
+    name: String,
+    graph: usize,
+    value: ValueId,
+    fact: Fact,
+    n_bytes: u64,
+}
+
+/// The weight file before it is written: names, order and offsets of its tensors.
+pub struct WeightPlan {
+    header: Vec<u8>,
+    tensors: Vec<(u64, Planned)>,
+    total_bytes: u64,
+    layouts: Vec<WeightLayout>,
+}
+
+impl WeightPlan {
+    /// Plans the build-time values that the nodes of `graphs` read.
+    pub fn new(graphs: &[&Verified]) -> Result<WeightPlan> {
+        let mut planned = Vec::new();
+        let mut names = BTreeSet::new();
+        let mut shared: BTreeMap<String, usize> = BTreeMap::new();
+        let mut slots: Vec<BTreeMap<ValueId, usize>> = vec![BTreeMap::new(); graphs.len()];
+        for (index, graph) in graphs.iter().enumerate() {
+            for (value, name) in stored_values(graph) {
+                let weight = match &graph.value(value).constant {
+                    Some(Constant::Weight(weight)) => Some(weight.clone()),
+                    _ => None,
+                };
+                let known = weight.as_ref().and_then(|weight| shared.get(weight).copied());
+                let slot = match known {
+                    Some(slot) => slot,
+                    None => {
+                        planned.push(plan(graph, index, value, unique(&mut names, name))?);
+                        planned.len() - 1
+                    }
+                };
+                shared.extend(weight.map(|weight| (weight, slot)));
+                slots[index].insert(value, slot);
+            }
+        }
+        WeightPlan::lay_out(planned, slots)
+    }
+
+    /// Puts tensors whose size is a multiple of the alignment first, and pads the others: the
+    /// format allows no gaps, so a gap is a tensor of its own.
+    fn lay_out(planned: Vec<Planned>, slots: Vec<BTreeMap<ValueId, usize>>) -> Result<WeightPlan> {
+        let mut order: Vec<usize> = (0..planned.len()).collect();
+        order.sort_by_key(|slot| planned[*slot].n_bytes % ALIGNMENT != 0);
+        let mut entries = serde_json::Map::new();
+        let mut offsets = vec![0u64; planned.len()];
+        let mut end = 0u64;
+        for slot in order {
+            let padding = end.next_multiple_of(ALIGNMENT) - end;
+            if padding > 0 {
+                let entry = json!({"dtype": "U8", "shape": [padding], "data_offsets": [end, end + padding]});
+                entries.insert(format!("__padding__.{end}"), entry);
+                end += padding;
+            }
+            let tensor = &planned[slot];
+            let shape = tensor.fact.known_shape().unwrap_or_default();
+            let span = [end, end + tensor.n_bytes];
+            let dtype = header_dtype(tensor.fact.dtype)?;
+            entries.insert(
+                tensor.name.clone(),
+                json!({"dtype": dtype, "shape": shape, "data_offsets": span}),
+            );
+            offsets[slot] = end;
+            end += tensor.n_bytes;
+        }
+        let mut header = serde_json::to_vec(&entries)?;
+        let begin = u64::try_from(header.len() + 8)?.next_multiple_of(ALIGNMENT);
+        header.resize(usize::try_from(begin)? - 8, b' ');
+        let entry = |slot: &usize| WeightEntry {
+            name: planned[*slot].name.clone(),
+            offset: begin + offsets[*slot],
+            length: planned[*slot].n_bytes,
+        };
+        let layout = |values: &BTreeMap<ValueId, usize>| WeightLayout {
+            location: WEIGHTS.to_owned(),
+            entries: values.iter().map(|(value, slot)| (*value, entry(slot))).collect(),
+        };
+        let layouts = slots.iter().map(layout).collect();
+        let mut tensors: Vec<(u64, Planned)> = offsets.into_iter().zip(planned).collect();
+        tensors.sort_by_key(|(offset, _)| *offset);
+        Ok(WeightPlan { header, tensors, total_bytes: begin + end, layouts })
+    }
+
+    /// Size of the weight file.
+    pub fn total_bytes(&self) -> u64 {
+        self.total_bytes
+    }
+
+    /// Where the values of the `index`-th graph lie.
+    pub fn layout(&self, index: usize) -> &WeightLayout {
+        &self.layouts[index]
+    }
+
+    /// Writes the file, one tensor in memory at a time; `progress` is told the bytes done.
+    /// Returns the number of values that are not finite, by tensor name.
+    pub fn write(
+        &self,
+        path: &Path,
+        graphs: &[&Verified],
+        weights: &dyn Weights,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<(FileEntry, BTreeMap<String, usize>)> {
+        let file =
+            File::create(path).with_context(|| format!("cannot create `{}`", path.display()))?;
+        let mut writer =
+            HashingWriter { inner: BufWriter::new(file), hasher: blake3::Hasher::new(), n: 0 };
+        writer.put(&u64::try_from(self.header.len())?.to_le_bytes())?;
+        writer.put(&self.header)?;
+        let begin = writer.n;
+        let mut not_finite = BTreeMap::new();
+        for (offset, tensor) in &self.tensors {
+            writer.pad_to(begin + offset)?;
+            let value = fold(graphs[tensor.graph], tensor.value, weights)?;
+            let bad = count_not_finite(&value);
+            if bad > 0 {
+                not_finite.insert(tensor.name.clone(), bad);
+            }
+            put_tensor(&mut writer, &value)?;
+            progress(writer.n);
+        }
+        if writer.n != self.total_bytes {
+            bail!("weight file of {} bytes, planned {}", writer.n, self.total_bytes);
+        }
+        writer.inner.flush()?;
+        writer.inner.get_ref().sync_all()?;
+        let entry = FileEntry {
+            path: format!("graphs/{WEIGHTS}"),
+            bytes: writer.n,
+            blake3: writer.hasher.finalize().to_hex().to_string(),
+        };
+        Ok((entry, not_finite))
+    }
+}
+
+/// Build-time values that runtime nodes or outputs read, with a name after the reader and its
+/// role there; weights keep their checkpoint name.
+fn stored_values(graph: &Graph) -> Vec<(ValueId, String)> {
+    let build_time = graph.build_time_values();
+    let mut stored: Vec<(ValueId, String)> = Vec::new();
+    let mut seen = BTreeSet::new();
+    for node in graph.nodes() {
+        if node.outputs.iter().all(|output| build_time.contains(output)) {
+            continue;
+        }
+        for (index, input) in node.inputs.iter().enumerate() {
+            if !build_time.contains(input) || is_inline(graph, *input) || !seen.insert(*input) {
+                continue;
+            }
+            let name = match &graph.value(*input).constant {
+                Some(Constant::Weight(weight)) => weight.replace('/', "."),
+                _ => format!("{}.{}", node.name, role(graph, node, index)),
+            };
+            stored.push((*input, name));
+        }
+    }
+    stored
+}
+
+/// Literals of integers and small ones are written into the graph itself.
+fn is_inline(graph: &Graph, value: ValueId) -> bool {
+    match &graph.value(value).constant {
+        Some(Constant::Literal(tensor)) => {
+            tensor.dtype() == DType::I64
+                || tensor.n_elements() * tensor.dtype().size() <= MAX_INLINE_BYTES
+        }
+        _ => false,
+    }
+}
+
+/// What the `index`-th input of a node is for.
+fn role(graph: &Graph, node: &flamingo_ir::Node, index: usize) -> String {
+    let facts: Vec<Fact> = node.inputs.iter().map(|input| graph.fact(*input).clone()).collect();
+    let body = node.op.operator().body(&facts, Flavour::Portable).and_then(Result::ok);
+    let role = body.and_then(|body| body.inputs().get(index).map(|(name, _)| name.clone()));
+    role.unwrap_or_else(|| format!("input_{index}"))
+}
+
+fn unique(names: &mut BTreeSet<String>, name: String) -> String {
+    let mut unique = name.clone();
+    let mut n = 1;
+    while !names.insert(unique.clone()) {
+        n += 1;
+        unique = format!("{name}.{n}");
+    }
+    unique
+}
+
+fn plan(graph: &Graph, index: usize, value: ValueId, name: String) -> Result<Planned> {
+    let fact = graph.fact(value).clone();
+    let n_elements =
+        fact.n_elements().known().context("a build-time value has a symbolic shape")?;
+    let n_bytes = u64::try_from(n_elements)? * u64::try_from(fact.dtype.size())?;
+    Ok(Planned { name, graph: index, value, fact, n_bytes })
+}
+
+fn header_dtype(dtype: DType) -> Result<&'static str> {
+    match dtype {
+        DType::F32 => Ok("F32"),
+        DType::I64 => Ok("I64"),
+        DType::Bool => Ok("BOOL"),
+        other => bail!("weights of {other} are not written"),
+    }
+}
+
+fn count_not_finite(tensor: &Tensor) -> usize {
+    tensor.as_f32().map_or(0, |array| array.iter().filter(|value| !value.is_finite()).count())
+}
+
+/// Writes the elements in row-major order, without a second copy where they lie so.
+fn put_tensor(writer: &mut HashingWriter, tensor: &Tensor) -> Result<()> {
+    match tensor.as_f32() {
+        Some(array) => match array.as_slice() {
+            Some(values) if cfg!(target_endian = "little") => {
+                writer.put(bytemuck::cast_slice(values))
+            }
+            _ => writer.put(&tensor.to_le_bytes()),
+        },
+        None => writer.put(&tensor.to_le_bytes()),
+    }
+}
+
+struct HashingWriter {
+    inner: BufWriter<File>,
+    hasher: blake3::Hasher,
+    n: u64,
+}
+
+impl HashingWriter {
+    fn put(&mut self, bytes: &[u8]) -> Result<()> {
+        self.inner.write_all(bytes).context("cannot write the weights")?;
+        self.hasher.update(bytes);
+        self.n += u64::try_from(bytes.len())?;
+        Ok(())
+    }
+
+    fn pad_to(&mut self, offset: u64) -> Result<()> {
+        let missing = usize::try_from(offset.saturating_sub(self.n))?;
+        self.put(&vec![0; missing])
+    }
+}
+
+/// Writes one graph in one flavour and describes it.
+pub fn write_graph(
+    folder: &Path,
+    stage: &str,
+    flavour: Flavour,
+    graph: &Verified,
+    layout: &WeightLayout,
+) -> Result<(GraphEntry, FileEntry)> {
+    let path = format!("graphs/{stage}.{}.onnx", flavour.name());
+    let bytes =
+        write_onnx(graph, flavour, layout).with_context(|| format!("cannot write `{path}`"))?;
+    let file = write_file(folder, &path, &bytes)?;
+    let describe = |ends: &[(String, ValueId)]| -> Vec<TensorEntry> {
+        let entry = |(name, id): &(String, ValueId)| TensorEntry {
+            name: name.clone(),
+            dtype: graph.fact(*id).dtype.to_string(),
+            shape: graph.fact(*id).shape.iter().map(ToString::to_string).collect(),
+        };
+        ends.iter().map(entry).collect()
+    };
+    let entry = GraphEntry {
+        stage: stage.to_owned(),
+        flavour: flavour.name().to_owned(),
+        path,
+        inputs: describe(graph.inputs()),
+        outputs: describe(graph.outputs()),
+    };
+    Ok((entry, file))
+}
+
+/// Writes one whole file of the artifact and hashes it.
+pub fn write_file(folder: &Path, path: &str, bytes: &[u8]) -> Result<FileEntry> {
+    let target = folder.join(path);
+    let context = || format!("cannot write `{}`", target.display());
+    let mut file = File::create(&target).with_context(context)?;
+    file.write_all(bytes).with_context(context)?;
+    file.sync_all().with_context(context)?;
+    Ok(FileEntry {
+        path: path.to_owned(),
+        bytes: u64::try_from(bytes.len())?,
+        blake3: blake3::hash(bytes).to_hex().to_string(),
+    })
+}
+
+/// Size and hash of a source file.
+pub fn hash_file(path: &Path) -> Result<FileEntry> {
+    let context = || format!("cannot read `{}`", path.display());
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_reader(File::open(path).with_context(context)?).with_context(context)?;
+    let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    Ok(FileEntry {
+        path: name,
+        bytes: hasher.count(),
+        blake3: hasher.finalize().to_hex().to_string(),
+    })
+}
+
+/// A folder that becomes `target` when it is whole, and leaves nothing otherwise.
+pub struct Staging {
+    folder: tempfile::TempDir,
+    target: PathBuf,
+}
+
+impl Staging {
+    /// Begins an artifact at `target`, which must not exist unless `overwrite`.
+    pub fn begin(target: &Path, overwrite: bool) -> Result<Staging> {
+        if target.exists() && !overwrite {
+            bail!(
+                "`{}` exists already\n\nhint: choose another `-o`, or pass `--overwrite`",
+                target.display()
+            );
+        }
+        let parent = match target.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        fs::create_dir_all(parent)
+            .with_context(|| format!("cannot create `{}`", parent.display()))?;
+        let folder = tempfile::Builder::new().prefix(".flamingoc-").tempdir_in(parent)?;
+        fs::create_dir(folder.path().join("graphs"))?;
+        Ok(Staging { folder, target: target.to_owned() })
+    }
+
+    /// The folder to write into.
+    pub fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Puts the folder in place. An artifact that was there goes only now, and only if it is one.
+    pub fn finish(self) -> Result<()> {
+        for folder in [self.folder.path().join("graphs"), self.folder.path().to_owned()] {
+            File::open(&folder)?.sync_all()?;
+        }
+        if self.target.exists() {
+            if !self.target.join("manifest.json").is_file() {
+                bail!("`{}` is not an artifact; it stays as it is", self.target.display());
+            }
+            fs::remove_dir_all(&self.target)?;
+        }
+        let staged = self.folder.keep();
+        fs::set_permissions(&staged, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+        fs::rename(&staged, &self.target)
+            .with_context(|| format!("cannot put the artifact at `{}`", self.target.display()))?;
+        if let Some(parent) = self.target.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+            File::open(parent)?.sync_all()?;
+        }
+        Ok(())
+    }
+}

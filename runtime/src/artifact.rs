@@ -1,0 +1,253 @@
+//! Artifacts on disk: checked manifest, mapped weights, graphs.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Read;
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+
+use flamingo_ir::Verified;
+use flamingo_ir::onnx::{OnnxError, ReadLimits, WeightPlace, read_onnx};
+use flamingo_models::manifest::{FileEntry, Manifest, SCHEMA_VERSION};
+use flamingo_models::map::MappedFile;
+
+use crate::backend::WeightBytes;
+
+/// Largest manifest that is read, in bytes.
+const MAX_MANIFEST_BYTES: u64 = 16 << 20;
+
+/// Why an artifact cannot be opened.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ArtifactError {
+    /// A file cannot be read.
+    #[error("{path}: {source}\n\nhint: {hint}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+        /// What to do.
+        hint: &'static str,
+    },
+    /// The manifest is not one.
+    #[error("{path}: {reason}\n\nhint: compile the artifact again")]
+    Manifest {
+        /// The manifest.
+        path: PathBuf,
+        /// Place, expected, found.
+        reason: String,
+    },
+    /// The artifact was written by a newer version.
+    #[error(
+        "{path}: schema version: expected up to {SCHEMA_VERSION}, got {found}\n\n\
+         hint: this artifact was written by a newer flamingoc; update this program, or compile again with this version"
+    )]
+    Schema {
+        /// The manifest.
+        path: PathBuf,
+        /// Its schema version.
+        found: u64,
+    },
+    /// Files differ from the manifest; all of them.
+    #[error("{path}: files differ from the manifest:\n  {}\n\nhint: copy the artifact again", .problems.join("\n  "))]
+    Files {
+        /// The artifact.
+        path: PathBuf,
+        /// Each file with what was expected and found.
+        problems: Vec<String>,
+    },
+    /// A graph cannot be read.
+    #[error("{path}: {source}")]
+    Graph {
+        /// The graph's file.
+        path: PathBuf,
+        /// The reason.
+        source: OnnxError,
+    },
+}
+
+/// An opened artifact.
+pub struct Artifact {
+    /// Its folder.
+    pub path: PathBuf,
+    /// Its manifest.
+    pub manifest: Manifest,
+}
+
+impl Artifact {
+    /// Reads the manifest and checks every file's size; with `verify` also its hash.
+    ///
+    /// # Errors
+    /// A missing or broken manifest, a newer schema, files that are missing or differ.
+    pub fn open(path: &Path, verify: bool) -> Result<Artifact, ArtifactError> {
+        let manifest = read_manifest(&path.join("manifest.json"))?;
+        let mut problems = Vec::new();
+        for entry in &manifest.files {
+            if let Some(problem) = check_file(path, entry, verify) {
+                problems.push(problem);
+            }
+        }
+        match problems.is_empty() {
+            true => Ok(Artifact { path: path.to_owned(), manifest }),
+            false => Err(ArtifactError::Files { path: path.to_owned(), problems }),
+        }
+    }
+
+    /// The file of a graph.
+    ///
+    /// # Errors
+    /// If the artifact has no such graph.
+    pub fn graph_path(&self, stage: &str, flavour: &str) -> Result<PathBuf, ArtifactError> {
+        let missing = || ArtifactError::Manifest {
+            path: self.path.join("manifest.json"),
+            reason: format!("no {stage} graph of flavour `{flavour}`"),
+        };
+        let path = self.manifest.graph(stage, flavour).map(|graph| graph.path.as_str());
+        path.filter(|path| inside(path)).map(|path| self.path.join(path)).ok_or_else(missing)
+    }
+
+    /// Reads the media and the decoder graph, and maps the weights they share.
+    ///
+    /// # Errors
+    /// Graphs that cannot be read, or weights outside the weight file.
+    pub fn load(&self) -> Result<LoadedGraphs, ArtifactError> {
+        let mut places = BTreeMap::new();
+        let mut location = PathBuf::new();
+        let mut read = |stage: &str| {
+            let path = self.graph_path(stage, "portable")?;
+            let hint = "copy the artifact again";
+            let bytes = fs::read(&path).map_err(|source| ArtifactError::Io {
+                path: path.clone(),
+                source,
+                hint,
+            })?;
+            let model = read_onnx(&bytes, &ReadLimits::default())
+                .map_err(|source| ArtifactError::Graph { path: path.clone(), source })?;
+            places.extend(model.weights);
+            if !model.location.is_empty() {
+                location = path.with_file_name(&model.location);
+            }
+            Ok(model.graph)
+        };
+        let (media, decoder) = (read("media")?, read("decoder")?);
+        let weights = MappedWeights::open(&location, places)?;
+        Ok(LoadedGraphs { media, decoder, weights: Arc::new(weights) })
+    }
+}
+
+/// The graphs of an artifact with their weights.
+pub struct LoadedGraphs {
+    /// Pixels → visual tokens, keys and values.
+    pub media: Verified,
+    /// New tokens → logits.
+    pub decoder: Verified,
+    /// Weights of both.
+    pub weights: Arc<MappedWeights>,
+}
+
+fn read_manifest(path: &Path) -> Result<Manifest, ArtifactError> {
+    let hint = "an artifact is a folder with a manifest.json; make one with `flamingoc compile SOURCE -o DIR`";
+    let io = |source| ArtifactError::Io { path: path.to_owned(), source, hint };
+    let wrong = |reason: String| ArtifactError::Manifest { path: path.to_owned(), reason };
+    let file = fs::File::open(path).map_err(io)?;
+    let mut text = String::new();
+    file.take(MAX_MANIFEST_BYTES + 1).read_to_string(&mut text).map_err(io)?;
+    if text.len() as u64 > MAX_MANIFEST_BYTES {
+        return Err(wrong(format!("expected at most {MAX_MANIFEST_BYTES} bytes")));
+    }
+    let value: serde_json::Value =
+        serde_json::from_str(&text).map_err(|error| wrong(error.to_string()))?;
+    match value.get("schema_version").and_then(serde_json::Value::as_u64) {
+        Some(found) if found > u64::from(SCHEMA_VERSION) => {
+            return Err(ArtifactError::Schema { path: path.to_owned(), found });
+        }
+        Some(_) => {}
+        None => return Err(wrong("`schema_version`: expected a number, got nothing".into())),
+    }
+    serde_json::from_value(value).map_err(|error| wrong(error.to_string()))
+}
+
+/// Whether a path stays in the artifact's folder.
+fn inside(path: &str) -> bool {
+    !path.is_empty() && Path::new(path).components().all(|c| matches!(c, Component::Normal(_)))
+}
+
+fn check_file(folder: &Path, entry: &FileEntry, verify: bool) -> Option<String> {
+    let name = &entry.path;
+    if !inside(name) {
+        return Some(format!("`{name}`: the path leaves the artifact"));
+    }
+    let path = folder.join(name);
+    match fs::symlink_metadata(&path) {
+        Err(error) => return Some(format!("`{name}`: {error}")),
+        Ok(metadata) if !metadata.is_file() => {
+            return Some(format!("`{name}`: not a regular file"));
+        }
+        Ok(metadata) if metadata.len() != entry.bytes => {
+            return Some(format!(
+                "`{name}`: expected {} bytes, got {}",
+                entry.bytes,
+                metadata.len()
+            ));
+        }
+        Ok(_) => {}
+    }
+    if !verify {
+        return None;
+    }
+    let mut hasher = blake3::Hasher::new();
+    let hashed = fs::File::open(&path).and_then(|file| hasher.update_reader(file).map(|_| ()));
+    match hashed {
+        Err(error) => Some(format!("`{name}`: {error}")),
+        Ok(()) if hasher.finalize().to_hex().as_str() == entry.blake3 => None,
+        Ok(()) => Some(format!("`{name}`: the content differs from its hash")),
+    }
+}
+
+/// Weights in a memory map.
+pub struct MappedWeights {
+    file: Option<MappedFile>,
+    places: BTreeMap<String, WeightPlace>,
+}
+
+impl MappedWeights {
+    fn open(
+        path: &Path,
+        places: BTreeMap<String, WeightPlace>,
+    ) -> Result<MappedWeights, ArtifactError> {
+        if places.is_empty() {
+            return Ok(MappedWeights { file: None, places });
+        }
+        let hint = "copy the artifact again";
+        let io = |source| ArtifactError::Io { path: path.to_owned(), source, hint };
+        let file = MappedFile::open(path).map_err(io)?;
+        let size = file.bytes().len() as u64;
+        let outside = places.iter().filter(|(_, place)| {
+            place.offset.checked_add(place.length).is_none_or(|end| end > size)
+        });
+        let problems: Vec<String> = outside
+            .map(|(name, place)| {
+                format!("weight `{name}` at {} + {} of {size} bytes", place.offset, place.length)
+            })
+            .collect();
+        match problems.is_empty() {
+            true => Ok(MappedWeights { file: Some(file), places }),
+            false => Err(ArtifactError::Files { path: path.to_owned(), problems }),
+        }
+    }
+
+    /// Bytes of all weights.
+    pub fn total_bytes(&self) -> u64 {
+        self.places.values().map(|place| place.length).sum()
+    }
+}
+
+impl WeightBytes for MappedWeights {
+    fn f32(&self, name: &str) -> Option<&[f32]> {
+        let place = self.places.get(name)?;
+        let start = usize::try_from(place.offset).ok()?;
+        let end = start.checked_add(usize::try_from(place.length).ok()?)?;
+        bytemuck::try_cast_slice(self.file.as_ref()?.bytes().get(start..end)?).ok()
+    }
+}

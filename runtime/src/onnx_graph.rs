@@ -1,0 +1,572 @@
+//! Backends that run an artifact's ONNX files with an engine: everything but the engine.
+//!
+//! An [`Engine`] runs one graph, tensors in and tensors out. [`OnnxBackend`] makes a backend of it:
+//! it names what each input of the two graphs is, keeps the keys and values that the decoder puts
+//! out as the engine's own tensors, and feeds them back as inputs of the next step.
+#![forbid(unsafe_code)]
+
+use std::borrow::Cow;
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+use std::sync::Arc;
+
+use flamingo_ir::onnx::{ReadLimits, ReadModel, read_onnx};
+use flamingo_ir::op::Op;
+use flamingo_ir::{Constant, DType, Dim, Fact, Graph, Tensor, ValueId};
+
+use crate::backend::{Backend, BackendError, Media, Sequence, Step, frame_weights};
+use crate::contract::{Contract, broken, check_medium, check_range, check_step, full, indices};
+
+/// The graphs of an artifact.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stage {
+    /// Pixels → visual tokens, keys and values of the gated blocks.
+    Media,
+    /// New tokens → logits, keys and values of all tokens.
+    Decoder,
+}
+
+/// An input of a graph, row-major.
+pub(crate) enum Input<'a, T> {
+    /// f32 numbers.
+    Numbers {
+        /// Shape.
+        shape: Vec<usize>,
+        /// As many as the shape says; none if a size is 0.
+        data: Cow<'a, [f32]>,
+    },
+    /// An i64 vector.
+    Indices(Vec<i64>),
+    /// An output of an earlier run.
+    Kept(&'a T),
+}
+
+/// Executes the two graphs of one artifact.
+pub(crate) trait Engine: Send + Sync + 'static {
+    /// An output, in the engine's own memory.
+    type Tensor: Send + 'static;
+
+    /// Name on the command line.
+    const NAME: &'static str;
+
+    /// Runs a graph on its inputs in the graph's order; returns its outputs in the graph's order.
+    fn run(
+        &self,
+        stage: Stage,
+        inputs: &[Input<'_, Self::Tensor>],
+    ) -> Result<Vec<Self::Tensor>, BackendError>;
+
+    /// The f32 numbers of a tensor, row-major.
+    fn numbers<'a>(&self, tensor: &'a Self::Tensor) -> Result<&'a [f32], BackendError>;
+}
+
+/// Reads one of an artifact's ONNX files, which also shows that it is of our own form.
+pub(crate) fn read_model(engine: &'static str, path: &Path) -> Result<ReadModel, BackendError> {
+    let wrong = |reason: String| BackendError::Engine {
+        engine,
+        place: path.display().to_string(),
+        reason,
+        hint: "copy the artifact again, or compile it again with this version",
+    };
+    let limits = ReadLimits::default();
+    let limit = u64::try_from(limits.max_bytes).unwrap_or(u64::MAX).saturating_add(1);
+    let mut bytes = Vec::new();
+    File::open(path)
+        .and_then(|file| file.take(limit).read_to_end(&mut bytes))
+        .map_err(|error| wrong(error.to_string()))?;
+    read_onnx(&bytes, &limits).map_err(|error| wrong(error.to_string()))
+}
+
+/// What an input of the media graph is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum MediaInput {
+    PixelValues,
+    FrameWeights,
+}
+
+/// What an input of the decoder is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum DecoderInput {
+    InputIds,
+    Positions,
+    KeyPositions,
+    MediaTime,
+    MediaIndex,
+    LogitRows,
+    Media(MediaBlock),
+    /// The cache of this place in [`Signature::caches`].
+    Past(usize),
+}
+
+/// Keys or values of a gated block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct MediaBlock {
+    is_key: bool,
+    block: usize,
+    /// Latents of a medium; `None` where media may differ.
+    n_latents: Option<usize>,
+    inner: usize,
+}
+
+/// Keys or values of one layer's tokens: an input `past_*` and the output `present_*` that
+/// follows it.
+#[derive(Clone, Debug)]
+struct Cache {
+    n_kv_heads: usize,
+    head_dim: usize,
+    /// Place among the decoder's outputs.
+    output: usize,
+}
+
+/// An input that the decoder reads rows of a table by.
+#[derive(Clone, Debug)]
+struct TableIndex {
+    name: String,
+    /// Is added to the input first.
+    offset: i64,
+    n_rows: usize,
+}
+
+/// Inputs and outputs of the two graphs.
+struct Signature {
+    contract: Contract,
+    media_inputs: Vec<MediaInput>,
+    /// Numbers of each output of the media graph.
+    media_output_sizes: Vec<Dim>,
+    decoder_inputs: Vec<(String, DecoderInput)>,
+    decoder_name: String,
+    caches: Vec<Cache>,
+    tables: Vec<TableIndex>,
+    /// Place of the logits among the decoder's outputs, and their width.
+    logits: (usize, usize),
+}
+
+impl Signature {
+    fn new(media: &Graph, decoder: &Graph) -> Result<Signature, BackendError> {
+        let contract = Contract::new(media, decoder)?;
+        let (decoder_inputs, caches) = decoder_inputs(decoder)?;
+        Ok(Signature {
+            contract,
+            media_inputs: media_inputs(media)?,
+            media_output_sizes: media.outputs().iter().map(|(_, id)| media.fact(*id).n_elements()).collect(),
+            decoder_inputs,
+            decoder_name: decoder.name.clone(),
+            caches,
+            tables: table_indices(decoder),
+            logits: logits(decoder)?,
+        })
+    }
+}
+
+fn media_inputs(media: &Graph) -> Result<Vec<MediaInput>, BackendError> {
+    let input = |(name, id): &(String, ValueId)| match name.as_str() {
+        "pixel_values" => Ok(MediaInput::PixelValues),
+        "frame_weights" => Ok(MediaInput::FrameWeights),
+        _ => Err(format!("input `{name}`: expected no such input, found {}", media.fact(*id))),
+    };
+    sorted_out(media, media.inputs().iter().map(input))
+}
+
+fn decoder_inputs(
+    decoder: &Graph,
+) -> Result<(Vec<(String, DecoderInput)>, Vec<Cache>), BackendError> {
+    let mut caches = Vec::new();
+    let input = |(name, id): &(String, ValueId)| {
+        let role = decoder_input(decoder, name, decoder.fact(*id), &mut caches)?;
+        Ok((name.clone(), role))
+    };
+    let inputs = sorted_out(decoder, decoder.inputs().iter().map(input))?;
+    let n_present = decoder.outputs().iter().filter(|(n, _)| n.starts_with("present_")).count();
+    match n_present == caches.len() {
+        true => Ok((inputs, caches)),
+        false => {
+            let expected = format!("{} outputs `present_*`, one for each `past_*`", caches.len());
+            Err(broken(decoder, vec![format!("outputs: expected {expected}, found {n_present}")]))
+        }
+    }
+}
+
+/// What one input of the decoder is; a past input also becomes one of `caches`.
+fn decoder_input(
+    decoder: &Graph,
+    name: &str,
+    fact: &Fact,
+    caches: &mut Vec<Cache>,
+) -> Result<DecoderInput, String> {
+    let wrong = |expected: &str| format!("input `{name}`: expected {expected}, found {fact}");
+    let numbered = |prefix: &str| -> Option<usize> { name.strip_prefix(prefix)?.parse().ok() };
+    let key = numbered("media_k.").map(|block| (true, block));
+    if let Some((is_key, block)) = key.or(numbered("media_v.").map(|block| (false, block))) {
+        let [_, n_latents, inner] = &fact.shape[..] else { return Err(wrong("rank 3")) };
+        let (n_latents, inner) = (n_latents.known(), inner.known());
+        let inner = inner.ok_or_else(|| wrong("a known width"))?;
+        return Ok(DecoderInput::Media(MediaBlock { is_key, block, n_latents, inner }));
+    }
+    if let Some(part) = name.strip_prefix("past_") {
+        let present = format!("present_{part}");
+        let output = decoder.outputs().iter().position(|(other, _)| *other == present);
+        let output = output.ok_or_else(|| wrong(&format!("an output `{present}`")))?;
+        let cache = cache_of(fact, decoder.fact(decoder.outputs()[output].1), output);
+        caches.push(cache.ok_or_else(|| {
+            wrong("f32[heads, past_len, head_dim], and the output longer by `text_len`")
+        })?);
+        return Ok(DecoderInput::Past(caches.len() - 1));
+    }
+    match name {
+        "input_ids" => Ok(DecoderInput::InputIds),
+        "positions" => Ok(DecoderInput::Positions),
+        "key_positions" => Ok(DecoderInput::KeyPositions),
+        "media_time" => Ok(DecoderInput::MediaTime),
+        "media_index" => Ok(DecoderInput::MediaIndex),
+        "logit_rows" => Ok(DecoderInput::LogitRows),
+        _ => Err(wrong("no such input")),
+    }
+}
+
+fn cache_of(past: &Fact, present: &Fact, output: usize) -> Option<Cache> {
+    let [n_kv_heads, past_len, head_dim] = &past.shape[..] else { return None };
+    let total_len = Dim::symbol("past_len") + Dim::symbol("text_len");
+    let expected = Fact::f32([n_kv_heads.clone(), total_len, head_dim.clone()]);
+    if past.dtype != DType::F32 || past_len.as_symbol() != Some("past_len") || *present != expected
+    {
+        return None;
+    }
+    Some(Cache { n_kv_heads: n_kv_heads.known()?, head_dim: head_dim.known()?, output })
+}
+
+fn logits(decoder: &Graph) -> Result<(usize, usize), BackendError> {
+    let place = decoder.outputs().iter().position(|(name, _)| name == "logits");
+    let width = place.and_then(|place| {
+        decoder.fact(decoder.outputs()[place].1).shape.get(1).and_then(Dim::known)
+    });
+    place.zip(width).ok_or_else(|| {
+        broken(decoder, vec!["output `logits`: expected a known width, found none".into()])
+    })
+}
+
+/// Inputs that rows of a table are gathered by, as they are or after adding a constant. Engines
+/// do not agree on what an index outside the table means.
+fn table_indices(graph: &Graph) -> Vec<TableIndex> {
+    let producers = graph.producers();
+    let constant = |id: ValueId| match &graph.value(id).constant {
+        Some(Constant::Literal(Tensor::I64(array))) if array.len() == 1 => array.first().copied(),
+        _ => None,
+    };
+    let name_of =
+        |id: ValueId| graph.inputs().iter().find(|(_, i)| *i == id).map(|(n, _)| n.clone());
+    let source = |id: ValueId| -> Option<(String, i64)> {
+        if let Some(name) = name_of(id) {
+            return Some((name, 0));
+        }
+        let node = graph.node(*producers.get(&id)?);
+        match (&node.op, &node.inputs[..]) {
+            (Op::Add(_), [a, b]) => name_of(*a).zip(constant(*b)).or(name_of(*b).zip(constant(*a))),
+            _ => None,
+        }
+    };
+    let gathers = graph.nodes().iter().filter(|node| matches!(node.op, Op::Gather(_)));
+    let index = |node: &flamingo_ir::Node| {
+        let n_rows = graph.fact(*node.inputs.first()?).shape.first()?.known()?;
+        let (name, offset) = source(*node.inputs.get(1)?)?;
+        Some(TableIndex { name, offset, n_rows })
+    };
+    gathers.filter_map(index).collect()
+}
+
+/// All values, or all problems.
+fn sorted_out<T>(
+    graph: &Graph,
+    results: impl Iterator<Item = Result<T, String>>,
+) -> Result<Vec<T>, BackendError> {
+    let (mut values, mut problems) = (Vec::new(), Vec::new());
+    for result in results {
+        match result {
+            Ok(value) => values.push(value),
+            Err(problem) => problems.push(problem),
+        }
+    }
+    if problems.is_empty() { Ok(values) } else { Err(broken(graph, problems)) }
+}
+
+/// A backend on an engine.
+pub(crate) struct OnnxBackend<E> {
+    shared: Arc<Shared<E>>,
+}
+
+struct Shared<E> {
+    engine: E,
+    signature: Signature,
+}
+
+impl<E: Engine> OnnxBackend<E> {
+    /// A backend that runs `media` and `decoder` with `engine`, which has loaded them.
+    ///
+    /// # Errors
+    /// If the graphs are not those of an artifact.
+    pub(crate) fn new(
+        media: &Graph,
+        decoder: &Graph,
+        engine: E,
+    ) -> Result<OnnxBackend<E>, BackendError> {
+        let signature = Signature::new(media, decoder)?;
+        Ok(OnnxBackend { shared: Arc::new(Shared { engine, signature }) })
+    }
+}
+
+impl<E: Engine> Backend for OnnxBackend<E> {
+    fn name(&self) -> &'static str {
+        E::NAME
+    }
+
+    fn encode(
+        &self,
+        pixel_values: &[f32],
+        n_media: usize,
+        n_frames: usize,
+    ) -> Result<Vec<Media>, BackendError> {
+        let pictures = &self.shared.signature.contract.pictures;
+        let medium_elements = pictures.check(pixel_values.len(), n_media, n_frames)?;
+        pixel_values
+            .chunks_exact(medium_elements)
+            .map(|medium| self.shared.encode(medium, n_frames))
+            .collect()
+    }
+
+    fn new_sequence(&self, max_context: usize) -> Result<Box<dyn Sequence>, BackendError> {
+        let shared = Arc::clone(&self.shared);
+        Ok(Box::new(OnnxSequence { shared, max_context, len: 0, kept: Vec::new(), kept_len: 0 }))
+    }
+}
+
+impl<E: Engine> Shared<E> {
+    /// Encodes one medium; one at a time needs the least memory.
+    fn encode(&self, pixel_values: &[f32], n_frames: usize) -> Result<Media, BackendError> {
+        let pictures = &self.signature.contract.pictures;
+        let n_max = pictures.n_max_frames.unwrap_or(0);
+        let input = |input: &MediaInput| match input {
+            MediaInput::PixelValues => Input::Numbers {
+                shape: [&[1, n_frames], &pictures.frame_shape[..]].concat(),
+                data: Cow::Borrowed(pixel_values),
+            },
+            MediaInput::FrameWeights => Input::Numbers {
+                shape: vec![n_frames, n_max],
+                data: Cow::Owned(frame_weights(n_frames, n_max)),
+            },
+        };
+        let inputs: Vec<_> = self.signature.media_inputs.iter().map(input).collect();
+        let outputs = self.engine.run(Stage::Media, &inputs)?;
+        let sizes = &self.signature.media_output_sizes;
+        let bindings = [("n_media", 1), ("n_frames", n_frames)];
+        let bindings = bindings.map(|(name, size)| (name.to_owned(), size)).into();
+        let read = |(output, size): (&E::Tensor, &Dim)| {
+            let size = size.evaluate(&bindings).map_err(|reason| outputs_differ::<E>("sizes", &reason))?;
+            Ok(self.numbers(output, size)?.to_vec())
+        };
+        let data: Result<Vec<Vec<f32>>, BackendError> =
+            outputs.iter().zip(sizes).map(read).collect();
+        Ok(self.signature.contract.media_from_outputs(data?))
+    }
+
+    /// The numbers of an output, of which there must be `n`.
+    fn numbers<'a>(&self, output: &'a E::Tensor, n: usize) -> Result<&'a [f32], BackendError> {
+        let data = self.engine.numbers(output)?;
+        match data.len() == n {
+            true => Ok(data),
+            false => Err(outputs_differ::<E>(&format!("{n} numbers"), &data.len().to_string())),
+        }
+    }
+}
+
+fn outputs_differ<E: Engine>(expected: &str, found: &str) -> BackendError {
+    BackendError::Engine {
+        engine: E::NAME,
+        place: "outputs".into(),
+        reason: format!("expected {expected}, found {found}"),
+        hint: "run with `--backend native`",
+    }
+}
+
+/// One sequence; keys and values are the engine's tensors.
+struct OnnxSequence<E: Engine> {
+    shared: Arc<Shared<E>>,
+    max_context: usize,
+    len: usize,
+    /// Keys and values in the order of [`Signature::caches`], [n_kv_heads, kept_len, head_dim];
+    /// none before the first step.
+    kept: Vec<E::Tensor>,
+    /// Tokens in `kept`: `len`, or more since the sequence was cut.
+    kept_len: usize,
+}
+
+impl<E: Engine> Sequence for OnnxSequence<E> {
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn max_context(&self) -> usize {
+        self.max_context
+    }
+
+    fn advance(&mut self, step: &Step<'_>) -> Result<Vec<f32>, BackendError> {
+        check_step(step, self.len, self.max_context)?;
+        let signature = &self.shared.signature;
+        signature.check_media(step.media)?;
+        let values = Values::new(step, self.len, self.max_context)?;
+        signature.check_tables(&values)?;
+        let inputs: Result<Vec<_>, BackendError> =
+            signature.decoder_inputs.iter().map(|(_, role)| self.input(*role, &values)).collect();
+        let mut outputs = self.shared.engine.run(Stage::Decoder, &inputs?)?;
+        let (place, width) = signature.logits;
+        let n_rows = values.logit_rows.len();
+        let logits = self.shared.numbers(&outputs[place], n_rows * width)?;
+        let logits = logits[..step.logit_rows.len() * width].to_vec();
+        let mut kept: Vec<Option<E::Tensor>> = outputs.drain(..).map(Some).collect();
+        self.kept = signature.caches.iter().filter_map(|c| kept[c.output].take()).collect();
+        self.len += step.input_ids.len();
+        self.kept_len = self.len;
+        Ok(logits)
+    }
+
+    fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
+    }
+}
+
+impl<E: Engine> OnnxSequence<E> {
+    fn input<'a>(
+        &'a self,
+        role: DecoderInput,
+        values: &Values<'a>,
+    ) -> Result<Input<'a, E::Tensor>, BackendError> {
+        let indices = |values: &Vec<i64>| Ok(Input::Indices(values.clone()));
+        match role {
+            DecoderInput::InputIds => indices(&values.input_ids),
+            DecoderInput::Positions => indices(&values.positions),
+            DecoderInput::KeyPositions => indices(&values.key_positions),
+            DecoderInput::MediaTime => indices(&values.media_time),
+            DecoderInput::MediaIndex => indices(&values.media_index),
+            DecoderInput::LogitRows => indices(&values.logit_rows),
+            DecoderInput::Media(block) => Ok(block.stack(&values.media)),
+            DecoderInput::Past(place) => self.past(place),
+        }
+    }
+
+    /// Keys or values of the tokens so far: as they came, or cut.
+    fn past(&self, place: usize) -> Result<Input<'_, E::Tensor>, BackendError> {
+        let cache = &self.shared.signature.caches[place];
+        let shape = vec![cache.n_kv_heads, self.len, cache.head_dim];
+        match self.kept.get(place) {
+            Some(tensor) if self.len == self.kept_len => Ok(Input::Kept(tensor)),
+            Some(tensor) if self.len > 0 => {
+                let row = self.kept_len * cache.head_dim;
+                let data = self.shared.numbers(tensor, cache.n_kv_heads * row)?;
+                let heads = data.chunks_exact(row);
+                let cut = heads.flat_map(|head| &head[..self.len * cache.head_dim]).copied();
+                Ok(Input::Numbers { shape, data: cut.collect() })
+            }
+            _ => Ok(Input::Numbers { shape, data: Cow::Borrowed(&[]) }),
+        }
+    }
+}
+
+impl MediaBlock {
+    fn part<'a>(&self, media: &'a Media) -> &'a [f32] {
+        let blocks = if self.is_key { &media.k } else { &media.v };
+        blocks.get(self.block).map_or(&[], Vec::as_slice)
+    }
+
+    /// What the step's media have of this block, one after the other; one medium of zeros if it
+    /// has none, because engines do not take all sizes of 0.
+    fn stack<'a, T>(&self, media: &[&'a Media]) -> Input<'a, T> {
+        let of_media = media.first().map_or(1, |media| media.n_latents);
+        let n_latents = self.n_latents.unwrap_or(of_media);
+        let data = match media {
+            [] => Cow::Owned(vec![0.0; n_latents * self.inner]),
+            [only] => Cow::Borrowed(self.part(only)),
+            many => many.iter().flat_map(|media| self.part(media)).copied().collect(),
+        };
+        Input::Numbers { shape: vec![media.len().max(1), n_latents, self.inner], data }
+    }
+}
+
+/// What a step feeds, media renumbered so that only those of this step are there.
+struct Values<'a> {
+    input_ids: Vec<i64>,
+    positions: Vec<i64>,
+    key_positions: Vec<i64>,
+    media_time: Vec<i64>,
+    media_index: Vec<i64>,
+    logit_rows: Vec<i64>,
+    media: Vec<&'a Media>,
+}
+
+impl<'a> Values<'a> {
+    fn new(step: &Step<'a>, len: usize, max_context: usize) -> Result<Values<'a>, BackendError> {
+        let total = len + step.input_ids.len();
+        let too_long = || full(step, len, max_context);
+        let mut used: Vec<u32> = step.media_time.iter().copied().filter(|time| *time > 0).collect();
+        used.sort_unstable();
+        used.dedup();
+        let medium = |time: &u32| step.media.get(usize::try_from(*time).ok()?.checked_sub(1)?);
+        let media: Vec<&Media> = used.iter().filter_map(medium).map(Arc::as_ref).collect();
+        check_latents(&media)?;
+        let renumbered = |time: &u32| used.binary_search(time).map_or(0, |place| place + 1);
+        // Engines differ on results of no rows: one row is always computed.
+        let rows = if step.logit_rows.is_empty() { &[0][..] } else { step.logit_rows };
+        Ok(Values {
+            input_ids: step.input_ids.iter().map(|id| i64::from(*id)).collect(),
+            positions: indices(len..total).ok_or_else(too_long)?,
+            key_positions: indices(0..total).ok_or_else(too_long)?,
+            media_time: indices(step.media_time.iter().map(renumbered)).ok_or_else(too_long)?,
+            media_index: indices(1..used.len().max(1) + 1).ok_or_else(too_long)?,
+            logit_rows: indices(rows.iter().copied()).ok_or_else(too_long)?,
+            media,
+        })
+    }
+}
+
+/// The media of a step are one tensor: they must be equally long.
+fn check_latents(media: &[&Media]) -> Result<(), BackendError> {
+    let n_latents = media.first().map_or(0, |media| media.n_latents);
+    match media.iter().find(|media| media.n_latents != n_latents) {
+        None => Ok(()),
+        Some(other) => Err(BackendError::Input {
+            place: "media".into(),
+            expected: format!("{n_latents} visual tokens for each medium of a step"),
+            found: other.n_latents.to_string(),
+            hint: "run with `--backend native`, which takes pictures and videos in one step",
+        }),
+    }
+}
+
+impl Signature {
+    /// Checks that all media are of this model.
+    fn check_media(&self, media: &[Arc<Media>]) -> Result<(), BackendError> {
+        for (name, role) in &self.decoder_inputs {
+            let DecoderInput::Media(block) = role else { continue };
+            let place = (self.decoder_name.as_str(), name.as_str());
+            for (index, media) in media.iter().enumerate() {
+                let sizes = [block.n_latents.unwrap_or(media.n_latents), block.inner];
+                check_medium(place, index, block.part(media).len(), sizes)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks that no index is outside its table.
+    fn check_tables(&self, values: &Values<'_>) -> Result<(), BackendError> {
+        for table in &self.tables {
+            let indices = match table.name.as_str() {
+                "input_ids" => &values.input_ids,
+                "positions" => &values.positions,
+                "key_positions" => &values.key_positions,
+                "media_time" => &values.media_time,
+                "media_index" => &values.media_index,
+                _ => continue,
+            };
+            check_range(&self.decoder_name, &table.name, indices, table.offset, table.n_rows)?;
+        }
+        Ok(())
+    }
+}

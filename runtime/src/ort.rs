@@ -1,0 +1,286 @@
+//! The ONNX Runtime backend: the artifact's ONNX files in ONNX Runtime sessions.
+//!
+//! ONNX Runtime is a shared library that is found when a backend is opened (see [`OrtOptions`]);
+//! nothing is linked or downloaded when this program is built. A process can use one library.
+#![forbid(unsafe_code)]
+
+mod library;
+
+use std::borrow::Cow;
+use std::fmt;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use flamingo_ir::Graph;
+use ort::environment::Environment;
+use ort::ep::{CUDA, ExecutionProviderDispatch, TensorRT};
+use ort::session::builder::SessionBuilder;
+use ort::session::{Session, SessionInputValue};
+use ort::value::{DynValue, TensorRef};
+
+use crate::backend::{Backend, BackendError, Media, Sequence};
+use crate::onnx_graph::{Engine, Input, OnnxBackend, Stage, read_model};
+
+pub use library::LIBRARY_VARIABLE;
+
+/// Name on the command line.
+const NAME: &str = "ort";
+
+/// What executes the nodes of a graph.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum ExecutionProvider {
+    /// The CPU.
+    #[default]
+    Cpu,
+    /// The first NVIDIA GPU, through CUDA.
+    Cuda,
+    /// The first NVIDIA GPU, through TensorRT.
+    TensorRt,
+}
+
+impl ExecutionProvider {
+    /// The provider called `name` on the command line.
+    pub fn from_name(name: &str) -> Option<ExecutionProvider> {
+        match name {
+            "cpu" => Some(ExecutionProvider::Cpu),
+            "cuda" => Some(ExecutionProvider::Cuda),
+            "tensorrt" => Some(ExecutionProvider::TensorRt),
+            _ => None,
+        }
+    }
+
+    /// Name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            ExecutionProvider::Cpu => "cpu",
+            ExecutionProvider::Cuda => "cuda",
+            ExecutionProvider::TensorRt => "tensorrt",
+        }
+    }
+
+    /// What registers it; nothing for the CPU, which is always there. A registration that fails
+    /// is an error. The device is always named: without it, a machine without one is found out
+    /// only when a session is made.
+    fn dispatch(self) -> Option<ExecutionProviderDispatch> {
+        let provider = match self {
+            ExecutionProvider::Cpu => return None,
+            ExecutionProvider::Cuda => CUDA::default().with_device_id(0).build(),
+            ExecutionProvider::TensorRt => TensorRT::default().with_device_id(0).build(),
+        };
+        Some(provider.error_on_failure())
+    }
+}
+
+/// How ONNX Runtime is used.
+#[derive(Clone, Debug, Default)]
+pub struct OrtOptions {
+    /// The shared library, or a folder that has it. Default: the path in [`LIBRARY_VARIABLE`],
+    /// else the first that is new enough next to the program, in
+    /// `target/test-deps/onnxruntime`, or where the system keeps libraries.
+    pub library: Option<PathBuf>,
+    /// Threads within a node; default: ONNX Runtime's, one for each physical core.
+    pub n_threads: Option<NonZeroUsize>,
+    /// What executes the nodes.
+    pub execution_provider: ExecutionProvider,
+}
+
+/// Runs the ONNX files of an artifact with ONNX Runtime.
+pub struct OrtBackend {
+    inner: OnnxBackend<OrtEngine>,
+    execution_provider: ExecutionProvider,
+}
+
+impl fmt::Debug for OrtBackend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = self.execution_provider.name();
+        f.debug_struct("OrtBackend").field("execution_provider", &name).finish_non_exhaustive()
+    }
+}
+
+impl OrtBackend {
+    /// Loads the two graphs of one flavour. Their weights lie where the files say, relative to the
+    /// files' own folder.
+    ///
+    /// # Errors
+    /// If there is no usable library, if the execution provider cannot be had (there is no falling
+    /// back to the CPU), or if a file is not a graph of an artifact.
+    pub fn open(
+        media_onnx: &Path,
+        decoder_onnx: &Path,
+        options: &OrtOptions,
+    ) -> Result<OrtBackend, BackendError> {
+        let (media, decoder) = (read_model(NAME, media_onnx)?, read_model(NAME, decoder_onnx)?);
+        let environment = library::load(options.library.as_deref())?;
+        let engine = OrtEngine {
+            media: OrtStage::new(&environment, media_onnx, &media.graph, options)?,
+            decoder: OrtStage::new(&environment, decoder_onnx, &decoder.graph, options)?,
+        };
+        Ok(OrtBackend {
+            inner: OnnxBackend::new(&media.graph, &decoder.graph, engine)?,
+            execution_provider: options.execution_provider,
+        })
+    }
+
+    /// What executes the nodes.
+    pub fn execution_provider(&self) -> ExecutionProvider {
+        self.execution_provider
+    }
+}
+
+impl Backend for OrtBackend {
+    fn name(&self) -> &'static str {
+        self.inner.name()
+    }
+
+    fn encode(
+        &self,
+        pixel_values: &[f32],
+        n_media: usize,
+        n_frames: usize,
+    ) -> Result<Vec<Media>, BackendError> {
+        self.inner.encode(pixel_values, n_media, n_frames)
+    }
+
+    fn new_sequence(&self, max_context: usize) -> Result<Box<dyn Sequence>, BackendError> {
+        self.inner.new_sequence(max_context)
+    }
+}
+
+struct OrtEngine {
+    media: OrtStage,
+    decoder: OrtStage,
+}
+
+/// One graph as a session.
+struct OrtStage {
+    place: String,
+    inputs: Vec<String>,
+    outputs: Vec<String>,
+    session: Mutex<Session>,
+}
+
+impl OrtStage {
+    fn new(
+        environment: &Environment,
+        path: &Path,
+        graph: &Graph,
+        options: &OrtOptions,
+    ) -> Result<OrtStage, BackendError> {
+        let place = path.display().to_string();
+        let session = builder(environment, options).map_err(|reason| BackendError::Engine {
+            engine: NAME,
+            place: format!("execution provider {}", options.execution_provider.name()),
+            reason,
+            hint: "run `flamingoc doctor`, or pass `--ep cpu`",
+        });
+        let session = session?.commit_from_file(path).map_err(|error| refused(&place, error))?;
+        let names = |values: &[(String, _)]| values.iter().map(|(name, _)| name.clone()).collect();
+        let stage = OrtStage {
+            place,
+            inputs: names(graph.inputs()),
+            outputs: names(graph.outputs()),
+            session: Mutex::new(session),
+        };
+        stage.check_names()?;
+        Ok(stage)
+    }
+
+    /// Checks that the session takes and gives what the graph does.
+    fn check_names(&self) -> Result<(), BackendError> {
+        let session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut missing = Vec::new();
+        for (kind, expected, found) in [
+            ("input", &self.inputs, session.inputs()),
+            ("output", &self.outputs, session.outputs()),
+        ] {
+            let absent = expected.iter().filter(|name| found.iter().all(|f| f.name() != *name));
+            missing.extend(absent.map(|name| format!("{kind} `{name}`")));
+        }
+        match missing.is_empty() {
+            true => Ok(()),
+            false => Err(refused(&self.place, format!("no {}", missing.join(", ")))),
+        }
+    }
+
+    fn run(&self, inputs: &[Input<'_, DynValue>]) -> Result<Vec<DynValue>, BackendError> {
+        let failed = |error: ort::Error| refused(&self.place, error);
+        let values: Result<Vec<(Cow<'_, str>, SessionInputValue<'_>)>, ort::Error> = self
+            .inputs
+            .iter()
+            .zip(inputs)
+            .map(|(name, input)| Ok((Cow::Borrowed(name.as_str()), value_from_input(input)?)))
+            .collect();
+        let values = values.map_err(failed)?;
+        let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut outputs = session.run(values).map_err(failed)?;
+        let take = |name: &String| {
+            let missing = || refused(&self.place, format!("no output `{name}`"));
+            outputs.remove(name).ok_or_else(missing)
+        };
+        self.outputs.iter().map(take).collect()
+    }
+}
+
+/// A session's options. Plans of memory are off: they are kept for each set of sizes, and every
+/// step has other sizes.
+fn builder(environment: &Environment, options: &OrtOptions) -> Result<SessionBuilder, String> {
+    let builder = Session::builder(environment).map_err(|error| error.to_string())?;
+    let mut builder = builder.with_memory_pattern(false).map_err(|error| error.to_string())?;
+    if let Some(n_threads) = options.n_threads {
+        let threaded = builder.with_intra_threads(n_threads.get());
+        builder = threaded.map_err(|error| error.to_string())?;
+    }
+    match options.execution_provider.dispatch() {
+        None => Ok(builder),
+        Some(provider) => {
+            builder.with_execution_providers([provider]).map_err(|error| error.to_string())
+        }
+    }
+}
+
+/// A view of an input; nothing is copied.
+fn value_from_input<'a>(
+    input: &'a Input<'_, DynValue>,
+) -> Result<SessionInputValue<'a>, ort::Error> {
+    Ok(match input {
+        Input::Numbers { shape, data } => {
+            TensorRef::from_array_view((shape.as_slice(), data.as_ref()))?.into()
+        }
+        Input::Indices(values) => {
+            TensorRef::from_array_view(([values.len()], values.as_slice()))?.into()
+        }
+        Input::Kept(value) => (*value).into(),
+    })
+}
+
+fn refused(place: &str, reason: impl fmt::Display) -> BackendError {
+    BackendError::Engine {
+        engine: NAME,
+        place: place.to_owned(),
+        reason: reason.to_string(),
+        hint: "run with `--backend native`, or use a newer ONNX Runtime",
+    }
+}
+
+impl Engine for OrtEngine {
+    type Tensor = DynValue;
+
+    const NAME: &'static str = NAME;
+
+    fn run(
+        &self,
+        stage: Stage,
+        inputs: &[Input<'_, DynValue>],
+    ) -> Result<Vec<DynValue>, BackendError> {
+        match stage {
+            Stage::Media => self.media.run(inputs),
+            Stage::Decoder => self.decoder.run(inputs),
+        }
+    }
+
+    fn numbers<'a>(&self, tensor: &'a DynValue) -> Result<&'a [f32], BackendError> {
+        let data = tensor.try_extract_tensor::<f32>();
+        data.map(|(_, data)| data).map_err(|error| refused("outputs", error))
+    }
+}
