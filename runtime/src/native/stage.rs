@@ -50,6 +50,12 @@ pub struct Call<'a> {
     pub media_time: &'a [u32],
 }
 
+/// Slices of a call's inputs by place; empty where an input is not read or not of that type.
+struct Inputs<'a> {
+    numbers: Vec<&'a [f32]>,
+    indices: Vec<&'a [i64]>,
+}
+
 /// Memory of a stage, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StageMemory {
@@ -159,7 +165,7 @@ impl NativeStage {
         buffers: &mut Buffers,
     ) -> Result<Vec<Vec<f32>>, BackendError> {
         let sizes = self.sizes(call.bindings)?;
-        let (numbers, indices) = self.check_inputs(call, &sizes)?;
+        let inputs = self.check_inputs(call, &sizes)?;
         self.check_caches(call, caches)?;
         self.grow(&sizes, buffers)?;
         let weights: Option<Vec<&[f32]>> =
@@ -170,8 +176,8 @@ impl NativeStage {
             plan: &self.plan,
             sizes: &sizes,
             weights: &weights,
-            numbers: &numbers,
-            indices: &indices,
+            numbers: &inputs.numbers,
+            indices: &inputs.indices,
             media: call.media,
             media_time: call.media_time,
             past_len: call.bindings.get("past_len").copied().unwrap_or(0),
@@ -183,7 +189,7 @@ impl NativeStage {
         }
         let context = Context { slots: &buffers.slots, ..context };
         let read = |(name, view): &(String, View)| {
-            context.to_vec(view).map_err(|Unresolved| self.unresolved(name))
+            context.read(view).map_err(|Unresolved| self.unresolved(name))
         };
         self.plan.outputs.iter().map(read).collect()
     }
@@ -252,11 +258,7 @@ impl NativeStage {
     }
 
     /// Slices of the inputs that are read, by place; the rest is empty.
-    fn check_inputs<'a>(
-        &self,
-        call: &Call<'a>,
-        sizes: &Sizes,
-    ) -> Result<(Vec<&'a [f32]>, Vec<&'a [i64]>), BackendError> {
+    fn check_inputs<'a>(&self, call: &Call<'a>, sizes: &Sizes) -> Result<Inputs<'a>, BackendError> {
         let n_inputs = self.plan.inputs.len();
         let (mut numbers, mut indices) =
             (vec![&[] as &[f32]; n_inputs], vec![&[] as &[i64]; n_inputs]);
@@ -285,7 +287,7 @@ impl NativeStage {
             let (name, limit) = (&self.plan.inputs[*input].name, sizes.get(*limit));
             contract::check_range(&self.plan.graph, name, indices[*input], *offset, limit)?;
         }
-        Ok((numbers, indices))
+        Ok(Inputs { numbers, indices })
     }
 
     fn wrong_input(&self, name: &str, expected: String, found: String) -> BackendError {

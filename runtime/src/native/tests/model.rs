@@ -447,7 +447,7 @@ fn what_no_token_sees_is_not_read() {
     for (name, tensor) in &mut poisoned.weights {
         if name.starts_with("gated") && (name.ends_with("query") || name.ends_with("out")) {
             let n = tensor.n_elements();
-            *tensor = Tensor::f32(&tensor.shape().to_vec(), vec![f32::NAN; n]).unwrap();
+            *tensor = Tensor::f32(tensor.shape(), vec![f32::NAN; n]).unwrap();
         }
     }
     let run = |model: &Model, time: &[usize], poison: &[usize]| {
