@@ -149,7 +149,11 @@ impl Signature {
         Ok(Signature {
             contract,
             media_inputs: media_inputs(media)?,
-            media_output_sizes: media.outputs().iter().map(|(_, id)| media.fact(*id).n_elements()).collect(),
+            media_output_sizes: media
+                .outputs()
+                .iter()
+                .map(|(_, id)| media.fact(*id).n_elements())
+                .collect(),
             decoder_inputs,
             decoder_name: decoder.name.clone(),
             caches,
@@ -360,7 +364,8 @@ impl<E: Engine> Shared<E> {
         let bindings = [("n_media", 1), ("n_frames", n_frames)];
         let bindings = bindings.map(|(name, size)| (name.to_owned(), size)).into();
         let read = |(output, size): (&E::Tensor, &Dim)| {
-            let size = size.evaluate(&bindings).map_err(|reason| outputs_differ::<E>("sizes", &reason))?;
+            let size =
+                size.evaluate(&bindings).map_err(|reason| outputs_differ::<E>("sizes", &reason))?;
             Ok(self.numbers(output, size)?.to_vec())
         };
         let data: Result<Vec<Vec<f32>>, BackendError> =

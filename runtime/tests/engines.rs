@@ -34,8 +34,11 @@ fn options(execution_provider: ExecutionProvider) -> OrtOptions {
 }
 
 fn engines() -> Engines {
+    engines_of(&Model::new(true))
+}
+
+fn engines_of(model: &Model) -> Engines {
     let folder = tempfile::tempdir().unwrap();
-    let model = Model::new();
     let weights = Arc::new(model.weights.clone());
     let native = NativeBackend::new(&model.media, &model.decoder, weights, None).unwrap();
     let mut names = vec!["native"];
@@ -153,6 +156,24 @@ fn engines_agree_on_prompts_steps_and_cuts() {
 }
 
 #[test]
+fn media_may_have_latents_by_frames() {
+    let engines = engines_of(&Model::new(false));
+    let mut media = encode(&engines, 2, 3);
+    media.extend(encode(&engines, 1, 1));
+    assert_eq!([media[0].n_latents, media[2].n_latents], [15, 5]);
+    let mut together = Together::new(&engines, media);
+    together.advance(&[0, 1, 1, 2], &[0, 3]);
+    together.advance(&[3, 3], &[1]);
+    together.advance(&[0], &[0]);
+    let step =
+        Step { input_ids: &[1, 2], media_time: &[2, 3], media: &together.media, logit_rows: &[0] };
+    for sequence in &mut together.sequences[1..] {
+        let error = sequence.advance(&step).unwrap_err().to_string();
+        assert!(error.contains("media: expected 15 visual tokens"), "{error}");
+    }
+}
+
+#[test]
 fn text_needs_no_media() {
     let engines = engines();
     let mut together = Together::new(&engines, Vec::new());
@@ -175,8 +196,8 @@ fn engines_refuse_in_the_same_words() {
         (Step { media_time: &[0, 3], ..fine }, "0 to 2"),
         (Step { logit_rows: &[2], ..fine }, "rows below 2"),
         (Step { input_ids: &many, media_time: &many, ..fine }, "at most 38 more tokens"),
-        (Step { input_ids: &[1, vocabulary], ..fine }, "indices below 31"),
-        (Step { media: &broken, ..fine }, "30 elements for medium 2"),
+        (Step { input_ids: &[1, vocabulary], ..fine }, "0 to 30"),
+        (Step { media: &broken, ..fine }, "3 x 10 elements for medium 2"),
     ];
     let mut sequences: Vec<_> =
         engines.backends.iter().map(|b| b.new_sequence(40).unwrap()).collect();

@@ -210,31 +210,47 @@ impl SelfAttention {
         graph.add(name, Transpose { permutation: vec![1, 0, 2] }, &[split])
     }
 
-    /// Query heads that share a key head, as rows of it: [h, m, d] → [g, h/g·m, d].
-    fn grouped(&self, graph: &mut Graph, name: &str, x: ValueId) -> Result<ValueId, GraphError> {
+    /// Whether several query heads share a key head. Values per query head then have one more
+    /// axis: [h, ..] → [g, h/g, ..].
+    fn is_grouped(&self) -> bool {
+        self.n_heads != self.n_kv_heads
+    }
+
+    /// Keys or values beside query heads: [g, p + m, d], or [g, 1, p + m, d] where heads are
+    /// shared.
+    fn shared(&self, graph: &mut Graph, name: &str, x: ValueId) -> Result<ValueId, GraphError> {
+        if !self.is_grouped() {
+            return Ok(x);
+        }
         let mut shape = graph.fact(x).shape.clone();
-        shape[0] = Dim::from(self.n_kv_heads);
-        shape[1] = shape[1].clone() * Dim::from(self.n_heads / self.n_kv_heads);
+        shape.insert(1, Dim::from(1));
         graph.add(name, Reshape { shape }, &[x])
     }
 
-    /// Scores [h, m, p + m].
-    fn scores(&self, graph: &mut Graph, q: ValueId, k: ValueId) -> Result<ValueId, GraphError> {
-        let columns = graph.add("columns", Transpose { permutation: vec![0, 2, 1] }, &[k])?;
-        if self.n_heads == self.n_kv_heads {
-            return graph.add("scores", MatMul, &[q, columns]);
-        }
-        let shape = vec![
-            Dim::from(self.n_heads),
-            graph.fact(q).shape[1].clone(),
-            graph.fact(k).shape[1].clone(),
-        ];
-        let q = self.grouped(graph, "q_groups", q)?;
-        let scores = graph.add("group_scores", MatMul, &[q, columns])?;
-        graph.add("scores", Reshape { shape }, &[scores])
+    /// Sizes of values per query head.
+    fn head_shape(&self, rest: [Dim; 2]) -> Vec<Dim> {
+        let heads = match self.is_grouped() {
+            true => vec![Dim::from(self.n_kv_heads), Dim::from(self.n_heads / self.n_kv_heads)],
+            false => vec![Dim::from(self.n_heads)],
+        };
+        [heads, rest.to_vec()].concat()
     }
 
-    /// slope · (key position − query position), [h, m, p + m].
+    /// Scores [h, m, p + m], or [g, h/g, m, p + m].
+    fn scores(&self, graph: &mut Graph, q: ValueId, k: ValueId) -> Result<ValueId, GraphError> {
+        let k = self.shared(graph, "shared_k", k)?;
+        if !self.is_grouped() {
+            let columns = graph.add("columns", Transpose { permutation: vec![0, 2, 1] }, &[k])?;
+            return graph.add("scores", MatMul, &[q, columns]);
+        }
+        let columns = graph.add("columns", Transpose { permutation: vec![0, 1, 3, 2] }, &[k])?;
+        let text_len = graph.fact(q).shape[1].clone();
+        let shape = self.head_shape([text_len, Dim::from(self.head_dim)]);
+        let q = graph.add("grouped_q", Reshape { shape }, &[q])?;
+        graph.add("scores", MatMul, &[q, columns])
+    }
+
+    /// slope · (key position − query position), [h, m, p + m] or [g, h/g, m, p + m].
     fn alibi(
         &self,
         graph: &mut Graph,
@@ -244,7 +260,9 @@ impl SelfAttention {
     ) -> Result<ValueId, GraphError> {
         let distance = graph.add("distance", Sub, &[column, row])?;
         let distance = graph.add("distance_f32", Cast { dtype: DType::F32 }, &[distance])?;
-        let slopes = Tensor::f32(&[self.n_heads, 1, 1], alibi_slopes(self.n_heads, bias_max));
+        let shape = self.head_shape([Dim::from(1), Dim::from(1)]);
+        let shape: Vec<usize> = shape.iter().filter_map(Dim::known).collect();
+        let slopes = Tensor::f32(&shape, alibi_slopes(self.n_heads, bias_max));
         let slopes = slopes.ok_or_else(|| graph.broken("one slope a head".into()))?;
         let slopes = graph.literal(slopes);
         graph.add("alibi", Mul, &[slopes, distance])
@@ -258,14 +276,9 @@ impl SelfAttention {
         v: ValueId,
         out: &Fact,
     ) -> Result<ValueId, GraphError> {
-        let mut mixed = match self.n_heads == self.n_kv_heads {
-            true => graph.add("mixed", MatMul, &[weights, v])?,
-            false => {
-                let groups = self.grouped(graph, "weight_groups", weights)?;
-                graph.add("mixed", MatMul, &[groups, v])?
-            }
-        };
-        if self.n_heads != self.n_kv_heads {
+        let v = self.shared(graph, "shared_v", v)?;
+        let mut mixed = graph.add("mixed", MatMul, &[weights, v])?;
+        if self.is_grouped() {
             let shape =
                 vec![Dim::from(self.n_heads), out.shape[0].clone(), Dim::from(self.head_dim)];
             mixed = graph.add("ungrouped", Reshape { shape }, &[mixed])?;

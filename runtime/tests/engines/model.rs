@@ -28,9 +28,11 @@ pub(crate) struct Model {
 }
 
 impl Model {
-    pub(crate) fn new() -> Model {
-        let (media, mut weights) = media();
-        let (decoder, decoder_weights) = decoder();
+    /// Without a resampler a medium has as many latents as its frames have tokens.
+    pub(crate) fn new(has_resampler: bool) -> Model {
+        let (media, mut weights) = media(has_resampler);
+        let n_latents = if has_resampler { N_LATENTS.into() } else { Dim::symbol("n_latents") };
+        let (decoder, decoder_weights) = decoder(n_latents);
         weights.extend(decoder_weights);
         Model { media, decoder, weights }
     }
@@ -134,7 +136,7 @@ impl Builder {
     }
 }
 
-fn media() -> (Verified, BTreeMap<String, Vec<f32>>) {
+fn media(has_resampler: bool) -> (Verified, BTreeMap<String, Vec<f32>>) {
     let mut b = Builder::new("media");
     let [n_media, n_frames] = ["n_media", "n_frames"].map(Dim::symbol);
     let picture = [3, 8, 8].map(Dim::from);
@@ -151,7 +153,7 @@ fn media() -> (Verified, BTreeMap<String, Vec<f32>>) {
     let table = b.weight("frames", &[2, VISION]);
     let x = b.add("frame_embedding", FrameEmbedding, &[x, frame_weights, table, pixels]);
     let x = b.add("merged", MergeFrames, &[x, pixels]);
-    let tokens = resampler(&mut b, x, pixels);
+    let tokens = if has_resampler { resampler(&mut b, x, pixels) } else { x };
     b.graph.output("visual_tokens", tokens);
     for side in ["media_k.0", "media_v.0"] {
         let value = b.linear(side, tokens, [INNER, VISION]);
@@ -186,7 +188,7 @@ fn resampler(b: &mut Builder, x: ValueId, pixels: ValueId) -> ValueId {
     b.feed_forward("resampler.mlp", x, VISION, Activation::Gelu)
 }
 
-fn decoder() -> (Verified, BTreeMap<String, Vec<f32>>) {
+fn decoder(n_latents: Dim) -> (Verified, BTreeMap<String, Vec<f32>>) {
     let mut b = Builder::new("decoder");
     let text_len = || Dim::symbol("text_len");
     let [ids, positions, time] = ["input_ids", "positions", "media_time"]
@@ -195,7 +197,7 @@ fn decoder() -> (Verified, BTreeMap<String, Vec<f32>>) {
     let key_positions = b.graph.input("key_positions", Fact::i64([total]));
     let media_index = b.graph.input("media_index", Fact::i64([Dim::symbol("n_media")]));
     let rows = b.graph.input("logit_rows", Fact::i64([Dim::symbol("n_logits")]));
-    let fact = Fact::f32([Dim::symbol("n_media"), N_LATENTS.into(), INNER.into()]);
+    let fact = Fact::f32([Dim::symbol("n_media"), n_latents, INNER.into()]);
     let media = ["media_k.0", "media_v.0"].map(|name| b.graph.input(name, fact.clone()));
     let table = b.weight("embedding", &[VOCABULARY, WIDTH]);
     let x = b.add("embedding", Gather, &[table, ids]);
