@@ -95,7 +95,7 @@ enum DecoderInput {
     MediaIndex,
     LogitRows,
     Media(MediaBlock),
-    /// The cache of this place in [`Signature::caches`].
+    /// The cache of this place in [`DecoderInputs::caches`].
     Past(usize),
 }
 
@@ -134,9 +134,8 @@ struct Signature {
     media_inputs: Vec<MediaInput>,
     /// Numbers of each output of the media graph.
     media_output_sizes: Vec<Dim>,
-    decoder_inputs: Vec<(String, DecoderInput)>,
+    decoder_inputs: DecoderInputs,
     decoder_name: String,
-    caches: Vec<Cache>,
     tables: Vec<TableIndex>,
     /// Place of the logits among the decoder's outputs, and their width.
     logits: (usize, usize),
@@ -145,7 +144,6 @@ struct Signature {
 impl Signature {
     fn new(media: &Graph, decoder: &Graph) -> Result<Signature, BackendError> {
         let contract = Contract::new(media, decoder)?;
-        let (decoder_inputs, caches) = decoder_inputs(decoder)?;
         Ok(Signature {
             contract,
             media_inputs: media_inputs(media)?,
@@ -154,9 +152,8 @@ impl Signature {
                 .iter()
                 .map(|(_, id)| media.fact(*id).n_elements())
                 .collect(),
-            decoder_inputs,
+            decoder_inputs: DecoderInputs::new(decoder)?,
             decoder_name: decoder.name.clone(),
-            caches,
             tables: table_indices(decoder),
             logits: logits(decoder)?,
         })
@@ -172,22 +169,29 @@ fn media_inputs(media: &Graph) -> Result<Vec<MediaInput>, BackendError> {
     sorted_out(media, media.inputs().iter().map(input))
 }
 
-fn decoder_inputs(
-    decoder: &Graph,
-) -> Result<(Vec<(String, DecoderInput)>, Vec<Cache>), BackendError> {
-    let mut caches = Vec::new();
-    let input = |(name, id): &(String, ValueId)| {
-        let role = decoder_input(decoder, name, decoder.fact(*id), &mut caches)?;
-        Ok((name.clone(), role))
-    };
-    let inputs = sorted_out(decoder, decoder.inputs().iter().map(input))?;
-    let n_present = decoder.outputs().iter().filter(|(n, _)| n.starts_with("present_")).count();
-    match n_present == caches.len() {
-        true => Ok((inputs, caches)),
-        false => {
-            let expected = format!("{} outputs `present_*`, one for each `past_*`", caches.len());
-            Err(broken(decoder, vec![format!("outputs: expected {expected}, found {n_present}")]))
+/// What each input of the decoder is, by name, and the caches among them.
+struct DecoderInputs {
+    roles: Vec<(String, DecoderInput)>,
+    caches: Vec<Cache>,
+}
+
+impl DecoderInputs {
+    fn new(decoder: &Graph) -> Result<DecoderInputs, BackendError> {
+        let mut caches = Vec::new();
+        let input = |(name, id): &(String, ValueId)| {
+            let role = decoder_input(decoder, name, decoder.fact(*id), &mut caches)?;
+            Ok((name.clone(), role))
+        };
+        let roles = sorted_out(decoder, decoder.inputs().iter().map(input))?;
+        let found = decoder.outputs().iter().filter(|(n, _)| n.starts_with("present_")).count();
+        if found != caches.len() {
+            let expected = format!("{} `present_*`, one for each `past_*`", caches.len());
+            return Err(broken(
+                decoder,
+                vec![format!("outputs: expected {expected}, found {found}")],
+            ));
         }
+        Ok(DecoderInputs { roles, caches })
     }
 }
 
@@ -397,7 +401,7 @@ struct OnnxSequence<E: Engine> {
     shared: Arc<Shared<E>>,
     max_context: usize,
     len: usize,
-    /// Keys and values in the order of [`Signature::caches`], [n_kv_heads, kept_len, head_dim];
+    /// Keys and values in the order of [`DecoderInputs::caches`], [n_kv_heads, kept_len, head_dim];
     /// none before the first step.
     kept: Vec<E::Tensor>,
     /// Tokens in `kept`: `len`, or more since the sequence was cut.
@@ -419,15 +423,20 @@ impl<E: Engine> Sequence for OnnxSequence<E> {
         signature.check_media(step.media)?;
         let values = Values::new(step, self.len, self.max_context)?;
         signature.check_tables(&values)?;
-        let inputs: Result<Vec<_>, BackendError> =
-            signature.decoder_inputs.iter().map(|(_, role)| self.input(*role, &values)).collect();
+        let inputs: Result<Vec<_>, BackendError> = signature
+            .decoder_inputs
+            .roles
+            .iter()
+            .map(|(_, role)| self.input(*role, &values))
+            .collect();
         let mut outputs = self.shared.engine.run(Stage::Decoder, &inputs?)?;
         let (place, width) = signature.logits;
         let n_rows = values.logit_rows.len();
         let logits = self.shared.numbers(&outputs[place], n_rows * width)?;
         let logits = logits[..step.logit_rows.len() * width].to_vec();
         let mut kept: Vec<Option<E::Tensor>> = outputs.drain(..).map(Some).collect();
-        self.kept = signature.caches.iter().filter_map(|c| kept[c.output].take()).collect();
+        self.kept =
+            signature.decoder_inputs.caches.iter().filter_map(|c| kept[c.output].take()).collect();
         self.len += step.input_ids.len();
         self.kept_len = self.len;
         Ok(logits)
@@ -459,7 +468,7 @@ impl<E: Engine> OnnxSequence<E> {
 
     /// Keys or values of the tokens so far: as they came, or cut.
     fn past(&self, place: usize) -> Result<Input<'_, E::Tensor>, BackendError> {
-        let cache = &self.shared.signature.caches[place];
+        let cache = &self.shared.signature.decoder_inputs.caches[place];
         let shape = vec![cache.n_kv_heads, self.len, cache.head_dim];
         match self.kept.get(place) {
             Some(tensor) if self.len == self.kept_len => Ok(Input::Kept(tensor)),
@@ -548,7 +557,7 @@ fn check_latents(media: &[&Media]) -> Result<(), BackendError> {
 impl Signature {
     /// Checks that all media are of this model.
     fn check_media(&self, media: &[Arc<Media>]) -> Result<(), BackendError> {
-        for (name, role) in &self.decoder_inputs {
+        for (name, role) in &self.decoder_inputs.roles {
             let DecoderInput::Media(block) = role else { continue };
             let place = (self.decoder_name.as_str(), name.as_str());
             for (index, media) in media.iter().enumerate() {

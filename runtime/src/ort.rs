@@ -284,3 +284,22 @@ impl Engine for OrtEngine {
         data.map(|(_, data)| data).map_err(|error| refused("outputs", error))
     }
 }
+
+/// What `doctor` says: the library in use, or why there is none; then each execution provider and
+/// whether it can be had here, tried for real.
+pub fn report(library: Option<&Path>) -> (String, Vec<(&'static str, String)>) {
+    let environment = match library::load(library) {
+        Ok(environment) => environment,
+        Err(error) => return (format!("not usable: {error}"), Vec::new()),
+    };
+    let path = library::loaded_path().map(|path| path.display().to_string()).unwrap_or_default();
+    let providers = [ExecutionProvider::Cpu, ExecutionProvider::Cuda, ExecutionProvider::TensorRt];
+    let state = |execution_provider: ExecutionProvider| {
+        let options = OrtOptions { execution_provider, ..OrtOptions::default() };
+        match builder(&environment, &options) {
+            Ok(_) => "available".to_owned(),
+            Err(reason) => format!("not available: {reason}"),
+        }
+    };
+    (path, providers.map(|provider| (provider.name(), state(provider))).to_vec())
+}

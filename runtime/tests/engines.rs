@@ -22,6 +22,12 @@ struct Engines {
     folder: tempfile::TempDir,
 }
 
+impl Engines {
+    fn sequences(&self) -> Vec<Box<dyn Sequence>> {
+        self.backends.iter().map(|backend| backend.new_sequence(40).unwrap()).collect()
+    }
+}
+
 fn library() -> PathBuf {
     match std::env::var_os("FLAMINGO_TEST_ORT_LIB") {
         Some(path) => PathBuf::from(path),
@@ -99,8 +105,7 @@ struct Together<'e> {
 
 impl<'e> Together<'e> {
     fn new(engines: &'e Engines, media: Vec<Arc<Media>>) -> Together<'e> {
-        let sequence = |backend: &Box<dyn Backend>| backend.new_sequence(40).unwrap();
-        Together { engines, media, sequences: engines.backends.iter().map(sequence).collect() }
+        Together { engines, media, sequences: engines.sequences() }
     }
 
     /// Advances all by tokens with these media times, and compares the logits.
@@ -213,9 +218,11 @@ fn engines_refuse_in_the_same_words() {
         sequence.truncate(0);
         assert_close("after errors", &sequence.advance(&fine).unwrap(), &first);
     }
-    let refuse =
-        |backend: &Box<dyn Backend>| backend.encode(&[0.0; 5], 1, 1).unwrap_err().to_string();
-    let messages: Vec<String> = engines.backends.iter().map(refuse).collect();
+    let messages: Vec<String> = engines
+        .backends
+        .iter()
+        .map(|backend| backend.encode(&[0.0; 5], 1, 1).unwrap_err().to_string())
+        .collect();
     assert!(messages.iter().all(|message| *message == messages[0]), "{messages:#?}");
 }
 

@@ -26,7 +26,7 @@ static LOADED: Mutex<Option<(PathBuf, Environment)>> = Mutex::new(None);
 pub(super) fn load(explicit: Option<&Path>) -> Result<Environment, BackendError> {
     let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some((path, environment)) = &*loaded {
-        return match explicit.map(|explicit| resolve(explicit)) {
+        return match explicit.map(resolve) {
             None => Ok(environment.clone()),
             Some(Ok(wanted)) if wanted == *path => Ok(environment.clone()),
             Some(Ok(wanted)) => Err(failed(
@@ -45,6 +45,12 @@ pub(super) fn load(explicit: Option<&Path>) -> Result<Environment, BackendError>
         .map_err(|error| failed(&path, error.to_string(), HINT))?;
     *loaded = Some((path, environment.clone()));
     Ok(environment)
+}
+
+/// The file of the library in use.
+pub(super) fn loaded_path() -> Option<PathBuf> {
+    let loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+    loaded.as_ref().map(|(path, _)| path.clone())
 }
 
 fn failed(path: &Path, reason: String, hint: &'static str) -> BackendError {
