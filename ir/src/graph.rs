@@ -315,8 +315,21 @@ impl Graph {
             }
         }
         self.nodes = order.iter().map(|id| self.nodes[id.0].clone()).collect();
-        self.names = self.nodes.iter().map(|node| node.name.clone()).collect();
+        self.restore_names();
         Ok(())
+    }
+
+    /// Gives nodes back the name that they could not have while a node they replace was there.
+    fn restore_names(&mut self) {
+        self.names = self.nodes.iter().map(|node| node.name.clone()).collect();
+        for node in &mut self.nodes {
+            let Some((base, suffix)) = node.name.rsplit_once('.') else { continue };
+            if suffix.parse::<u32>().is_ok() && self.names.insert(base.to_owned()) {
+                let base = base.to_owned();
+                self.names.remove(&node.name);
+                node.name = base;
+            }
+        }
     }
 
     fn push_value(&mut self, value: Value) -> ValueId {

@@ -36,11 +36,11 @@ pub struct ModelConfig {
 }
 
 impl ModelConfig {
-    /// Visual tokens of one medium with `n_frames` frames.
-    pub fn n_latents(&self, n_frames: usize) -> usize {
+    /// Visual tokens of one medium (without a resampler: of one picture).
+    pub fn n_latents(&self) -> usize {
         match &self.resampler {
             Some(resampler) => resampler.n_latents,
-            None => self.vision.n_tokens() * n_frames,
+            None => self.vision.n_tokens(),
         }
     }
 }

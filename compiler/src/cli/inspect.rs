@@ -181,8 +181,8 @@ fn memory_plan(artifact: &Artifact, graphs: &LoadedGraphs) -> Result<BTreeMap<St
     let bindings = |values: &[(&str, usize)]| -> Bindings {
         values.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect()
     };
-    let n_latents = config.n_latents(1);
-    let one = [("n_media", 1), ("n_frames", 1), ("n_logits", 1), ("n_latents", n_latents)];
+    let n_latents = config.n_latents();
+    let one = [("n_media", 1), ("n_frames", 1), ("n_logits", 1)];
     let media = backend.media_stage().memory(&bindings(&one))?;
     let at = |text_len: usize| -> Result<u64> {
         let text = [("text_len", text_len), ("past_len", 0)];

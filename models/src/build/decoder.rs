@@ -66,10 +66,7 @@ impl Inputs {
         let symbol = Dim::symbol;
         let (language, cross) = (&config.language, &config.cross_attention);
         let total_len = symbol("past_len") + symbol("text_len");
-        let n_latents = match &config.resampler {
-            Some(resampler) => Dim::from(resampler.n_latents),
-            None => symbol("n_latents"),
-        };
+        let n_latents = Dim::from(config.n_latents());
         let inner = Dim::from(cross.n_heads * cross.head_dim);
         let media = Fact::f32([symbol("n_media"), n_latents, inner]);
         let (heads, head_dim) = (Dim::from(language.n_kv_heads), Dim::from(language.head_dim));

@@ -11,7 +11,7 @@ use crate::source::Binder;
 
 /// Builds the media graph.
 ///
-/// Inputs: `pixel_values` f32 [n_media, n_frames, 3, S, S]; with temporal embeddings also
+/// Inputs: `pixel_values` f32 [n_media, n_frames, 3, S, S] (one frame without a resampler); with temporal embeddings also
 /// `frame_weights` f32 [n_frames, max_frames], the mixing weights of the table's rows for each
 /// frame. Outputs: `visual_tokens` [n_media, n_latents, width], and `media_k.{i}`, `media_v.{i}`
 /// [n_media, n_latents, heads · head_dim] for the i-th gated block.
@@ -22,7 +22,12 @@ pub(crate) fn build_media(
 ) -> Result<Graph, GraphError> {
     let mut graph = Graph::new("media");
     let g = &mut graph;
-    let [n_media, n_frames] = ["n_media", "n_frames"].map(Dim::symbol);
+    let n_media = Dim::symbol("n_media");
+    // Without a resampler each frame would add visual tokens: such models take still pictures.
+    let n_frames = match &config.resampler {
+        Some(_) => Dim::symbol("n_frames"),
+        None => Dim::from(1),
+    };
     let size = Dim::from(config.vision.image_size);
     let picture = [Dim::from(3), size.clone(), size];
     let shape = [&[n_media.clone(), n_frames.clone()], &picture[..]].concat();
