@@ -456,6 +456,32 @@ pub struct Answer {
     pub cache: CacheCounts,
 }
 
+impl Answer {
+    /// The answer for machines: the contract of `run --json`.
+    pub fn to_json(&self) -> serde_json::Value {
+        let stop = match self.stop {
+            Stop::Length => serde_json::json!("length"),
+            Stop::Context => serde_json::json!("context"),
+            Stop::Token(id) => serde_json::json!({ "token": id }),
+        };
+        serde_json::json!({
+            "text": self.text,
+            "tokens": self.tokens,
+            "n_prompt_tokens": self.n_prompt_tokens,
+            "stop": stop,
+            "timings": {
+                "first_token_ms": self.timings.first_token_ms,
+                "decode_tokens_per_s": self.timings.decode_tokens_per_s,
+            },
+            "cache": {
+                "visual_hits": self.cache.visual_hits,
+                "visual_misses": self.cache.visual_misses,
+                "prefix_tokens_reused": 0,
+            },
+        })
+    }
+}
+
 /// Times of an answer.
 #[derive(Clone, Copy, Debug)]
 pub struct Timings {

@@ -4,8 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::Args;
-use flamingo_runtime::{Answer, GenerateOptions, Model, PromptFile, SamplingOptions, Stop};
-use serde_json::json;
+use flamingo_runtime::{GenerateOptions, Model, PromptFile, SamplingOptions, Stop};
 
 use super::output::Output;
 use super::{Opening, Outcome};
@@ -75,7 +74,7 @@ impl Run {
         })?;
         shown?;
         match self.json {
-            true => output.json(&answer_json(&answer))?,
+            true => output.json(&answer.to_json())?,
             false => output.line("")?,
         }
         if answer.stop == Stop::Context {
@@ -107,28 +106,4 @@ impl Run {
             ..GenerateOptions::default()
         })
     }
-}
-
-/// The contract of `run --json`.
-pub(super) fn answer_json(answer: &Answer) -> serde_json::Value {
-    let stop = match answer.stop {
-        Stop::Length => json!("length"),
-        Stop::Context => json!("context"),
-        Stop::Token(id) => json!({ "token": id }),
-    };
-    json!({
-        "text": answer.text,
-        "tokens": answer.tokens,
-        "n_prompt_tokens": answer.n_prompt_tokens,
-        "stop": stop,
-        "timings": {
-            "first_token_ms": answer.timings.first_token_ms,
-            "decode_tokens_per_s": answer.timings.decode_tokens_per_s,
-        },
-        "cache": {
-            "visual_hits": answer.cache.visual_hits,
-            "visual_misses": answer.cache.visual_misses,
-            "prefix_tokens_reused": 0,
-        },
-    })
 }
