@@ -100,7 +100,11 @@ impl TractStage {
         let parsed = onnx.parse(&proto, Some(folder)).map_err(refused)?;
         check_names(&place, &model.graph, &parsed)?;
         let plan = parsed.model.into_optimized().and_then(IntoRunnable::into_runnable);
-        Ok(TractStage { plan: plan.map_err(refused)?, place: place.clone() })
+        let plan = plan.map_err(refused)?;
+        match plan.model().nodes().iter().find(|node| node.op.name() == "Dummy") {
+            None => Ok(TractStage { plan, place: place.clone() }),
+            Some(node) => Err(failed(&place, format!("tract lost the node \"{}\"", node.name))),
+        }
     }
 
     fn run(&self, inputs: &[Input<'_, TValue>]) -> Result<Vec<TValue>, BackendError> {

@@ -5,7 +5,7 @@
 mod model;
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use flamingo_ir::op::Flavour;
 use flamingo_runtime::backend::{Backend, BackendError, Media, Sequence, Step};
@@ -19,7 +19,6 @@ use model::{FRAME_ELEMENTS, Model, VOCABULARY, noise};
 struct Engines {
     names: Vec<&'static str>,
     backends: Vec<Box<dyn Backend>>,
-    folder: tempfile::TempDir,
 }
 
 impl Engines {
@@ -39,8 +38,17 @@ fn options(execution_provider: ExecutionProvider) -> OrtOptions {
     OrtOptions { library: Some(library()), execution_provider, ..OrtOptions::default() }
 }
 
-fn engines() -> Engines {
-    engines_of(&Model::new(true))
+/// The engines with one model for all tests.
+fn engines() -> &'static Engines {
+    static ENGINES: OnceLock<Engines> = OnceLock::new();
+    ENGINES.get_or_init(|| engines_of(&Model::new(true)))
+}
+
+/// The portable graphs in a folder of their own.
+fn files() -> (tempfile::TempDir, [PathBuf; 2]) {
+    let folder = tempfile::tempdir().unwrap();
+    let paths = Model::new(true).write(folder.path(), Flavour::Portable);
+    (folder, paths)
 }
 
 fn engines_of(model: &Model) -> Engines {
@@ -58,7 +66,7 @@ fn engines_of(model: &Model) -> Engines {
     let [media, decoder] = model.write(folder.path(), Flavour::Portable);
     backends.push(Box::new(TractBackend::open(&media, &decoder).unwrap()));
     names.push("tract");
-    Engines { names, backends, folder }
+    Engines { names, backends }
 }
 
 /// Fails unless `found` is within 1e-4 of the largest magnitude (floor 1e-6) of `expected`.
@@ -134,15 +142,15 @@ impl<'e> Together<'e> {
 fn engines_agree_on_media() {
     let engines = engines();
     for (n_media, n_frames) in [(1, 1), (3, 2), (2, 5)] {
-        encode(&engines, n_media, n_frames);
+        encode(engines, n_media, n_frames);
     }
 }
 
 #[test]
 fn engines_agree_on_prompts_steps_and_cuts() {
     let engines = engines();
-    let media = encode(&engines, 3, 2);
-    let mut together = Together::new(&engines, media);
+    let media = encode(engines, 3, 2);
+    let mut together = Together::new(engines, media);
     together.advance(&[0, 0, 1, 1, 1, 2, 3, 3, 3], &[0, 4, 8]);
     together.advance(&[3], &[0]);
     together.advance(&[3], &[0]);
@@ -181,7 +189,7 @@ fn media_may_have_latents_by_frames() {
 #[test]
 fn text_needs_no_media() {
     let engines = engines();
-    let mut together = Together::new(&engines, Vec::new());
+    let mut together = Together::new(engines, Vec::new());
     together.advance(&[0, 0, 0, 0], &[3]);
     together.advance(&[0], &[0]);
 }
@@ -189,7 +197,7 @@ fn text_needs_no_media() {
 #[test]
 fn engines_refuse_in_the_same_words() {
     let engines = engines();
-    let media = encode(&engines, 2, 1);
+    let media = encode(engines, 2, 1);
     let broken =
         [Arc::clone(&media[0]), Arc::new(Media { k: vec![vec![0.0; 4]], ..(*media[1]).clone() })];
     let vocabulary = u32::try_from(VOCABULARY).unwrap();
@@ -228,13 +236,11 @@ fn engines_refuse_in_the_same_words() {
 
 #[test]
 fn a_provider_that_is_not_there_is_an_error() {
-    let engines = engines();
-    let path = |stage: &str| engines.folder.path().join(format!("{stage}.portable.onnx"));
+    let (_folder, [media, decoder]) = files();
     for (provider, name) in
         [(ExecutionProvider::Cuda, "CUDA"), (ExecutionProvider::TensorRt, "TensorRT")]
     {
-        let error =
-            OrtBackend::open(&path("media"), &path("decoder"), &options(provider)).unwrap_err();
+        let error = OrtBackend::open(&media, &decoder, &options(provider)).unwrap_err();
         assert!(matches!(error, BackendError::Engine { engine: "ort", .. }), "{error:?}");
         let text = error.to_string();
         assert!(text.contains(name) && text.contains("hint: "), "{text}");
@@ -243,20 +249,18 @@ fn a_provider_that_is_not_there_is_an_error() {
 
 #[test]
 fn a_second_library_is_an_error() {
-    let engines = engines();
-    let path = |stage: &str| engines.folder.path().join(format!("{stage}.portable.onnx"));
-    let other = engines.folder.path().join("weights.safetensors");
+    let (folder, [media, decoder]) = files();
+    OrtBackend::open(&media, &decoder, &options(ExecutionProvider::Cpu)).unwrap();
+    let other = folder.path().join("weights.safetensors");
     let options = OrtOptions { library: Some(other), ..OrtOptions::default() };
-    let error =
-        OrtBackend::open(&path("media"), &path("decoder"), &options).unwrap_err().to_string();
+    let error = OrtBackend::open(&media, &decoder, &options).unwrap_err().to_string();
     assert!(error.contains("expected the library that is in use"), "{error}");
 }
 
 #[test]
 fn files_that_are_no_graphs_are_errors() {
-    let engines = engines();
-    let path = |name: &str| engines.folder.path().join(name);
-    let (media, decoder) = (path("media.portable.onnx"), path("decoder.portable.onnx"));
+    let (folder, [media, decoder]) = files();
+    let path = |name: &str| folder.path().join(name);
     let open = |media: &PathBuf, decoder: &PathBuf| {
         let ort = OrtBackend::open(media, decoder, &options(ExecutionProvider::Cpu)).unwrap_err();
         [ort.to_string(), TractBackend::open(media, decoder).unwrap_err().to_string()]

@@ -8,8 +8,17 @@ use crate::verify::definition;
 
 /// The same graph without function ops: each is replaced by its definition of `flavour`,
 /// definitions of definitions included. Node names become `outer/inner`.
+///
+/// Layers compute the same masks and angles: a node that repeats an earlier one is that one.
+/// (Readers merge such nodes too, but tract-core 0.23.9 may merge each into the other and then
+/// has neither: where the inputs of two equal nodes list them in different order.)
 pub fn inline_functions(graph: &Graph, flavour: Flavour) -> Result<Graph, GraphError> {
-    let mut inliner = Inliner { out: Graph::new(&graph.name), flavour, literals: BTreeMap::new() };
+    let mut inliner = Inliner {
+        out: Graph::new(&graph.name),
+        flavour,
+        literals: BTreeMap::new(),
+        results: BTreeMap::new(),
+    };
     let inputs: Vec<ValueId> = graph
         .inputs()
         .iter()
@@ -27,6 +36,8 @@ struct Inliner {
     flavour: Flavour,
     /// Literals by fact and bytes: definitions repeat the same few.
     literals: BTreeMap<(String, Vec<u8>), ValueId>,
+    /// Outputs by op, as it prints, and inputs.
+    results: BTreeMap<(String, Vec<ValueId>), Vec<ValueId>>,
 }
 
 impl Inliner {
@@ -76,10 +87,47 @@ impl Inliner {
     ) -> Result<Vec<ValueId>, GraphError> {
         let name = format!("{prefix}{}", node.name);
         if !node.op.is_function() {
-            return self.out.add_many(&name, node.op.clone(), inputs);
+            let key = (format!("{:?}", node.op), inputs.to_vec());
+            if let Some(outputs) = self.results.get(&key) {
+                return Ok(outputs.clone());
+            }
+            let outputs = self.out.add_many(&name, node.op.clone(), inputs)?;
+            self.results.insert(key, outputs.clone());
+            return Ok(outputs);
         }
         let facts: Vec<_> = inputs.iter().map(|id| self.out.fact(*id).clone()).collect();
         let body = definition(&node.op, &facts, self.flavour)?;
         self.nodes(&body, inputs, &format!("{name}/"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::op::{Activate, Activation, Add, Mul};
+    use crate::{Fact, Tensor, evaluate};
+
+    #[test]
+    fn chains_of_equal_nodes_become_one() {
+        let mut graph = Graph::new("thrice");
+        let [x, y] = ["x", "y"].map(|name| graph.input(name, Fact::f32([2])));
+        let mut ends = Vec::new();
+        for layer in 0..3 {
+            let sum = graph.add(&format!("{layer}.sum"), Add, &[x, y]).unwrap();
+            let op = Activate { activation: Activation::Silu };
+            let active = graph.add(&format!("{layer}.active"), op, &[sum]).unwrap();
+            ends.push(graph.add(&format!("{layer}.product"), Mul, &[active, x]).unwrap());
+        }
+        let other = graph.add("other", Add, &[y, x]).unwrap();
+        for (i, value) in [ends[0], ends[2], other].into_iter().enumerate() {
+            graph.output(&format!("y{i}"), value);
+        }
+        let inlined = inline_functions(&graph, Flavour::Portable).unwrap();
+        let n_named =
+            |prefix: &str| inlined.nodes().iter().filter(|n| n.name.starts_with(prefix)).count();
+        assert_eq!((n_named("1."), n_named("2."), n_named("other")), (0, 0, 1));
+        assert_eq!(n_named("0.sum"), 1);
+        let inputs = [Tensor::vector(vec![1.0, 2.0]), Tensor::vector(vec![0.5, -1.0])];
+        assert_eq!(evaluate(&inlined, &inputs).unwrap(), evaluate(&graph, &inputs).unwrap());
     }
 }

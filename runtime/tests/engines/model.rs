@@ -216,9 +216,17 @@ fn decoder(n_latents: Dim) -> (Verified, BTreeMap<String, Vec<f32>>) {
         position: Position::Alibi { bias_max: 8.0 },
     };
     let mut presents = Vec::new();
-    let x = layer(&mut b, 0, rotary, x, [positions, key_positions], &mut presents);
-    let x = gated(&mut b, x, [media[0], media[1], time, media_index]);
-    let x = layer(&mut b, 1, alibi, x, [positions, key_positions], &mut presents);
+    // Layers that share masks and biases; some have fewer key heads.
+    let shared = SelfAttention { n_heads: 6, ..alibi.clone() };
+    let layers =
+        [alibi.clone(), alibi.clone(), alibi.clone(), alibi, shared.clone(), rotary, shared];
+    let mut x = x;
+    for (i, op) in layers.into_iter().enumerate() {
+        if i == 1 {
+            x = gated(&mut b, x, [media[0], media[1], time, media_index]);
+        }
+        x = layer(&mut b, i, op, x, [positions, key_positions], &mut presents);
+    }
     let x = b.norm("norm", x, WIDTH);
     let x = b.add("rows", Gather, &[x, rows]);
     let logits = b.linear("head", x, [VOCABULARY, WIDTH]);
