@@ -1,1 +1,3 @@
-//! Placeholder replaced by its first module.
+//! Measurements: kernels (`benches/kernels.rs`, criterion), stages of an artifact
+//! (`native-stages`), and peers on the same shapes (`peers/`).
+#![forbid(unsafe_code)]

@@ -99,10 +99,33 @@ pub fn main() -> ExitCode {
         Ok(Outcome::CheckFailed) => ExitCode::from(1),
         Err(error) => {
             if !output::is_broken_pipe(&error) {
-                output.note(&format!("error: {error:#}"));
+                output.note(&format!("error: {}", message(&error)));
             }
             ExitCode::from(2)
         }
+    }
+}
+
+/// An error and its causes, each once, and the innermost hint at the end.
+fn message(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    let mut last_hint = None;
+    for cause in error.chain() {
+        let cause = cause.to_string();
+        let (words, hint) = match cause.split_once("\n\nhint: ") {
+            Some((words, hint)) => (words, Some(hint.to_owned())),
+            None => (cause.as_str(), None),
+        };
+        if !text.contains(words) {
+            let between = if text.is_empty() { "" } else { ": " };
+            text.push_str(between);
+            text.push_str(words);
+        }
+        last_hint = hint.or(last_hint);
+    }
+    match last_hint {
+        Some(hint) => format!("{text}\n\nhint: {hint}"),
+        None => text,
     }
 }
 
@@ -116,5 +139,21 @@ fn dispatch(verb: Verb, output: &mut Output) -> Result<Outcome> {
         Verb::Inspect(inspect) => inspect.run(output),
         Verb::Synth(synth) => synth.run(output),
         Verb::Doctor(doctor) => doctor.run(output),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::anyhow;
+
+    use super::message;
+
+    #[test]
+    fn messages_say_each_cause_once_and_the_hint_last() {
+        assert_eq!(message(&anyhow!("a: b")), "a: b");
+        let nested = anyhow!("no space\n\nhint: make some").context("cannot write `x`");
+        assert_eq!(message(&nested), "cannot write `x`: no space\n\nhint: make some");
+        let repeated = anyhow!("no space").context("`x`: no space\n\nhint: make some");
+        assert_eq!(message(&repeated), "`x`: no space\n\nhint: make some");
     }
 }

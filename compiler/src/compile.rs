@@ -82,6 +82,7 @@ pub fn compile(
     let source = Source::open(&options.source)?;
     let limits = limits(&source, options)?;
     let graphs = source.graphs()?;
+    require_tokens_in_vocabulary(&source)?;
     let staging = Staging::begin(&options.output, options.overwrite)?;
     progress(Progress::Stage("optimising the graphs"));
     let (media, media_passes) = optimise_stage(graphs.media, &source, options)?;
@@ -150,6 +151,26 @@ fn limits(source: &Source, options: &CompileOptions) -> Result<Limits> {
         );
     }
     Ok(Limits { max_context, max_images: options.max_images })
+}
+
+/// Tokens that prompts hold must have a row in the embedding.
+fn require_tokens_in_vocabulary(source: &Source) -> Result<()> {
+    let (tokens, vocabulary) = (&source.config.tokens, source.config.language.vocabulary);
+    let used = [
+        ("image", Some(tokens.image)),
+        ("end_of_chunk", tokens.end_of_chunk),
+        ("around_image", tokens.around_image),
+    ];
+    let is_outside = |id: u32| usize::try_from(id).is_ok_and(|id| id >= vocabulary);
+    for (name, id) in used {
+        if let Some(id) = id.filter(|id| is_outside(*id)) {
+            bail!(
+                "`tokens.{name}`: expected an id below the vocabulary of {vocabulary}, got {id}\n\n\
+                 hint: check `[tokens]` of the recipe, or the tokenizer, against the checkpoint's embedding"
+            );
+        }
+    }
+    Ok(())
 }
 
 fn optimise_stage(

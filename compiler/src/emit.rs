@@ -69,7 +69,7 @@ impl WeightPlan {
     /// format allows no gaps, so a gap is a tensor of its own.
     fn lay_out(planned: Vec<Planned>, slots: Vec<BTreeMap<ValueId, usize>>) -> Result<WeightPlan> {
         let mut order: Vec<usize> = (0..planned.len()).collect();
-        order.sort_by_key(|slot| planned[*slot].n_bytes % ALIGNMENT != 0);
+        order.sort_by_key(|slot| !planned[*slot].n_bytes.is_multiple_of(ALIGNMENT));
         let mut entries = serde_json::Map::new();
         let mut offsets = vec![0u64; planned.len()];
         let mut end = 0u64;
@@ -120,7 +120,7 @@ impl WeightPlan {
     }
 
     /// Writes the file, one tensor in memory at a time; `progress` is told the bytes done.
-    /// Returns the number of values that are not finite, by tensor name.
+    /// Returns the number of values that are not finite, by the weight that they come from.
     pub fn write(
         &self,
         path: &Path,
@@ -141,7 +141,11 @@ impl WeightPlan {
             let value = fold(graphs[tensor.graph], tensor.value, weights)?;
             let bad = count_not_finite(&value);
             if bad > 0 {
-                not_finite.insert(tensor.name.clone(), bad);
+                let guilty = not_finite_weights(graphs[tensor.graph], tensor.value, weights)?;
+                match guilty.is_empty() {
+                    true => drop(not_finite.insert(tensor.name.clone(), bad)),
+                    false => not_finite.extend(guilty),
+                }
             }
             put_tensor(&mut writer, &value)?;
             progress(writer.n);
@@ -232,6 +236,29 @@ fn header_dtype(dtype: DType) -> Result<&'static str> {
 
 fn count_not_finite(tensor: &Tensor) -> usize {
     tensor.as_f32().map_or(0, |array| array.iter().filter(|value| !value.is_finite()).count())
+}
+
+/// Weights with values that are not finite among those that `value` is computed from.
+fn not_finite_weights(
+    graph: &Graph,
+    value: ValueId,
+    weights: &dyn Weights,
+) -> Result<BTreeMap<String, usize>> {
+    let producers = graph.producers();
+    let mut guilty = BTreeMap::new();
+    let mut seen = BTreeSet::from([value]);
+    let mut open = vec![value];
+    while let Some(value) = open.pop() {
+        if let Some(Constant::Weight(name)) = &graph.value(value).constant {
+            let tensor = weights.tensor(name).map_err(anyhow::Error::msg)?;
+            let bad = count_not_finite(&tensor);
+            guilty.extend((bad > 0).then(|| (name.clone(), bad)));
+        }
+        if let Some(node) = producers.get(&value) {
+            open.extend(graph.node(*node).inputs.iter().filter(|input| seen.insert(**input)));
+        }
+    }
+    Ok(guilty)
 }
 
 /// Writes the elements in row-major order, without a second copy where they lie so.
@@ -331,7 +358,7 @@ pub struct Staging {
 }
 
 impl Staging {
-    /// Begins an artifact at `target`, which must not exist unless `overwrite`.
+    /// Begins an artifact at `target`, which must not exist; with `overwrite` it may be one.
     pub fn begin(target: &Path, overwrite: bool) -> Result<Staging> {
         if target.exists() && !overwrite {
             bail!(
@@ -339,10 +366,8 @@ impl Staging {
                 target.display()
             );
         }
-        let parent = match target.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
+        refuse_other_than_artifact(target)?;
+        let parent = parent_of(target);
         fs::create_dir_all(parent)
             .with_context(|| format!("cannot create `{}`", parent.display()))?;
         let folder = tempfile::Builder::new().prefix(".flamingoc-").tempdir_in(parent)?;
@@ -355,24 +380,40 @@ impl Staging {
         self.folder.path()
     }
 
-    /// Puts the folder in place. An artifact that was there goes only now, and only if it is one.
+    /// Puts the folder in place. What was there goes only then, and only if it is an artifact.
     pub fn finish(self) -> Result<()> {
         for folder in [self.folder.path().join("graphs"), self.folder.path().to_owned()] {
             File::open(&folder)?.sync_all()?;
         }
+        refuse_other_than_artifact(&self.target)?;
+        let parent = parent_of(&self.target);
+        let aside = tempfile::Builder::new().prefix(".flamingoc-").tempdir_in(parent)?;
+        let context = || format!("cannot put the artifact at `{}`", self.target.display());
         if self.target.exists() {
-            if !self.target.join("manifest.json").is_file() {
-                bail!("`{}` is not an artifact; it stays as it is", self.target.display());
-            }
-            fs::remove_dir_all(&self.target)?;
+            fs::rename(&self.target, aside.path().join("replaced")).with_context(context)?;
         }
-        let staged = self.folder.keep();
-        fs::set_permissions(&staged, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
-        fs::rename(&staged, &self.target)
-            .with_context(|| format!("cannot put the artifact at `{}`", self.target.display()))?;
-        if let Some(parent) = self.target.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-            File::open(parent)?.sync_all()?;
-        }
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        fs::set_permissions(self.folder.path(), mode)?;
+        fs::rename(self.folder.path(), &self.target).with_context(context)?;
+        File::open(parent)?.sync_all()?;
         Ok(())
     }
+}
+
+fn parent_of(target: &Path) -> &Path {
+    match target.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// Whatever is at `target` and is no artifact stays.
+fn refuse_other_than_artifact(target: &Path) -> Result<()> {
+    if target.exists() && !target.join("manifest.json").is_file() {
+        bail!(
+            "`{}` is not an artifact; it stays as it is\n\nhint: choose another `-o`",
+            target.display()
+        );
+    }
+    Ok(())
 }

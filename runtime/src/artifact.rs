@@ -63,7 +63,7 @@ pub enum ArtifactError {
         /// The graph's file.
         path: PathBuf,
         /// The reason.
-        source: OnnxError,
+        source: Box<OnnxError>,
     },
 }
 
@@ -122,8 +122,9 @@ impl Artifact {
                 source,
                 hint,
             })?;
-            let model = read_onnx(&bytes, &ReadLimits::default())
-                .map_err(|source| ArtifactError::Graph { path: path.clone(), source })?;
+            let model = read_onnx(&bytes, &ReadLimits::default()).map_err(|source| {
+                ArtifactError::Graph { path: path.clone(), source: source.into() }
+            })?;
             places.extend(model.weights);
             if !model.location.is_empty() {
                 location = path.with_file_name(&model.location);

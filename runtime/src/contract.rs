@@ -24,8 +24,6 @@ pub(crate) struct Contract {
 pub(crate) struct PictureShape {
     /// Channels, height, width.
     pub(crate) frame_shape: Vec<usize>,
-    /// Product of `frame_shape`.
-    frame_elements: usize,
     /// Frames, where the graph fixes them.
     n_frames: Option<usize>,
     /// Rows of the table of temporal embeddings, if there is one.
@@ -76,6 +74,11 @@ impl Contract {
 }
 
 impl PictureShape {
+    /// Numbers of one frame; the product was checked when the graph was read.
+    fn frame_elements(&self) -> usize {
+        self.frame_shape.iter().product()
+    }
+
     /// Numbers of one medium, after checking that `n_elements` are those of `n_media`.
     ///
     /// # Errors
@@ -97,12 +100,12 @@ impl PictureShape {
                 self.n_frames.map_or("1 frame or more".into(), |n| format!("{n} frames"));
             return Err(wrong(expected, format!("{n_frames} frames")));
         }
-        let medium_elements = self.frame_elements.checked_mul(n_frames);
+        let medium_elements = self.frame_elements().checked_mul(n_frames);
         let expected = medium_elements.and_then(|medium| medium.checked_mul(n_media));
         match (medium_elements, expected) {
             (Some(medium), Some(expected)) if expected == n_elements && medium > 0 => Ok(medium),
             _ => {
-                let frame = self.frame_elements;
+                let frame = self.frame_elements();
                 let expected = format!("{n_media} media x {n_frames} frames x {frame} numbers");
                 Err(wrong(expected, format!("{n_elements} numbers")))
             }
@@ -241,7 +244,7 @@ fn picture_shape(media: &Graph) -> Result<PictureShape, BackendError> {
     let frame: Option<Vec<usize>> = shape[2..].iter().map(Dim::known).collect();
     let frame_shape = frame.ok_or_else(wrong)?;
     let product = frame_shape.iter().copied().try_fold(1usize, usize::checked_mul);
-    let frame_elements = product.ok_or_else(wrong)?;
+    product.ok_or_else(wrong)?;
     let one_medium = shape[0].as_symbol() == Some("n_media") || shape[0].known() == Some(1);
     let frames = shape[1].as_symbol() == Some("n_frames") || shape[1].known().is_some();
     if !one_medium || !frames {
@@ -249,7 +252,7 @@ fn picture_shape(media: &Graph) -> Result<PictureShape, BackendError> {
     }
     let table = fact("frame_weights").and_then(|fact| fact.shape.last()?.known());
     let n_frames = shape[1].known();
-    Ok(PictureShape { frame_shape, frame_elements, n_frames, n_max_frames: table })
+    Ok(PictureShape { frame_shape, n_frames, n_max_frames: table })
 }
 
 /// Reads off what the outputs of the media graph are, in order.

@@ -62,6 +62,21 @@ pub struct PromptFile {
     pub temperature: Option<f32>,
 }
 
+/// [`PromptFile`] before its segments are read.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PromptFileForm {
+    segments: Vec<serde_json::Value>,
+    #[serde(default)]
+    max_new_tokens: Option<usize>,
+    #[serde(default)]
+    temperature: Option<f32>,
+}
+
+/// The keys that a segment may have.
+const SEGMENT_FORMS: &str =
+    "one of `image`, `video` (with `fps`, `frames`), `text` or `end_of_chunk`";
+
 /// Why a prompt cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -129,10 +144,30 @@ impl PromptFile {
     pub fn read(path: &Path) -> Result<PromptFile, PromptError> {
         let wrong = |reason: String| PromptError::File { path: path.to_owned(), reason };
         let text = std::fs::read_to_string(path).map_err(|error| wrong(error.to_string()))?;
-        let mut file: PromptFile =
-            serde_json::from_str(&text).map_err(|error| wrong(error.to_string()))?;
+        let mut file = PromptFile::from_json(&text).map_err(wrong)?;
         file.resolve(path.parent().unwrap_or(Path::new(".")));
         Ok(file)
+    }
+
+    /// Reads the segments one by one, so that the message names the wrong one.
+    fn from_json(text: &str) -> Result<PromptFile, String> {
+        let file: PromptFileForm = serde_json::from_str(text).map_err(|error| error.to_string())?;
+        let segment = |(index, value): (usize, serde_json::Value)| {
+            let found = value.to_string();
+            serde_json::from_value(value).map_err(|_| {
+                format!("segment {}: expected {SEGMENT_FORMS}, got {found}", index + 1)
+            })
+        };
+        Ok(PromptFile {
+            segments: file
+                .segments
+                .into_iter()
+                .enumerate()
+                .map(segment)
+                .collect::<Result<_, _>>()?,
+            max_new_tokens: file.max_new_tokens,
+            temperature: file.temperature,
+        })
     }
 
     /// Makes relative picture paths relative to `folder`.
@@ -276,6 +311,14 @@ mod tests {
         assert!(
             serde_json::from_str::<PromptFile>(r#"{"segments": [{"picture": "a.jpg"}]}"#).is_err()
         );
+    }
+
+    #[test]
+    fn a_wrong_segment_is_named() {
+        let text = r#"{"segments": [{"text": "a"}, {"picture": "a.jpg"}]}"#;
+        let error = PromptFile::from_json(text).unwrap_err();
+        assert!(error.starts_with("segment 2: expected one of `image`"), "{error}");
+        assert!(error.ends_with(r#"got {"picture":"a.jpg"}"#), "{error}");
     }
 
     #[test]

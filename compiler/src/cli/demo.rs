@@ -150,7 +150,7 @@ fn show(
         };
         let prompt = prompt(folder, line);
         if !as_json {
-            output.line(&format!("{}", describe(line)))?;
+            output.line(&describe(line))?;
             output.text("  → ")?;
         }
         let mut shown = Ok(());

@@ -189,19 +189,26 @@ fn memory_plan(artifact: &Artifact, graphs: &LoadedGraphs) -> Result<BTreeMap<St
         let memory = backend.decoder_stage().memory(&bindings(&[&one[..], &text[..]].concat()))?;
         Ok(memory.buffer_bytes as u64)
     };
-    let language = &config.language;
-    let per_token = 2 * 4 * (language.n_layers * language.n_kv_heads * language.head_dim) as u64;
-    let blocks = config.cross_attention.layers.len();
-    let inner = config.cross_attention.n_heads * config.cross_attention.head_dim;
-    let per_media = 4 * n_latents as u64 * (config.vision.width + 2 * blocks * inner) as u64;
+    let (language, cross) = (&config.language, &config.cross_attention);
+    let cached = [2 * 4, language.n_layers, language.n_kv_heads, language.head_dim];
+    let keys_values = product(&[2, cross.layers.len(), cross.n_heads, cross.head_dim]);
+    let per_latent = keys_values.saturating_add(config.vision.width as u64);
     Ok(BTreeMap::from([
         ("encode one picture".to_owned(), media.buffer_bytes as u64),
         ("prefill of 128 tokens".to_owned(), at(128)?),
         ("decode step".to_owned(), at(1)?),
         (
             format!("KV cache of {} tokens", limits.max_context),
-            per_token * limits.max_context as u64,
+            product(&cached).saturating_mul(limits.max_context as u64),
         ),
-        ("visual tokens, keys and values of one picture".to_owned(), per_media),
+        (
+            "visual tokens, keys and values of one picture".to_owned(),
+            product(&[4, n_latents]).saturating_mul(per_latent),
+        ),
     ]))
+}
+
+/// The manifest's sizes are only claims: a product that overflows is the largest number.
+fn product(sizes: &[usize]) -> u64 {
+    sizes.iter().fold(1, |product: u64, size| product.saturating_mul(*size as u64))
 }

@@ -48,8 +48,8 @@ pub(super) struct Trace {
 
 impl Trace {
     pub(super) fn run(self, output: &mut Output) -> Result<Outcome> {
-        let inputs = Inputs::read(&self.inputs)?;
         let model = Model::open(&self.artifact, &self.opening.options())?;
+        let inputs = Inputs::read(&self.inputs, model.manifest().config.vision.image_size)?;
         let traced = trace(&model, &inputs, self.greedy)?;
         let named = traced.iter().map(|(name, array)| (*name, array));
         safetensors::serialize_to_file(named, None, &self.outputs)
@@ -80,7 +80,8 @@ pub(super) struct Inputs {
 }
 
 impl Inputs {
-    fn read(path: &Path) -> Result<Inputs> {
+    /// Reads and checks a file for a model of this image size.
+    fn read(path: &Path, image_size: usize) -> Result<Inputs> {
         let file = Checkpoint::open(path)?;
         let read = |name: &str| -> Result<Option<Tensor>> {
             let Some(info) = file.get(name) else { return Ok(None) };
@@ -102,11 +103,14 @@ impl Inputs {
         let pixel_values = match read("pixel_values")? {
             None => None,
             Some(tensor) => {
-                let &[n_media, n_frames, 3, _, _] = tensor.shape() else {
-                    bail!(
-                        "`pixel_values`: expected f32 [n_media, n_frames, 3, H, W], got {}",
+                let (n_media, n_frames) = match *tensor.shape() {
+                    [n_media, n_frames, 3, height, width] if [height, width] == [image_size; 2] => {
+                        (n_media, n_frames)
+                    }
+                    _ => bail!(
+                        "`pixel_values`: expected f32 [n_media, n_frames, 3, {image_size}, {image_size}], got {}",
                         tensor.fact()
-                    );
+                    ),
                 };
                 let values = tensor.to_f32_vec().context("`pixel_values`: expected floats")?;
                 Some((values, [n_media, n_frames])).filter(|_| n_media > 0)

@@ -222,7 +222,7 @@ pub(super) fn shape_gated(
     };
     let query = parts.get(&name(*first, GatedKey::Query));
     let inner = query.and_then(|info| info.shape.first().copied()).unwrap_or(0);
-    if inner == 0 || inner % GATED_HEAD_DIM != 0 {
+    if inner == 0 || !inner.is_multiple_of(GATED_HEAD_DIM) {
         return Err(format!(
             "gated blocks of inner width {inner}, not a multiple of {GATED_HEAD_DIM}"
         ));

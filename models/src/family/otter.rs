@@ -45,7 +45,7 @@ pub(super) fn open(folder: &Path, config: &Config) -> Result<Source, SourceError
         language,
     };
     Ok(Source {
-        image: ImageSpec::open_flamingo(model.vision.image_size),
+        image: ImageSpec::otter(model.vision.image_size),
         config: model,
         parts,
         tokenizer,
