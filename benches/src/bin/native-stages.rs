@@ -77,23 +77,30 @@ fn encode(model: &Model, budget: Duration) -> Result<Value, Failure> {
 }
 
 /// A context of words that see one picture.
-fn context(model: &Model) -> Result<(Vec<u32>, Vec<u32>, Vec<Arc<Media>>), Failure> {
-    let ids = (0..CONTEXT).map(|i| u32::try_from(i * 37 % 5000)).collect::<Result<_, _>>()?;
+struct Context {
+    input_ids: Vec<u32>,
+    media_time: Vec<u32>,
+    media: Vec<Arc<Media>>,
+}
+
+fn context(model: &Model) -> Result<Context, Failure> {
+    let input_ids = (0..CONTEXT).map(|i| u32::try_from(i * 37 % 5000)).collect::<Result<_, _>>()?;
     let media = model.encode_pixels(&pixels(model), 1, 1)?;
-    Ok((ids, vec![1; CONTEXT], media))
+    Ok(Context { input_ids, media_time: vec![1; CONTEXT], media })
 }
 
 fn decode(model: &Model, budget: Duration) -> Result<Value, Failure> {
-    let (ids, media_time, media) = context(model)?;
+    let Context { input_ids, media_time, media } = context(model)?;
     let mut sequence = model.backend().new_sequence(CONTEXT + 1)?;
     let prompt = Step {
-        input_ids: &ids,
+        input_ids: &input_ids,
         media_time: &media_time,
         media: &media,
         logit_rows: &[CONTEXT - 1],
     };
     sequence.advance(&prompt)?;
-    let step = Step { input_ids: &ids[..1], media_time: &[1], media: &media, logit_rows: &[0] };
+    let step =
+        Step { input_ids: &input_ids[..1], media_time: &[1], media: &media, logit_rows: &[0] };
     timed(budget, || {
         sequence.truncate(CONTEXT);
         sequence.advance(&step).map(|_| ())
@@ -101,10 +108,10 @@ fn decode(model: &Model, budget: Duration) -> Result<Value, Failure> {
 }
 
 fn prefill(model: &Model, budget: Duration) -> Result<Value, Failure> {
-    let (ids, media_time, media) = context(model)?;
+    let Context { input_ids, media_time, media } = context(model)?;
     let mut sequence = model.backend().new_sequence(CONTEXT)?;
     let prompt = Step {
-        input_ids: &ids,
+        input_ids: &input_ids,
         media_time: &media_time,
         media: &media,
         logit_rows: &[CONTEXT - 1],
