@@ -153,7 +153,7 @@ impl PromptFile {
     fn from_json(text: &str) -> Result<PromptFile, String> {
         let file: PromptFileForm = serde_json::from_str(text).map_err(|error| error.to_string())?;
         let segment = |(index, value): (usize, serde_json::Value)| {
-            let found = value.to_string();
+            let found: String = value.to_string().chars().take(100).collect();
             serde_json::from_value(value).map_err(|_| {
                 format!("segment {}: expected {SEGMENT_FORMS}, got {found}", index + 1)
             })
