@@ -9,7 +9,7 @@ use crate::{Dim, Fact};
 
 /// act(x Uᵀ) Dᵀ + residual, or gated: (act(x Gᵀ) · x Uᵀ) Dᵀ + residual with U stored as [G; U].
 /// Inputs: x [.., d], up [f, d] ([2f, d] gated), up bias if `up_bias`, down [e, f],
-/// down bias [e] if `down_bias`, residual [.., e] if `residual`.
+/// down bias `[e]` if `down_bias`, residual `[.., e]` if `residual`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct FeedForward {
     /// Applied between the linears.

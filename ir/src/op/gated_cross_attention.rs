@@ -9,9 +9,9 @@ use crate::Fact;
 use crate::graph::{Graph, GraphError};
 
 /// residual + CrossAttention(norm(x Qᵀ + bias)) Oᵀ. Inputs: x [m, d] (normalised text),
-/// query weight [h·e, d], query bias [h·e] if `query_bias`, query scale [e] if `query_norm`
-/// (RMS per head), media k and v [n_media, n_latents, h·e], media time [m], media index
-/// [n_media], output weight [d, h·e], residual [m, d].
+/// query weight `[h·e, d]`, query bias `[h·e]` if `query_bias`, query scale `[e]` if `query_norm`
+/// (RMS per head), media k and v `[n_media, n_latents, h·e]`, media time `[m]`, media index
+/// `[n_media]`, output weight `[d, h·e]`, residual `[m, d]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GatedCrossAttention {
     /// Heads (h).

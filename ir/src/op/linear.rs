@@ -109,7 +109,7 @@ pub struct Activate {
     pub activation: Activation,
 }
 
-/// act(x Wᵀ + bias) + residual. Inputs: x [.., k], weight [n, k], bias [n] if `bias`,
+/// act(x Wᵀ + bias) + residual. Inputs: x `[.., k]`, weight `[n, k]`, bias `[n]` if `bias`,
 /// residual [.., n] if `residual`.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Linear {

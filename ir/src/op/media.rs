@@ -17,7 +17,7 @@ pub struct Patches {
 }
 
 /// Prepends the class token and adds positional embeddings.
-/// x [n, t, w], class [w], positions [t + 1, w] → [n, t + 1, w].
+/// x `[n, t, w]`, class `[w]`, positions `[t + 1, w]` → `[n, t + 1, w]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ClassEmbedding;
 
