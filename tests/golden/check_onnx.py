@@ -1,0 +1,169 @@
+"""Checks ONNX files with the `onnx` package: `python check_onnx.py FILE...`.
+
+Of every file: the checker with `full_check`, from the path, so that external data are looked up;
+strict shape inference with data propagation, whose outputs must be what the file declares; and
+that every external tensor lies inside the file it names, at a multiple of 64 bytes, in as many
+bytes as its shape says. Prints one JSON object: file to problem, `null` where there is none. Exit
+status 1 if any file has a problem.
+
+The `onnx` package knows no `com.microsoft` operators; those that the `ort-cpu` flavour uses are
+registered here after ONNX Runtime's `docs/ContribOperators.md`, with their shape rules.
+"""
+
+import json
+import math
+import os
+import sys
+
+import onnx
+from onnx.defs import OpSchema
+
+ALIGNMENT = 64
+FLOATS = [("T", ["tensor(float)"], "")]
+
+
+def declare(name, inputs, attributes, infer, optional_inputs=()):
+    """Registers a `com.microsoft` operator with one output."""
+    single, optional = OpSchema.FormalParameterOption.Single, OpSchema.FormalParameterOption.Optional
+    parameters = [OpSchema.FormalParameter(name, "T", param_option=single) for name in inputs]
+    parameters += [
+        OpSchema.FormalParameter(name, "T", param_option=optional) for name in optional_inputs
+    ]
+    schema = OpSchema(
+        name,
+        "com.microsoft",
+        1,
+        inputs=parameters,
+        outputs=[OpSchema.FormalParameter("output", "T")],
+        type_constraints=FLOATS,
+        attributes=attributes,
+    )
+    schema.set_type_and_shape_inference_function(infer)
+    onnx.defs.register_schema(schema)
+
+
+def attribute(name, kind, required=False):
+    return OpSchema.Attribute(name, getattr(OpSchema.AttrType, kind), required=required)
+
+
+def same_as_input(context):
+    context.set_output_type(0, context.get_input_type(0))
+
+
+def dims(context, index):
+    return list(context.get_input_type(index).tensor_type.shape.dim)
+
+
+def set_output(context, output_dims):
+    output = onnx.TypeProto()
+    output.tensor_type.elem_type = context.get_input_type(0).tensor_type.elem_type
+    output.tensor_type.shape.dim.extend(output_dims)
+    context.set_output_type(0, output)
+
+
+def infer_fused_matmul(context):
+    """x [.., rows, k] times W [n, k] transposed."""
+    a, b = dims(context, 0), dims(context, 1)
+    if len(a) < 2 or len(b) != 2:
+        raise ValueError(f"FusedMatMul: expected ranks above 1 and 2, got {len(a)} and {len(b)}")
+    if a[-1] != b[1]:
+        raise ValueError(f"FusedMatMul: inner sizes {a[-1]} and {b[1]} differ")
+    set_output(context, a[:-1] + [b[0]])
+
+
+def infer_attention(context):
+    """query [batch, queries, width], value [batch, keys, value width]."""
+    query, value = dims(context, 0), dims(context, 2)
+    if len(query) != 3 or len(value) != 3:
+        raise ValueError(f"MultiHeadAttention: expected rank 3, got {len(query)} and {len(value)}")
+    set_output(context, [query[0], query[1], value[2]])
+
+
+def declare_contrib_operators():
+    declare("Gelu", ["X"], [], same_as_input)
+    declare("QuickGelu", ["X"], [attribute("alpha", "FLOAT")], same_as_input)
+    declare(
+        "FusedMatMul",
+        ["A", "B"],
+        [attribute("alpha", "FLOAT"), attribute("transA", "INT"), attribute("transB", "INT")],
+        infer_fused_matmul,
+    )
+    declare(
+        "MultiHeadAttention",
+        ["query", "key", "value"],
+        [attribute("num_heads", "INT", required=True), attribute("scale", "FLOAT")],
+        infer_attention,
+    )
+
+
+def external_problems(model, folder):
+    """What is wrong with where the initialisers point."""
+    external = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+    problems = [] if external else ["no external weights"]
+    for tensor in external:
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        offset, length = int(place["offset"]), int(place["length"])
+        path = os.path.join(folder, place["location"])
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        expected = math.prod(tensor.dims) * dtype.itemsize
+        if os.path.basename(path) != place["location"]:
+            problems.append(f"{tensor.name}: location {place['location']} leaves the folder")
+        if length != expected:
+            problems.append(f"{tensor.name}: expected {expected} bytes, got {length}")
+        if offset % ALIGNMENT != 0:
+            problems.append(f"{tensor.name}: offset {offset} is no multiple of {ALIGNMENT}")
+        if offset + length > os.path.getsize(path):
+            problems.append(f"{tensor.name}: {offset} + {length} is past the end of the file")
+    return problems
+
+
+def form(info):
+    """Element type and sizes; a symbol or an unknown size is its name or None."""
+    tensor = info.type.tensor_type
+    sizes = [d.dim_value if d.HasField("dim_value") else d.dim_param for d in tensor.shape.dim]
+    return tensor.elem_type, sizes
+
+
+def inferred_problems(model):
+    """Computed values whose inferred element type, rank or known size is another than declared."""
+    declared = {info.name: form(info) for info in [*model.graph.value_info, *model.graph.output]}
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    del bare.graph.value_info[:]
+    for output in bare.graph.output:
+        output.type.tensor_type.ClearField("shape")
+    graph = onnx.shape_inference.infer_shapes(
+        bare, check_type=True, strict_mode=True, data_prop=True
+    ).graph
+    inferred = {info.name: form(info) for info in [*graph.value_info, *graph.output]}
+    problems = [f"{name}: nothing inferred" for name in sorted(set(declared) - set(inferred))]
+    for name, (dtype, sizes) in inferred.items():
+        expected_dtype, expected = declared.get(name, (dtype, sizes))
+        clash = len(sizes) != len(expected) or any(
+            isinstance(a, int) and isinstance(b, int) and a != b for a, b in zip(sizes, expected)
+        )
+        if dtype != expected_dtype or clash:
+            problems.append(f"{name}: declared {expected_dtype} {expected}, inferred {dtype} {sizes}")
+    return problems
+
+
+def check(path):
+    """The problem of a file as text; None if there is none."""
+    try:
+        onnx.checker.check_model(path, full_check=True)
+        model = onnx.load(path, load_external_data=False)
+        problems = external_problems(model, os.path.dirname(path)) + inferred_problems(model)
+    except Exception as error:  # The checker raises several kinds; all are findings.
+        return f"{type(error).__name__}: {error}"
+    return "; ".join(problems) or None
+
+
+def main():
+    declare_contrib_operators()
+    found = {path: check(path) for path in sys.argv[1:]}
+    print(json.dumps(found, indent=1))
+    return 1 if not found or any(found.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
