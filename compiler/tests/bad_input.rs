@@ -88,8 +88,11 @@ impl Damaged {
     }
 }
 
+/// Element type, shape and bytes of a tensor.
+type Parts = (Dtype, Vec<usize>, Vec<u8>);
+
 /// Tensors of a safetensors file, to be changed and written again.
-type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
+type Tensors = BTreeMap<String, Parts>;
 
 fn edit_tensors(bytes: &mut Vec<u8>, edit: impl FnOnce(&mut Tensors)) {
     let file = SafeTensors::deserialize(bytes).unwrap();
@@ -757,12 +760,12 @@ fn artifacts_without_a_tokenizer() {
     refused(&artifact.run(&["--prompt", "what"]), &["tokenizer.json", "hint: ", "trace"]);
 }
 
-fn i64_tensor(values: &[i64]) -> (Dtype, Vec<usize>, Vec<u8>) {
+fn i64_tensor(values: &[i64]) -> Parts {
     let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
     (Dtype::I64, vec![values.len()], bytes)
 }
 
-fn f32_tensor(shape: &[usize], value: f32) -> (Dtype, Vec<usize>, Vec<u8>) {
+fn f32_tensor(shape: &[usize], value: f32) -> Parts {
     let n: usize = shape.iter().product();
     (Dtype::F32, shape.to_vec(), value.to_le_bytes().repeat(n))
 }
@@ -770,7 +773,7 @@ fn f32_tensor(shape: &[usize], value: f32) -> (Dtype, Vec<usize>, Vec<u8>) {
 #[test]
 fn traces_of_tensors_that_do_not_fit() {
     let artifact = Artifact::demo();
-    let refused = |tensors: &[(&str, (Dtype, Vec<usize>, Vec<u8>))], words: &[&str]| {
+    let refused = |tensors: &[(&str, Parts)], words: &[&str]| {
         let tensors: Tensors = tensors.iter().map(|(n, t)| ((*n).to_owned(), t.clone())).collect();
         let inputs = artifact.beside("in.safetensors", tensors_file(&tensors));
         let outputs = artifact.scratch.path().join("out.safetensors");
@@ -801,7 +804,7 @@ fn traces_of_tensors_that_do_not_fit() {
     );
     refused(&[ids.clone(), ("pixel_values", pixels(&[1, 0, 3, 32, 32]))], &["expected"]);
     refused(&[ids.clone(), ("pixel_values", i64_tensor(&[1]))], &["`pixel_values`"]);
-    refused(&[ids.clone()], &["media_time", "found 1", "hint: "]);
+    refused(std::slice::from_ref(&ids), &["media_time", "found 1", "hint: "]);
     let ids = ("input_ids", i64_tensor(&[1, 2, 5, 2, 6]));
     let one = ("pixel_values", pixels(&[1, 1, 3, 32, 32]));
     refused(&[ids, one], &["media_time", "expected 0 to 1, found 2", "hint: "]);
