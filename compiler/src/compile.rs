@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use flamingo_ir::op::Flavour;
 use flamingo_ir::{Graph, Verified};
-use flamingo_models::Source;
 use flamingo_models::manifest::{Limits, Manifest, Provenance, SCHEMA_VERSION};
+use flamingo_models::{Source, tokenizer_json};
 use serde::{Deserialize, Serialize};
 
 use crate::emit::{Staging, WeightPlan, hash_file, write_file, write_graph};
@@ -112,8 +112,7 @@ pub fn compile(
         }
     }
     if let Some(tokenizer) = &source.tokenizer {
-        let bytes = std::fs::read(tokenizer)
-            .with_context(|| format!("cannot read `{}`", tokenizer.display()))?;
+        let bytes = tokenizer_json(tokenizer, &source.config.tokens)?;
         files.push(write_file(staging.path(), "tokenizer.json", &bytes)?);
     }
     files.push(write_file(staging.path(), "report.json", &pretty_json(&report)?)?);

@@ -25,4 +25,4 @@ pub use config::{Family, ModelConfig, SpecialTokens};
 pub use family::{Graphs, Recipe, Source};
 pub use media_time::{MediaClock, media_time};
 pub use source::{Parts, SourceError, WeightProblem};
-pub use tokenizer::{read_tokenizer, token_ids};
+pub use tokenizer::{read_tokenizer, token_ids, tokenizer_json};

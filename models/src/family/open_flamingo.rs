@@ -14,7 +14,7 @@ use crate::config::{
 };
 use crate::image_spec::ImageSpec;
 use crate::source::{Binder, Parts, SourceError};
-use crate::tokenizer::token_ids;
+use crate::tokenizer::flamingo_token_ids;
 
 /// Width of a head of the gated blocks, fixed in open_flamingo's `GatedCrossAttentionBlock`.
 const GATED_HEAD_DIM: usize = 64;
@@ -241,10 +241,9 @@ fn special_tokens(
     tokenizer: Option<&Path>,
     path: &Path,
 ) -> Result<SpecialTokens, SourceError> {
-    let names = ["<image>", "<|endofchunk|>", "<PAD>"];
     let known = match tokenizer {
-        Some(path) => token_ids(path, &names)?,
-        None => [None; 3].to_vec(),
+        Some(path) if recipe.tokens.image.is_none() => flamingo_token_ids(path)?,
+        _ => [None; 3],
     };
     let image = recipe.tokens.image.or(known[0]).ok_or_else(|| SourceError::Config {
         path: path.to_owned(),
