@@ -308,13 +308,21 @@ fn configs_that_are_no_json() {
     let empty = Damaged { scratch: tempfile::tempdir().unwrap() };
     fs::create_dir(empty.path("")).unwrap();
     empty.refused(&["expected a recipe", "found none", "hint: "]);
+    Damaged::open_flamingo()
+        .edit_json("lang_encoder/config.json", |config| {
+            config["num_hidden_layers"] = json!(1 << 20)
+        })
+        .refused(&["config.json", "`num_hidden_layers`", "1024 layers", "1048576"]);
 }
 
 /// Sizes that a config may claim and no file backs.
 #[test]
 fn configs_of_absurd_sizes() {
     let absurd = 16_777_215;
-    let sizes: [&[&str]; 7] = [
+    let sizes: [&[&str]; 10] = [
+        &["num_hidden_layers"],
+        &["vision_config", "num_hidden_layers"],
+        &["perceiver_config", "resampler_depth"],
         &["hidden_size"],
         &["intermediate_size"],
         &["vocab_size"],
@@ -330,6 +338,16 @@ fn configs_of_absurd_sizes() {
         };
         Damaged::idefics().edit_json("config.json", edit).refused(&[]);
     }
+}
+
+#[test]
+fn configs_whose_sizes_do_not_fit_each_other() {
+    let refused = |key: &str, size: usize, words: &[&str]| {
+        let edit = |config: &mut Value| config["vision_config"][key] = json!(size);
+        Damaged::idefics().edit_json("config.json", edit).refused(words);
+    };
+    refused("patch_size", 29, &["vision.patches", "multiples of 29", "28, 28"]);
+    refused("num_attention_heads", 5, &["vision.0.attention", "multiple of 5", "24]"]);
 }
 
 #[test]

@@ -65,10 +65,11 @@ impl Source {
     /// Builds both graphs. Every tensor of the files must be used or be known to be of no use.
     pub fn graphs(&self) -> Result<Graphs, SourceError> {
         let mut binder = Binder::new(&self.parts);
-        let media = build_media(&mut binder, self.keys.as_ref(), &self.config);
-        let decoder = build_decoder(&mut binder, self.keys.as_ref(), &self.config);
+        // Sizes that do not fit each other come first: what such a build leaves unused says nothing.
+        let media = build_media(&mut binder, self.keys.as_ref(), &self.config)?;
+        let decoder = build_decoder(&mut binder, self.keys.as_ref(), &self.config)?;
         binder.finish(&|name| (self.ignorable)(&self.parts, name))?;
-        Ok(Graphs { media: media?, decoder: decoder? })
+        Ok(Graphs { media, decoder })
     }
 }
 

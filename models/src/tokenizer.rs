@@ -26,7 +26,7 @@ pub fn token_ids(path: &Path, names: &[&str]) -> Result<Vec<Option<u32>>, Source
 
 /// Ids of `<image>`, `<|endofchunk|>` and `<PAD>`: the tokenizer's, or those that they get when
 /// they are added to it as the reference does.
-pub fn flamingo_token_ids(path: &Path) -> Result<[Option<u32>; 3], SourceError> {
+pub(crate) fn flamingo_token_ids(path: &Path) -> Result<[Option<u32>; 3], SourceError> {
     let mut tokenizer = read_tokenizer(path)?;
     if tokenizer.token_to_id("<image>").is_none() {
         tokenizer.add_special_tokens(&ADDED.map(|name| AddedToken::from(name, true)));

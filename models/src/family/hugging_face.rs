@@ -11,6 +11,10 @@ use crate::source::SourceError;
 /// Sizes above this are no model's.
 const MAX_SIZE: u64 = 1 << 24;
 
+/// Numbers of layers above this are no model's: every layer becomes nodes before its tensors are
+/// looked for.
+const MAX_LAYERS: usize = 1024;
+
 /// A JSON object with the file it came from.
 pub(super) struct Config {
     path: PathBuf,
@@ -68,6 +72,16 @@ impl Config {
 
     pub(super) fn size_or(&self, key: &str, default: usize) -> Result<usize, SourceError> {
         self.get(key).map_or(Ok(default), |_| self.size(key))
+    }
+
+    /// A number of layers.
+    pub(super) fn layers(&self, key: &str) -> Result<usize, SourceError> {
+        let n_layers = self.size(key).ok().filter(|n_layers| *n_layers <= MAX_LAYERS);
+        n_layers.ok_or_else(|| self.wrong(key, &format!("1 to {MAX_LAYERS} layers")))
+    }
+
+    pub(super) fn layers_or(&self, key: &str, default: usize) -> Result<usize, SourceError> {
+        self.get(key).map_or(Ok(default), |_| self.layers(key))
     }
 
     pub(super) fn id(&self, key: &str) -> Option<u32> {
@@ -146,7 +160,7 @@ fn mosaic_gpt(config: &Config, vocabulary: usize) -> Result<LanguageConfig, Sour
     Ok(LanguageConfig {
         architecture: Architecture::MosaicGpt,
         width,
-        n_layers: config.size("n_layers")?,
+        n_layers: config.layers("n_layers")?,
         n_heads,
         n_kv_heads: n_heads,
         head_dim,
@@ -179,7 +193,7 @@ fn mpt(config: &Config, vocabulary: usize) -> Result<LanguageConfig, SourceError
     Ok(LanguageConfig {
         architecture: Architecture::Mpt,
         width,
-        n_layers: config.size("n_layers")?,
+        n_layers: config.layers("n_layers")?,
         n_heads,
         n_kv_heads: n_heads,
         head_dim,
@@ -207,7 +221,7 @@ fn gpt_neox(config: &Config, vocabulary: usize) -> Result<LanguageConfig, Source
     Ok(LanguageConfig {
         architecture: Architecture::GptNeox,
         width,
-        n_layers: config.size("num_hidden_layers")?,
+        n_layers: config.layers("num_hidden_layers")?,
         n_heads,
         n_kv_heads: n_heads,
         head_dim,
@@ -243,7 +257,7 @@ pub(super) fn llama(config: &Config, vocabulary: usize) -> Result<LanguageConfig
     Ok(LanguageConfig {
         architecture: Architecture::Llama,
         width,
-        n_layers: config.size("num_hidden_layers")?,
+        n_layers: config.layers("num_hidden_layers")?,
         n_heads,
         n_kv_heads,
         head_dim,
@@ -272,7 +286,7 @@ fn opt(config: &Config, vocabulary: usize) -> Result<LanguageConfig, SourceError
     Ok(LanguageConfig {
         architecture: Architecture::Opt,
         width,
-        n_layers: config.size("num_hidden_layers")?,
+        n_layers: config.layers("num_hidden_layers")?,
         n_heads,
         n_kv_heads: n_heads,
         head_dim,

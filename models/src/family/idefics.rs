@@ -59,7 +59,7 @@ fn vision_config(config: &Config) -> Result<VisionConfig, SourceError> {
         image_size: config.size_or("image_size", 224)?,
         patch_size: config.size_or("patch_size", 14)?,
         width: config.size_or("embed_dim", 768)?,
-        n_layers: config.size_or("num_hidden_layers", 32)?,
+        n_layers: config.layers_or("num_hidden_layers", 32)?,
         n_heads: config.size_or("num_attention_heads", 16)?,
         mlp_width: config.size_or("intermediate_size", 5120)?,
         activation: config.activation("hidden_act", "gelu")?,
@@ -73,7 +73,7 @@ fn resampler_config(
     vision: &VisionConfig,
 ) -> Result<ResamplerConfig, SourceError> {
     Ok(ResamplerConfig {
-        n_layers: config.size_or("resampler_depth", 6)?,
+        n_layers: config.layers_or("resampler_depth", 6)?,
         n_latents: config.size_or("resampler_n_latents", 64)?,
         n_heads: config.size_or("resampler_n_heads", 16)?,
         head_dim: config.size_or("resampler_head_dim", 96)?,

@@ -61,7 +61,7 @@ fn vision_config(config: &Config) -> Result<VisionConfig, SourceError> {
         image_size: config.size_or("image_size", 224)?,
         patch_size: config.size_or("patch_size", 14)?,
         width: config.size_or("hidden_size", 1024)?,
-        n_layers: config.size_or("num_hidden_layers", 24)?,
+        n_layers: config.layers_or("num_hidden_layers", 24)?,
         n_heads: config.size_or("num_attention_heads", 16)?,
         mlp_width: config.size_or("intermediate_size", 4096)?,
         activation: config.activation("hidden_act", "quick_gelu")?,
