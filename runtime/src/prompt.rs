@@ -212,7 +212,7 @@ impl PromptFile {
     }
 }
 
-/// Turns prompts into token ids in a family's form (reference page §9.2: OpenFlamingo's plain
+/// Turns prompts into token ids in a family's form (OpenFlamingo: plain
 /// concatenation; IDEFICS' markers around each picture, shared by neighbours, and stripped text).
 pub struct PromptEncoder<'a> {
     /// The tokenizer.
