@@ -4,9 +4,10 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use flamingo_models::Family;
-use flamingo_runtime::backend::Media;
-use flamingo_runtime::{GenerateOptions, Model};
+use flamingo_models::{Family, media_time};
+use flamingo_runtime::backend::{Backend, Media, Step};
+use flamingo_runtime::ort::{OrtBackend, OrtOptions};
+use flamingo_runtime::{Artifact, GenerateOptions, Model};
 use flamingo_tests::{Golden, compiled, demo_folder, golden_folders, opening};
 use flamingoc::parity::{F32_BOUND, MIN_COSINE, compare};
 
@@ -77,6 +78,51 @@ fn check_all(backend: &str) {
         check(&folder, backend);
     }
     check(&demo_folder(), backend);
+}
+
+/// Visual tokens and logits of a case on any backend.
+fn forward(backend: &dyn Backend, model: &Model, golden: &Golden, case: &str) -> Vec<f32> {
+    let mut media = Vec::new();
+    if let Some(pixels) = golden.get(case, "pixel_values") {
+        let shape = pixels.shape();
+        media = backend.encode(&pixels.to_f32_vec().unwrap(), shape[0], shape[1]).unwrap();
+    }
+    let media: Vec<Arc<Media>> = media.into_iter().map(Arc::new).collect();
+    let input_ids = golden.ids(case, "input_ids").unwrap();
+    let config = &model.manifest().config;
+    let media_time = media_time(config.family, &config.tokens, &input_ids);
+    let logit_rows: Vec<usize> = (0..input_ids.len()).collect();
+    let mut sequence = backend.new_sequence(input_ids.len()).unwrap();
+    let step = Step {
+        input_ids: &input_ids,
+        media_time: &media_time,
+        media: &media,
+        logit_rows: &logit_rows,
+    };
+    let logits = sequence.advance(&step).unwrap();
+    media.iter().flat_map(|m| m.visual_tokens.iter().copied()).chain(logits).collect()
+}
+
+/// `--backend ort` runs the flavour made for it; the portable graphs must do there too.
+#[test]
+fn onnx_runtime_runs_the_portable_graphs() {
+    let library = opening("ort").ort_library;
+    let options = OrtOptions { library, ..OrtOptions::default() };
+    for folder in golden_folders().into_iter().chain([demo_folder()]) {
+        let (_scratch, path) = compiled(&folder);
+        let model = Model::open(&path, &opening("native")).unwrap();
+        let artifact = Artifact::open(&path, true).unwrap();
+        let graph = |stage| artifact.graph_path(stage, "portable").unwrap();
+        let ort = OrtBackend::open(&graph("media"), &graph("decoder"), &options).unwrap();
+        let golden = Golden::read(&folder);
+        for case in golden.cases() {
+            let found = forward(&ort, &model, &golden, &case);
+            let native = forward(model.backend(), &model, &golden, &case);
+            let comparison = compare("all outputs", &found, &native, 1).unwrap();
+            let fits = comparison.relative_error <= F32_BOUND && comparison.cosine >= MIN_COSINE;
+            assert!(fits, "{} {case}: {comparison:?}", folder.display());
+        }
+    }
 }
 
 #[test]
