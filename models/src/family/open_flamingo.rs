@@ -45,7 +45,7 @@ pub(super) fn open(path: &Path) -> Result<Source, SourceError> {
         language,
     };
     Ok(Source {
-        image: ImageSpec::open_flamingo(model.vision.image_size),
+        image: image_spec(&recipe, model.vision.image_size),
         notes: notes(&parts, &keys, &model),
         config: model,
         parts,
@@ -53,6 +53,12 @@ pub(super) fn open(path: &Path) -> Result<Source, SourceError> {
         keys: Box::new(keys),
         ignorable,
     })
+}
+
+/// OpenFlamingo's picture preparation, with the recipe's resize rule.
+fn image_spec(recipe: &Recipe, image_size: usize) -> ImageSpec {
+    let spec = ImageSpec::open_flamingo(image_size);
+    ImageSpec { resize: recipe.vision.resize.unwrap_or(spec.resize), ..spec }
 }
 
 /// What a user should know of a released file that lacks rows of the head.

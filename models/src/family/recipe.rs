@@ -4,6 +4,7 @@ use std::path::{Component, Path, PathBuf};
 
 use serde::Deserialize;
 
+use crate::image_spec::ResizeMode;
 use crate::source::SourceError;
 
 /// A recipe `.toml`. Paths are relative to it and stay in its folder.
@@ -43,6 +44,9 @@ pub struct VisionRecipe {
     pub heads: Option<usize>,
     /// `quick_gelu` (default: OpenAI's weights) or `gelu`.
     pub activation: Option<String>,
+    /// How pictures of any shape become square: `shortest_side_center_crop` (default), `squash`,
+    /// or `pad_to_mean` (the paper's).
+    pub resize: Option<ResizeMode>,
 }
 
 /// Section `[resampler]`.
@@ -94,5 +98,28 @@ impl Recipe {
             *part = folder.join(&part);
         }
         Ok(recipe)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(extra: &str) -> Result<Recipe, SourceError> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("recipe.toml");
+        let parts = "family = \"openflamingo\"\ncheckpoint = \"c.pt\"\nlanguage_model = \"l\"\n\
+                     vision_encoder = \"v.pt\"\n";
+        std::fs::write(&path, format!("{parts}{extra}")).unwrap();
+        Recipe::read(&path)
+    }
+
+    #[test]
+    fn the_resize_rule_can_be_chosen() {
+        assert_eq!(read("").unwrap().vision.resize, None);
+        let recipe = read("[vision]\nresize = \"pad_to_mean\"\n").unwrap();
+        assert_eq!(recipe.vision.resize, Some(ResizeMode::PadToMean));
+        let error = read("[vision]\nresize = \"stretch\"\n").unwrap_err().to_string();
+        assert!(error.contains("squash"), "{error}");
     }
 }
