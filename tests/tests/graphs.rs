@@ -2,46 +2,12 @@
 //! the meaning.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use flamingo_ir::{Graph, Tensor, evaluate_with};
-use flamingo_models::checkpoint::Checkpoint;
 use flamingo_models::{Source, media_time};
+use flamingo_tests::{Golden, golden_folders};
 use flamingoc::passes::optimise;
-
-fn golden_folders() -> Vec<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden");
-    let entries = std::fs::read_dir(&root).unwrap();
-    let mut folders: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
-    folders.retain(|path| path.join("golden.safetensors").is_file());
-    folders.sort();
-    assert!(folders.len() >= 15, "golden folders are missing: {folders:?}");
-    folders
-}
-
-struct Golden {
-    tensors: BTreeMap<String, Tensor>,
-}
-
-impl Golden {
-    fn read(folder: &Path) -> Golden {
-        let file = Checkpoint::open(&folder.join("golden.safetensors")).unwrap();
-        let read = |info: &flamingo_models::checkpoint::TensorInfo| {
-            let bytes = file.bytes(&info.name).unwrap();
-            (info.name.clone(), Tensor::from_le_bytes(info.dtype, &info.shape, &bytes).unwrap())
-        };
-        Golden { tensors: file.infos().map(read).collect() }
-    }
-
-    fn cases(&self) -> Vec<String> {
-        let ids = self.tensors.keys().filter_map(|name| name.strip_suffix(".input_ids"));
-        ids.map(str::to_owned).collect()
-    }
-
-    fn get(&self, case: &str, name: &str) -> Option<&Tensor> {
-        self.tensors.get(&format!("{case}.{name}"))
-    }
-}
 
 /// Runs a graph on named tensors.
 fn run(
