@@ -51,7 +51,14 @@ fn linear_few_rows(criterion: &mut Criterion) {
                 turn = (turn + 1) % n_copies;
                 let weight = Matrix::new(&weights[turn], n, k);
                 let out = MatrixMut::new(&mut out, m, n);
-                kernels.linear(Matrix::new(&x, m, k), weight, None, None, None, black_box(out));
+                kernels.linear(
+                    Matrix::new(&x, m, k),
+                    weight.into(),
+                    None,
+                    None,
+                    None,
+                    black_box(out),
+                );
             });
         });
     }
@@ -70,7 +77,7 @@ fn linear_many_rows(criterion: &mut Criterion) {
                 let (x, weight) = (Matrix::new(&x, m, k), Matrix::new(&weight, n, k));
                 let out = MatrixMut::new(&mut out, m, n);
                 let activation = Some(Activation::Gelu);
-                kernels.linear(x, weight, Some(&bias), activation, None, black_box(out));
+                kernels.linear(x, weight.into(), Some(&bias), activation, None, black_box(out));
             });
         });
     }

@@ -13,7 +13,7 @@
 //! let mut out = [0.0; 3];
 //! kernels.linear(
 //!     Matrix::new(&x, 1, 2),
-//!     Matrix::new(&weight, 3, 2),
+//!     Matrix::new(&weight, 3, 2).into(),
 //!     None,
 //!     None,
 //!     None,
@@ -39,6 +39,7 @@ mod matrix;
 mod packed;
 mod rotary;
 mod scratch;
+mod weight;
 
 #[expect(
     unsafe_code,
@@ -61,6 +62,7 @@ pub use isa::Isa;
 pub use kv_cache::KvCache;
 pub use matrix::Matrix;
 pub use self_attention::{Position, SelfAttention};
+pub use weight::{PANEL_ROWS, PanelFormat, Panels, Weight};
 
 use arch::{Pool, Token};
 use scratch::Scratch;

@@ -8,6 +8,7 @@ use crate::{
     matrix::Matrix,
     packed::{self, PackedX},
     scratch::Scratch,
+    weight::Weight,
 };
 
 /// Most rows of the weight in one task: with a block of columns they fill half of a small second-level cache.
@@ -24,12 +25,20 @@ impl Kernels {
     pub fn linear(
         &self,
         x: Matrix<'_>,
-        weight: Matrix<'_>,
+        weight: Weight<'_>,
         bias: Option<&[f32]>,
         activation: Option<Activation>,
         residual: Option<Matrix<'_>>,
         out: MatrixMut<'_>,
     ) {
+        let unpacked;
+        let weight = match weight {
+            Weight::F32(matrix) => matrix,
+            Weight::Panels(panels) => {
+                unpacked = unpack(panels);
+                Matrix::new(&unpacked, panels.rows(), panels.cols())
+            }
+        };
         let (m, n) = (out.rows(), out.cols());
         assert_eq!((x.rows(), x.cols()), (m, weight.cols()), "linear: shape of x");
         assert_eq!(weight.rows(), n, "linear: rows of weight and columns of out");
@@ -63,11 +72,19 @@ impl Kernels {
     pub fn gated_linear(
         &self,
         x: Matrix<'_>,
-        weight: Matrix<'_>,
+        weight: Weight<'_>,
         bias: Option<&[f32]>,
         activation: Activation,
         out: MatrixMut<'_>,
     ) {
+        let unpacked;
+        let weight = match weight {
+            Weight::F32(matrix) => matrix,
+            Weight::Panels(panels) => {
+                unpacked = unpack(panels);
+                Matrix::new(&unpacked, panels.rows(), panels.cols())
+            }
+        };
         let (m, n) = (out.rows(), out.cols());
         assert_eq!((x.rows(), x.cols()), (m, weight.cols()), "gated linear: shape of x");
         assert_eq!(weight.rows(), 2 * n, "gated linear: rows of weight and columns of out");
@@ -100,6 +117,11 @@ impl Kernels {
         let share = n.div_ceil(4 * self.n_threads()).next_multiple_of(dot::W_ROWS);
         share.clamp(dot::W_ROWS, MAX_TILE_COLS)
     }
+}
+
+fn unpack(panels: crate::Panels<'_>) -> Vec<f32> {
+    let columns = |row| (0..panels.cols()).map(move |col| panels.value(row, col));
+    (0..panels.rows()).flat_map(columns).collect()
 }
 
 /// One band of all rows; none if there are no rows.

@@ -96,8 +96,9 @@ fn check_linear(
     let (bias, residual) = (random(3, n), Random::new(4, m, n, gap));
     let bias = extras.then_some(bias.as_slice());
     let residual = extras.then(|| residual.view());
-    let out =
-        output(m, n, |out| kernels.linear(x.view(), w.view(), bias, activation, residual, out));
+    let out = output(m, n, |out| {
+        kernels.linear(x.view(), w.view().into(), bias, activation, residual, out)
+    });
     let expected = reference::linear(x.view(), w.view(), bias, activation, residual);
     check(&what, &out, &expected, 1e-6 * (k as f64).sqrt().max(2.0));
 }
@@ -143,7 +144,7 @@ fn gated_linear_agrees() {
             for bias in [None, Some(bias.as_slice())] {
                 for activation in ACTIVATIONS {
                     let out = output(m, n, |out| {
-                        kernels.gated_linear(x.view(), w.view(), bias, activation, out)
+                        kernels.gated_linear(x.view(), w.view().into(), bias, activation, out)
                     });
                     let expected = reference::gated_linear(x.view(), w.view(), bias, activation);
                     check(&format!("{} gated {m}x{k}x{n}", kernels.isa()), &out, &expected, 1e-5);
@@ -414,10 +415,11 @@ fn linear_rows_have_the_same_bits_alone_and_together() {
         let (m, k, n) = (61, 1100, 71);
         let (x, w) = (Random::new(1, m, k, 0), Random::new(2, n, k, 0));
         let together =
-            output(m, n, |out| kernels.linear(x.view(), w.view(), None, None, None, out));
+            output(m, n, |out| kernels.linear(x.view(), w.view().into(), None, None, None, out));
         for (i, row) in together.chunks(n).enumerate() {
             let x = x.view().row_range(i..i + 1);
-            let alone = output(1, n, |out| kernels.linear(x, w.view(), None, None, None, out));
+            let alone =
+                output(1, n, |out| kernels.linear(x, w.view().into(), None, None, None, out));
             assert_eq!(bits(&alone), bits(row), "{} row {i}", kernels.isa());
         }
     }
@@ -432,10 +434,10 @@ fn the_number_of_threads_changes_no_bit() {
             let (x, w, bias) =
                 (Random::new(1, 43, 301, 0), Random::new(2, 206, 301, 0), random(3, 206));
             let mut all = output(43, 206, |out| {
-                kernels.linear(x.view(), w.view(), Some(&bias), Some(activation), None, out);
+                kernels.linear(x.view(), w.view().into(), Some(&bias), Some(activation), None, out);
             });
             all.extend(output(43, 103, |out| {
-                kernels.gated_linear(x.view(), w.view(), Some(&bias), activation, out)
+                kernels.gated_linear(x.view(), w.view().into(), Some(&bias), activation, out)
             }));
             all.extend(output(43, 301, |out| kernels.layer_norm(x.view(), None, None, 1e-5, out)));
             all.extend(output(206, 301, |out| kernels.rms_norm(w.view(), None, 1e-5, out)));
@@ -463,7 +465,8 @@ fn nan_and_infinity_stay_in_their_row() {
         let (mut x, w) = (Random::new(1, 9, 37, 0), Random::new(2, 21, 37, 0));
         x.data[2 * 37 + 36] = f32::NAN;
         x.data[5 * 37 + 3] = f32::INFINITY;
-        let linear = output(9, 21, |out| kernels.linear(x.view(), w.view(), None, None, None, out));
+        let linear =
+            output(9, 21, |out| kernels.linear(x.view(), w.view().into(), None, None, None, out));
         let norm = output(9, 37, |out| kernels.layer_norm(x.view(), None, None, 1e-5, out));
         for (row, linear) in linear.chunks(21).enumerate() {
             assert_eq!(
@@ -505,7 +508,7 @@ fn linear_rejects_disagreeing_shapes() {
     let (x, w) = ([0.0; 3], [0.0; 8]);
     kernels(Isa::Scalar, 1).linear(
         Matrix::new(&x, 1, 3),
-        Matrix::new(&w, 2, 4),
+        Matrix::new(&w, 2, 4).into(),
         None,
         None,
         None,

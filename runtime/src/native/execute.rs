@@ -95,7 +95,7 @@ impl<'a> Context<'a> {
             Action::GatedLinear { x, weight, bias, activation } => {
                 let (x, weight) = (self.rows(x)?.matrix(), self.rows(weight)?.matrix());
                 let (bias, out) = (self.vector(bias.as_ref())?, dense(out, shape));
-                self.kernels.gated_linear(x, weight, bias, *activation, out);
+                self.kernels.gated_linear(x, weight.into(), bias, *activation, out);
             }
             Action::Activate { x, activation } => {
                 self.kernels.activate(*activation, self.rows(x)?.matrix(), dense(out, shape));
@@ -205,7 +205,7 @@ impl<'a> Context<'a> {
             let residual = op.residual.map(|residual| residual.range(rows.clone()).matrix());
             let out =
                 MatrixMut::new(&mut out[rows.start * cols..rows.end * cols], rows.len(), cols);
-            self.kernels.linear(x, op.weight, op.bias, op.activation, residual, out);
+            self.kernels.linear(x, op.weight.into(), op.bias, op.activation, residual, out);
         }
     }
 
