@@ -37,6 +37,7 @@ mod kv_cache;
 mod math;
 mod matrix;
 mod packed;
+mod panels;
 mod rotary;
 mod scratch;
 mod weight;
@@ -72,7 +73,8 @@ pub struct Kernels {
     isa: Isa,
     token: Token,
     pool: Pool,
-    scratch: Scratch,
+    scratch: Scratch<f32>,
+    words: Scratch<u32>,
 }
 
 impl std::fmt::Debug for Kernels {
@@ -102,7 +104,7 @@ impl Kernels {
         let token = Token::new(isa)
             .ok_or_else(|| KernelError::UnsupportedIsa { isa, best: Isa::best() })?;
         let pool = Pool::new(n_threads.unwrap_or_else(probe::n_physical_cores).get())?;
-        Ok(Kernels { isa, token, pool, scratch: Scratch::default() })
+        Ok(Kernels { isa, token, pool, scratch: Scratch::default(), words: Scratch::default() })
     }
 
     /// The instruction set in use.

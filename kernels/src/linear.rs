@@ -1,5 +1,7 @@
 //! Linear layers: `act(x Wᵀ + bias) + residual`, and the gated form of SwiGLU blocks.
 
+use std::ops::Range;
+
 use crate::{
     Kernels,
     activation::{Activation, activate_in_place},
@@ -7,12 +9,16 @@ use crate::{
     dot, math,
     matrix::Matrix,
     packed::{self, PackedX},
+    panels::{PanelTile, TASK_PANELS},
     scratch::Scratch,
-    weight::Weight,
+    weight::{PANEL_ROWS, Panels, Weight},
 };
 
 /// Most rows of the weight in one task: with a block of columns they fill half of a small second-level cache.
 const MAX_TILE_COLS: usize = 64;
+
+/// Rows of a weight in panels in one task.
+const TASK_COLS: usize = TASK_PANELS * PANEL_ROWS;
 
 impl Kernels {
     /// `out = activation(x Wᵀ + bias) + residual`.
@@ -31,14 +37,6 @@ impl Kernels {
         residual: Option<Matrix<'_>>,
         out: MatrixMut<'_>,
     ) {
-        let unpacked;
-        let weight = match weight {
-            Weight::F32(matrix) => matrix,
-            Weight::Panels(panels) => {
-                unpacked = unpack(panels);
-                Matrix::new(&unpacked, panels.rows(), panels.cols())
-            }
-        };
         let (m, n) = (out.rows(), out.cols());
         assert_eq!((x.rows(), x.cols()), (m, weight.cols()), "linear: shape of x");
         assert_eq!(weight.rows(), n, "linear: rows of weight and columns of out");
@@ -47,17 +45,74 @@ impl Kernels {
             residual.is_none_or(|residual| (residual.rows(), residual.cols()) == (m, n)),
             "linear: residual"
         );
-        let tile_cols = self.linear_tile_cols(n);
+        let epilogue = Epilogue { bias, activation, residual };
+        match weight {
+            Weight::F32(weight) => self.linear_f32(x, weight, epilogue, out),
+            Weight::Panels(weight) => self.linear_panels(x, weight, epilogue, out),
+        }
+    }
+
+    fn linear_f32(
+        &self,
+        x: Matrix<'_>,
+        weight: Matrix<'_>,
+        epilogue: Epilogue<'_>,
+        out: MatrixMut<'_>,
+    ) {
+        let (m, tile_cols) = (out.rows(), self.linear_tile_cols(out.cols()));
         self.with_rows(x, |x| {
             self.pool.run_tiles(out, row_starts(m), tile_cols, &|_, col, tile| {
                 let cols = col..col + tile.cols();
                 self.token.run(Linear {
                     x,
                     weight: weight.row_range(cols.clone()),
-                    bias: bias.map(|bias| &bias[cols.clone()]),
-                    activation,
-                    residual: residual.map(|residual| residual.columns(cols)),
+                    epilogue: epilogue.columns(cols),
                     tile,
+                });
+            });
+        });
+    }
+
+    fn linear_panels(
+        &self,
+        x: Matrix<'_>,
+        weight: Panels<'_>,
+        epilogue: Epilogue<'_>,
+        out: MatrixMut<'_>,
+    ) {
+        let m = out.rows();
+        self.with_panel_x(x, weight.format(), |x| {
+            self.pool.run_tiles(out, row_starts(m), TASK_COLS, &|_, col, tile| {
+                let epilogue = epilogue.columns(col..col + tile.cols());
+                let first_panel = col / PANEL_ROWS;
+                PanelTile { x, weight, first_panel, epilogue, tile }.run(self.token);
+            });
+        });
+    }
+
+    fn gated_linear_panels(
+        &self,
+        x: Matrix<'_>,
+        weight: Panels<'_>,
+        bias: Option<&[f32]>,
+        activation: Activation,
+        out: MatrixMut<'_>,
+    ) {
+        let (m, n) = (out.rows(), out.cols());
+        assert!(n.is_multiple_of(PANEL_ROWS), "gated linear: each half in panels of its own");
+        self.with_panel_x(x, weight.format(), |x| {
+            self.pool.run_tiles(out, row_starts(m), TASK_COLS, &|_, col, mut tile| {
+                let cols = tile.cols();
+                let half = |start: usize, activation, tile: MatrixMut<'_>| {
+                    let bias = bias.map(|bias| &bias[start..start + cols]);
+                    let epilogue = Epilogue { bias, activation, residual: None };
+                    let first_panel = start / PANEL_ROWS;
+                    PanelTile { x, weight, first_panel, epilogue, tile }.run(self.token);
+                };
+                self.scratch.with(m * cols, |up| {
+                    half(col, Some(activation), tile.reborrow());
+                    half(n + col, None, MatrixMut::new(up, m, cols));
+                    self.token.run(MultiplyTile { up: Matrix::new(up, m, cols), tile });
                 });
             });
         });
@@ -65,7 +120,8 @@ impl Kernels {
 
     /// `out = activation(x Wgᵀ + bg) * (x Wuᵀ + bu)`.
     ///
-    /// x `[m, k]`; weight `[2n, k]` and bias `[2n]`: the gate's rows, then the up rows; out `[m, n]`.
+    /// x `[m, k]`; weight `[2n, k]` and bias `[2n]`: the gate's rows, then the up rows; out `[m, n]`. In panels n is a
+    /// multiple of 16.
     ///
     /// # Panics
     /// If the shapes disagree.
@@ -77,18 +133,16 @@ impl Kernels {
         activation: Activation,
         out: MatrixMut<'_>,
     ) {
-        let unpacked;
-        let weight = match weight {
-            Weight::F32(matrix) => matrix,
-            Weight::Panels(panels) => {
-                unpacked = unpack(panels);
-                Matrix::new(&unpacked, panels.rows(), panels.cols())
-            }
-        };
         let (m, n) = (out.rows(), out.cols());
         assert_eq!((x.rows(), x.cols()), (m, weight.cols()), "gated linear: shape of x");
         assert_eq!(weight.rows(), 2 * n, "gated linear: rows of weight and columns of out");
         assert!(bias.is_none_or(|bias| bias.len() == 2 * n), "gated linear: length of bias");
+        let weight = match weight {
+            Weight::F32(weight) => weight,
+            Weight::Panels(weight) => {
+                return self.gated_linear_panels(x, weight, bias, activation, out);
+            }
+        };
         let tile_cols = self.linear_tile_cols(n);
         self.with_rows(x, |x| {
             self.pool.run_tiles(out, row_starts(m), tile_cols, &|_, col, tile| {
@@ -119,11 +173,6 @@ impl Kernels {
     }
 }
 
-fn unpack(panels: crate::Panels<'_>) -> Vec<f32> {
-    let columns = |row| (0..panels.cols()).map(move |col| panels.value(row, col));
-    (0..panels.rows()).flat_map(columns).collect()
-}
-
 /// One band of all rows; none if there are no rows.
 fn row_starts(m: usize) -> &'static [usize] {
     if m == 0 { &[] } else { &[0] }
@@ -134,7 +183,7 @@ fn row_starts(m: usize) -> &'static [usize] {
 struct Rows<'a> {
     x: Matrix<'a>,
     packed: Option<PackedX<'a>>,
-    scratch: &'a Scratch,
+    scratch: &'a Scratch<f32>,
 }
 
 impl Rows<'_> {
@@ -158,12 +207,45 @@ impl Rows<'_> {
     }
 }
 
+/// What happens to a product before it is written: `activation(y + bias) + residual`.
+#[derive(Clone, Copy)]
+pub(crate) struct Epilogue<'a> {
+    /// `[n]`
+    pub(crate) bias: Option<&'a [f32]>,
+    pub(crate) activation: Option<Activation>,
+    /// `[m, n]`
+    pub(crate) residual: Option<Matrix<'a>>,
+}
+
+impl<'a> Epilogue<'a> {
+    fn columns(&self, cols: Range<usize>) -> Epilogue<'a> {
+        Epilogue {
+            bias: self.bias.map(|bias| &bias[cols.clone()]),
+            activation: self.activation,
+            residual: self.residual.map(|residual| residual.columns(cols)),
+        }
+    }
+
+    /// Applies it to columns `col..` of row `row`.
+    #[inline(always)]
+    pub(crate) fn apply<S: Simd>(&self, s: S, row: usize, col: usize, values: &mut [f32]) {
+        let cols = col..col + values.len();
+        if let Some(bias) = self.bias {
+            math::add_in_place(s, values, &bias[cols.clone()]);
+        }
+        if let Some(activation) = self.activation {
+            activate_in_place(s, activation, values);
+        }
+        if let Some(residual) = self.residual {
+            math::add_in_place(s, values, &residual.row(row)[cols]);
+        }
+    }
+}
+
 struct Linear<'a> {
     x: Rows<'a>,
     weight: Matrix<'a>,
-    bias: Option<&'a [f32]>,
-    activation: Option<Activation>,
-    residual: Option<Matrix<'a>>,
+    epilogue: Epilogue<'a>,
     tile: MatrixMut<'a>,
 }
 
@@ -174,16 +256,24 @@ impl Task for Linear<'_> {
     fn run<S: Simd>(mut self, simd: S) {
         self.x.multiply(simd, self.weight, &mut self.tile);
         for i in 0..self.tile.rows() {
-            let row = self.tile.row_mut(i);
-            if let Some(bias) = self.bias {
-                math::add_in_place(simd, row, bias);
-            }
-            if let Some(activation) = self.activation {
-                activate_in_place(simd, activation, row);
-            }
-            if let Some(residual) = self.residual {
-                math::add_in_place(simd, row, residual.row(i));
-            }
+            self.epilogue.apply(simd, i, 0, self.tile.row_mut(i));
+        }
+    }
+}
+
+/// `tile *= up`
+struct MultiplyTile<'a> {
+    up: Matrix<'a>,
+    tile: MatrixMut<'a>,
+}
+
+impl Task for MultiplyTile<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, simd: S) {
+        for i in 0..self.tile.rows() {
+            math::multiply_in_place(simd, self.tile.row_mut(i), self.up.row(i));
         }
     }
 }

@@ -143,6 +143,23 @@ pub(crate) fn largest<S: Simd>(s: S, data: &[f32]) -> f32 {
     rest.iter().copied().fold(s.reduce_max(largest), f32::max)
 }
 
+/// Largest magnitude; zero if there is none, NaN if an element is not finite.
+#[inline(always)]
+pub(crate) fn largest_magnitude<S: Simd>(s: S, data: &[f32]) -> f32 {
+    let zero = s.splat(0.0);
+    let (lanes, rest) = s.split(data);
+    let (mut largest, mut flaw) = (zero, zero);
+    for lane in lanes {
+        let value = s.load(lane);
+        largest = s.max(s.abs(value), largest);
+        flaw = s.mul_add(value, zero, flaw);
+    }
+    let last = s.load_partial(rest);
+    largest = s.max(s.abs(last), largest);
+    flaw = s.mul_add(last, zero, flaw);
+    s.reduce_max(largest) + s.reduce_add(flaw)
+}
+
 /// `data[i] = exp(data[i] - shift)`; returns the sum.
 #[inline(always)]
 pub(crate) fn exp_and_sum<S: Simd>(s: S, data: &mut [f32], shift: f32) -> f32 {

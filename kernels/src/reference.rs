@@ -1,6 +1,6 @@
 //! The kernels once more as plain loops in f64 on one thread: what they mean, and the oracle of their tests.
 
-use crate::{Activation, Matrix, Position, SelfAttention};
+use crate::{Activation, Matrix, PANEL_ROWS, PanelFormat, Panels, Position, SelfAttention};
 
 /// `act(x Wᵀ + bias) + residual`, `[m, n]`; arguments as in [`Kernels::linear`](crate::Kernels::linear).
 pub fn linear(
@@ -228,4 +228,122 @@ fn weighted_sum(scores: Vec<f64>, values: &[&[f32]], head_dim: usize) -> Vec<f64
     let column =
         |j: usize| weights.iter().zip(values).map(|(w, v)| w * f64::from(v[j])).sum::<f64>() / sum;
     (0..head_dim).map(|j| if scores.is_empty() { 0.0 } else { column(j) }).collect()
+}
+
+/// The bytes and scales of a weight in panels.
+#[derive(Clone, Debug)]
+pub struct PackedWeight {
+    format: PanelFormat,
+    shape: (usize, usize),
+    data: Vec<u8>,
+    row_scales: Vec<f32>,
+    block_scales: Vec<u8>,
+}
+
+impl PackedWeight {
+    /// Rounds `weight`, `[n, k]`, to `format`, to nearest.
+    ///
+    /// # Panics
+    /// If the format's block is not a positive multiple of 8.
+    pub fn new(format: PanelFormat, weight: Matrix<'_>) -> PackedWeight {
+        let (n, k) = (weight.rows(), weight.cols());
+        let n_blocks = format.n_blocks(k).expect("a block of whole lines");
+        let padded = n.next_multiple_of(PANEL_ROWS);
+        let data = vec![0; format.data_bytes(n, k).expect("a weight that fits the memory")];
+        let n_scales = if format.has_row_scales() { padded } else { 0 };
+        let (row_scales, block_scales) = (vec![0.0; n_scales], vec![0; padded * n_blocks]);
+        let mut packed = PackedWeight { format, shape: (n, k), data, row_scales, block_scales };
+        if let PanelFormat::Int4 { .. } = format {
+            packed.data.fill(0x88);
+        }
+        for row in 0..n {
+            packed.pack_row(row, weight.row(row));
+        }
+        packed
+    }
+
+    /// The weight over these bytes.
+    ///
+    /// # Panics
+    /// Never: the lengths are those of the format.
+    pub fn view(&self) -> Panels<'_> {
+        let (n, k) = self.shape;
+        Panels::new(self.format, n, k, &self.data, &self.row_scales, &self.block_scales)
+            .expect("lengths of the format")
+    }
+
+    fn pack_row(&mut self, row: usize, values: &[f32]) {
+        let (panel, lane) = (row / PANEL_ROWS, row % PANEL_ROWS);
+        let panel_bytes = self.data.len() / self.shape.0.div_ceil(PANEL_ROWS);
+        let data = &mut self.data[panel * panel_bytes..][..panel_bytes];
+        let largest = |values: &[f32]| values.iter().fold(0.0_f32, |a, b| a.max(b.abs()));
+        match self.format {
+            PanelFormat::F16 => {
+                for (col, value) in values.iter().enumerate() {
+                    let bytes = half::f16::from_f32(*value).to_le_bytes();
+                    data[(col * PANEL_ROWS + lane) * 2..][..2].copy_from_slice(&bytes);
+                }
+            }
+            PanelFormat::Bf16 => {
+                for (col, value) in values.iter().enumerate() {
+                    let bytes = half::bf16::from_f32(*value).to_le_bytes();
+                    let at = (col / 2 * PANEL_ROWS + lane) * 4 + col % 2 * 2;
+                    data[at..at + 2].copy_from_slice(&bytes);
+                }
+            }
+            PanelFormat::Int8 => {
+                let scale = largest(values) / 127.0;
+                self.row_scales[row] = scale;
+                for (col, value) in values.iter().enumerate() {
+                    let value = if scale > 0.0 { value / scale } else { 0.0 };
+                    let byte = value.round_ties_even() as i8;
+                    data[(col / 4 * PANEL_ROWS + lane) * 4 + col % 4] = byte.cast_unsigned();
+                }
+            }
+            PanelFormat::Int4 { block } => {
+                let scale = largest(values) / 7.0 / 255.0;
+                self.row_scales[row] = scale;
+                let blocks = self.shape.1.div_ceil(block);
+                for (idx, values) in values.chunks(block).enumerate() {
+                    let whole = |value: f32| if scale > 0.0 { value / scale } else { 0.0 };
+                    let block_scale = whole(largest(values) / 7.0).ceil().min(255.0) as u8;
+                    self.block_scales[(panel * blocks + idx) * PANEL_ROWS + lane] = block_scale;
+                    for (j, value) in values.iter().enumerate() {
+                        let value = whole(*value) / f32::from(block_scale.max(1));
+                        let nibble = (value.round_ties_even().clamp(-8.0, 7.0) + 8.0) as u8;
+                        let col = idx * block + j;
+                        let place = &mut data[(col / 8 * PANEL_ROWS + lane) * 4 + col % 4];
+                        *place = match col % 8 < 4 {
+                            true => *place & 0xF0 | nibble,
+                            false => *place & 0x0F | nibble << 4,
+                        };
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The weight as its format rounds it, `[n, k]`.
+pub fn unpacked(weight: Panels<'_>) -> Vec<f32> {
+    let row = |row| (0..weight.cols()).map(move |col| weight.value(row, col));
+    (0..weight.rows()).flat_map(row).collect()
+}
+
+/// `x`, `[m, k]`, rounded as products with weights of `format` round it.
+pub fn rounded(format: PanelFormat, x: Matrix<'_>) -> Vec<f32> {
+    let round_row = |row: &[f32]| -> Vec<f32> {
+        match format {
+            PanelFormat::F16 => row.to_vec(),
+            PanelFormat::Bf16 => {
+                row.iter().map(|value| half::bf16::from_f32(*value).to_f32()).collect()
+            }
+            PanelFormat::Int8 | PanelFormat::Int4 { .. } => {
+                let scale = row.iter().fold(0.0_f32, |a, b| a.max(b.abs())) / 127.0;
+                let round = |value: &f32| (value / scale).round_ties_even() * scale;
+                if scale > 0.0 { row.iter().map(round).collect() } else { vec![0.0; row.len()] }
+            }
+        }
+    };
+    (0..x.rows()).flat_map(|i| round_row(x.row(i))).collect()
 }

@@ -4,20 +4,20 @@ use std::sync::{Mutex, PoisonError};
 
 /// Buffers not in use. Their contents mean nothing.
 #[derive(Debug, Default)]
-pub(crate) struct Scratch {
-    free: Mutex<Vec<Vec<f32>>>,
+pub(crate) struct Scratch<T> {
+    free: Mutex<Vec<Vec<T>>>,
 }
 
 /// Bytes of a cache line, and of the largest vector.
 const ALIGNMENT: usize = 64;
 
-impl Scratch {
+impl<T: Copy + Default> Scratch<T> {
     /// Calls `body` with `len` elements of any value, the first at the start of a cache line.
-    pub(crate) fn with<R>(&self, len: usize, body: impl FnOnce(&mut [f32]) -> R) -> R {
+    pub(crate) fn with<R>(&self, len: usize, body: impl FnOnce(&mut [T]) -> R) -> R {
         let mut buffer = self.lock().pop().unwrap_or_default();
-        let padded = len + ALIGNMENT / size_of::<f32>();
+        let padded = len + ALIGNMENT / size_of::<T>();
         if buffer.len() < padded {
-            buffer.resize(padded, 0.0);
+            buffer.resize(padded, T::default());
         }
         let start = buffer.as_ptr().align_offset(ALIGNMENT).min(padded - len);
         let result = body(&mut buffer[start..start + len]);
@@ -25,7 +25,7 @@ impl Scratch {
         result
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Vec<f32>>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Vec<T>>> {
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -36,7 +36,7 @@ mod tests {
 
     #[test]
     fn buffers_are_aligned_reused_and_nest() {
-        let scratch = Scratch::default();
+        let scratch = Scratch::<f32>::default();
         for len in [0, 1, 1000, 10] {
             scratch.with(len, |outer| {
                 outer.fill(1.0);

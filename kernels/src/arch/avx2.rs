@@ -2,18 +2,20 @@
 
 use std::arch::x86_64::*;
 
-use super::{Simd, Task};
+use super::{DotI8, DotI8Task, Simd, Task};
 
 const LANES: usize = 8;
 
-/// Proof that the processor has AVX2 and FMA.
+/// Proof that the processor has AVX2, FMA and F16C.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Avx2(());
 
 impl Avx2 {
     /// The token, if the processor has the instructions.
     pub(crate) fn new() -> Option<Avx2> {
-        let available = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+        let available = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c");
         available.then_some(Avx2(()))
     }
 }
@@ -27,9 +29,14 @@ macro_rules! proven {
     }};
 }
 
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2,fma,f16c")]
 fn run<T: Task>(simd: Avx2, task: T) -> T::Output {
     task.run(simd)
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn run_i8<T: DotI8Task>(simd: Avx2, task: T) {
+    task.run(simd);
 }
 
 /// Sum of the two halves, `[f32; 4]`.
@@ -173,5 +180,155 @@ impl Simd for Avx2 {
         let mut lanes = [0.0; LANES];
         self.store(vector, &mut lanes);
         lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+
+    type Wide = [__m256; 2];
+    const IS_WIDE: bool = false;
+
+    #[inline(always)]
+    fn wide_splat(self, value: f32) -> Self::Wide {
+        [self.splat(value); 2]
+    }
+
+    #[inline(always)]
+    fn wide_load(self, from: &[f32; 16]) -> Self::Wide {
+        let halves = from.as_chunks::<8>().0;
+        [self.load(&halves[0]), self.load(&halves[1])]
+    }
+
+    #[inline(always)]
+    fn wide_from_f16(self, from: &[u8; 32]) -> Self::Wide {
+        // SAFETY: the token proves the instructions; each load reads half of the 32 bytes, unaligned.
+        unsafe {
+            let first = _mm_loadu_si128(from.as_ptr().cast());
+            let second = _mm_loadu_si128(from[16..].as_ptr().cast());
+            [_mm256_cvtph_ps(first), _mm256_cvtph_ps(second)]
+        }
+    }
+
+    #[inline(always)]
+    fn wide_from_bf16_pairs(self, from: &[u8; 64]) -> [Self::Wide; 2] {
+        let [a, b] = load_halves(self, from);
+        proven! {
+            let first = |pairs| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs));
+            let mask = _mm256_set1_epi32(0xFFFF_0000_u32.cast_signed());
+            let second = |pairs| _mm256_castsi256_ps(_mm256_and_si256(pairs, mask));
+            [[first(a), first(b)], [second(a), second(b)]]
+        }
+    }
+
+    #[inline(always)]
+    fn wide_mul_add(self, a: Self::Wide, b: Self::Wide, c: Self::Wide) -> Self::Wide {
+        [self.mul_add(a[0], b[0], c[0]), self.mul_add(a[1], b[1], c[1])]
+    }
+
+    #[inline(always)]
+    fn wide_array(self, value: Self::Wide) -> [f32; 16] {
+        let mut array = [0.0; 16];
+        let halves = array.as_chunks_mut::<8>().0;
+        self.store(value[0], &mut halves[0]);
+        self.store(value[1], &mut halves[1]);
+        array
+    }
+}
+
+/// Both halves of a line.
+#[inline(always)]
+fn load_halves(_: Avx2, from: &[u8; 64]) -> [__m256i; 2] {
+    // SAFETY: the token proves the instructions; each load reads half of the 64 bytes, unaligned.
+    unsafe {
+        [_mm256_loadu_si256(from.as_ptr().cast()), _mm256_loadu_si256(from[32..].as_ptr().cast())]
+    }
+}
+
+/// `sums + w x`, 0 <= w <= 127 unsigned and x signed: no pair of products leaves 16 bits.
+#[inline(always)]
+fn dot_unsigned(_: Avx2, sums: __m256i, w: __m256i, x: __m256i) -> __m256i {
+    proven! {
+        let pairs = _mm256_maddubs_epi16(w, x);
+        _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+    }
+}
+
+impl DotI8 for Avx2 {
+    type S = Avx2;
+    type Sums = [__m256i; 2];
+    type W = [__m256i; 2];
+    /// x, and its magnitude.
+    type X = (__m256i, __m256i);
+    const OFFSET: i32 = 0;
+
+    #[inline(always)]
+    fn simd(self) -> Avx2 {
+        self
+    }
+
+    #[inline(always)]
+    fn run<T: DotI8Task>(self, task: T) {
+        // SAFETY: the token proves that the processor has every feature `run_i8` is compiled for.
+        unsafe { run_i8(self, task) }
+    }
+
+    #[inline(always)]
+    fn start(self, value: i32) -> Self::Sums {
+        [proven!(_mm256_set1_epi32(value)); 2]
+    }
+
+    #[inline(always)]
+    fn weights(self, from: &[u8; 64]) -> Self::W {
+        load_halves(self, from)
+    }
+
+    #[inline(always)]
+    fn nibbles(self, from: &[u8; 64]) -> [Self::W; 2] {
+        let halves = load_halves(self, from);
+        proven! {
+            let mask = _mm256_set1_epi8(15);
+            let low = |bytes| _mm256_and_si256(bytes, mask);
+            let high = |bytes| _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), mask);
+            [[low(halves[0]), low(halves[1])], [high(halves[0]), high(halves[1])]]
+        }
+    }
+
+    #[inline(always)]
+    fn broadcast(self, x: u32) -> Self::X {
+        proven! {
+            let x = _mm256_set1_epi32(x.cast_signed());
+            (x, _mm256_abs_epi8(x))
+        }
+    }
+
+    #[inline(always)]
+    fn dot(self, sums: Self::Sums, w: Self::W, (x, magnitude): Self::X) -> Self::Sums {
+        let half = |i: usize| {
+            let signed = proven!(_mm256_sign_epi8(w[i], x));
+            dot_unsigned(self, sums[i], magnitude, signed)
+        };
+        [half(0), half(1)]
+    }
+
+    #[inline(always)]
+    fn dot_nibbles(self, sums: Self::Sums, w: Self::W, (x, _): Self::X) -> Self::Sums {
+        [dot_unsigned(self, sums[0], w[0], x), dot_unsigned(self, sums[1], w[1], x)]
+    }
+
+    #[inline(always)]
+    fn add_scaled(self, total: Self::Sums, sums: Self::Sums, scales: &[u8; 16]) -> Self::Sums {
+        // SAFETY: the token proves the instructions; the load reads the sixteen bytes of `scales`.
+        unsafe {
+            let scales = _mm_loadu_si128(scales.as_ptr().cast());
+            let first = _mm256_cvtepu8_epi32(scales);
+            let second = _mm256_cvtepu8_epi32(_mm_srli_si128::<8>(scales));
+            [
+                _mm256_add_epi32(total[0], _mm256_mullo_epi32(sums[0], first)),
+                _mm256_add_epi32(total[1], _mm256_mullo_epi32(sums[1], second)),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn to_f32(self, sums: Self::Sums) -> [f32; 16] {
+        let [first, second] = sums;
+        self.wide_array(proven!([_mm256_cvtepi32_ps(first), _mm256_cvtepi32_ps(second)]))
     }
 }

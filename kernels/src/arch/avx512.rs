@@ -2,13 +2,25 @@
 
 use std::arch::x86_64::*;
 
-use super::{Simd, Task};
+use super::{DotBf16, DotBf16Task, DotI8, DotI8Task, Simd, Task, avx2::Avx2};
 
 const LANES: usize = 16;
 
-/// Proof that the processor has AVX-512 F, BW, DQ and VL, and FMA.
+/// Proof that the processor has AVX-512 F, BW, DQ and VL, and all that AVX2's token proves.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Avx512(());
+pub(crate) struct Avx512 {
+    avx2: Avx2,
+    has_vnni: bool,
+    has_bf16: bool,
+}
+
+/// Proof that the processor has AVX-512 VNNI too.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Vnni(Avx512);
+
+/// Proof that the processor has AVX-512 BF16 too.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Bf16(Avx512);
 
 impl Avx512 {
     /// The token, if the processor has the instructions.
@@ -16,25 +28,59 @@ impl Avx512 {
         let available = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
-            && is_x86_feature_detected!("avx512vl")
-            && is_x86_feature_detected!("avx2")
-            && is_x86_feature_detected!("fma");
-        available.then_some(Avx512(()))
+            && is_x86_feature_detected!("avx512vl");
+        Avx2::new().filter(|_| available).map(|avx2| Avx512 {
+            avx2,
+            has_vnni: is_x86_feature_detected!("avx512vnni"),
+            has_bf16: is_x86_feature_detected!("avx512bf16"),
+        })
+    }
+
+    /// The narrower set, which every such processor has.
+    pub(crate) fn avx2(self) -> Avx2 {
+        self.avx2
+    }
+
+    /// Products of bytes, if the processor has them.
+    pub(crate) fn vnni(self) -> Option<Vnni> {
+        self.has_vnni.then_some(Vnni(self))
+    }
+
+    /// Products of bfloat16, if the processor has them.
+    pub(crate) fn bf16(self) -> Option<Bf16> {
+        self.has_bf16.then_some(Bf16(self))
     }
 }
 
 /// Evaluates a register-only intrinsic.
 macro_rules! proven {
     ($($intrinsic:tt)*) => {{
-        // SAFETY: `self` is an `Avx512`, whose only constructor found the instructions on this processor; the
-        // intrinsic works on registers and touches no memory.
+        // SAFETY: `self` is a token of this module, whose only constructor found the instructions on this processor;
+        // the intrinsic works on registers and touches no memory.
         unsafe { $($intrinsic)* }
     }};
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 fn run<T: Task>(simd: Avx512, task: T) -> T::Output {
     task.run(simd)
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn run_i8<T: DotI8Task>(dot: Vnni, task: T) {
+    task.run(dot);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+fn run_bf16<T: DotBf16Task>(dot: Bf16, task: T) {
+    task.run(dot);
+}
+
+/// Sixty-four bytes.
+#[inline(always)]
+fn load_line(_: Avx512, from: &[u8; 64]) -> __m512i {
+    // SAFETY: the token proves the instruction; the load reads the 64 bytes, unaligned.
+    unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
 }
 
 /// Mask of the first `len` lanes, `len` below 16.
@@ -174,5 +220,170 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn reduce_max(self, vector: Self::F) -> f32 {
         proven!(_mm512_reduce_max_ps(vector))
+    }
+
+    type Wide = __m512;
+    const IS_WIDE: bool = true;
+
+    #[inline(always)]
+    fn wide_splat(self, value: f32) -> Self::Wide {
+        self.splat(value)
+    }
+
+    #[inline(always)]
+    fn wide_load(self, from: &[f32; 16]) -> Self::Wide {
+        self.load(from)
+    }
+
+    #[inline(always)]
+    fn wide_from_f16(self, from: &[u8; 32]) -> Self::Wide {
+        // SAFETY: the token proves the instructions; the load reads the 32 bytes, unaligned.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.as_ptr().cast())) }
+    }
+
+    #[inline(always)]
+    fn wide_from_bf16_pairs(self, from: &[u8; 64]) -> [Self::Wide; 2] {
+        let pairs = load_line(self, from);
+        proven! {
+            let mask = _mm512_set1_epi32(0xFFFF_0000_u32.cast_signed());
+            [
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)),
+                _mm512_castsi512_ps(_mm512_and_si512(pairs, mask)),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn wide_mul_add(self, a: Self::Wide, b: Self::Wide, c: Self::Wide) -> Self::Wide {
+        self.mul_add(a, b, c)
+    }
+
+    #[inline(always)]
+    fn wide_array(self, value: Self::Wide) -> [f32; 16] {
+        let mut array = [0.0; 16];
+        self.store(value, &mut array);
+        array
+    }
+}
+
+impl DotI8 for Vnni {
+    type S = Avx512;
+    type Sums = __m512i;
+    type W = __m512i;
+    type X = __m512i;
+    /// `vpdpbusd` takes unsigned weights.
+    const OFFSET: i32 = 128;
+
+    #[inline(always)]
+    fn simd(self) -> Avx512 {
+        self.0
+    }
+
+    #[inline(always)]
+    fn run<T: DotI8Task>(self, task: T) {
+        // SAFETY: the token proves that the processor has every feature `run_i8` is compiled for.
+        unsafe { run_i8(self, task) }
+    }
+
+    #[inline(always)]
+    fn start(self, value: i32) -> Self::Sums {
+        proven!(_mm512_set1_epi32(value))
+    }
+
+    #[inline(always)]
+    fn weights(self, from: &[u8; 64]) -> Self::W {
+        let line = load_line(self.0, from);
+        proven!(_mm512_xor_si512(line, _mm512_set1_epi8(i8::MIN)))
+    }
+
+    #[inline(always)]
+    fn nibbles(self, from: &[u8; 64]) -> [Self::W; 2] {
+        let line = load_line(self.0, from);
+        proven! {
+            let mask = _mm512_set1_epi8(15);
+            [
+                _mm512_and_si512(line, mask),
+                _mm512_and_si512(_mm512_srli_epi16::<4>(line), mask),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn broadcast(self, x: u32) -> Self::X {
+        proven!(_mm512_set1_epi32(x.cast_signed()))
+    }
+
+    #[inline(always)]
+    fn dot(self, sums: Self::Sums, w: Self::W, x: Self::X) -> Self::Sums {
+        proven!(_mm512_dpbusd_epi32(sums, w, x))
+    }
+
+    #[inline(always)]
+    fn dot_nibbles(self, sums: Self::Sums, w: Self::W, x: Self::X) -> Self::Sums {
+        self.dot(sums, w, x)
+    }
+
+    #[inline(always)]
+    fn add_scaled(self, total: Self::Sums, sums: Self::Sums, scales: &[u8; 16]) -> Self::Sums {
+        // SAFETY: the token proves the instructions; the load reads the sixteen bytes of `scales`.
+        unsafe {
+            let scales = _mm512_cvtepu8_epi32(_mm_loadu_si128(scales.as_ptr().cast()));
+            _mm512_add_epi32(total, _mm512_mullo_epi32(sums, scales))
+        }
+    }
+
+    #[inline(always)]
+    fn to_f32(self, sums: Self::Sums) -> [f32; 16] {
+        self.0.wide_array(proven!(_mm512_cvtepi32_ps(sums)))
+    }
+}
+
+impl Bf16 {
+    /// Runs a task inside a function compiled for this set.
+    #[inline(always)]
+    pub(crate) fn run<T: DotBf16Task>(self, task: T) {
+        // SAFETY: the token proves that the processor has every feature `run_bf16` is compiled for.
+        unsafe { run_bf16(self, task) }
+    }
+}
+
+impl DotBf16 for Bf16 {
+    type S = Avx512;
+    type Sums = __m512;
+    type W = __m512i;
+    type X = __m512i;
+
+    #[inline(always)]
+    fn simd(self) -> Avx512 {
+        self.0
+    }
+
+    #[inline(always)]
+    fn zero(self) -> Self::Sums {
+        self.0.splat(0.0)
+    }
+
+    #[inline(always)]
+    fn weights(self, from: &[u8; 64]) -> Self::W {
+        load_line(self.0, from)
+    }
+
+    #[inline(always)]
+    fn broadcast(self, x: u32) -> Self::X {
+        proven!(_mm512_set1_epi32(x.cast_signed()))
+    }
+
+    #[inline(always)]
+    fn dot(self, sums: Self::Sums, w: Self::W, x: Self::X) -> Self::Sums {
+        // SAFETY: the token proves the instruction; the conversions keep all 512 bits.
+        unsafe {
+            let pairs = |bits: __m512i| std::mem::transmute::<__m512i, __m512bh>(bits);
+            _mm512_dpbf16_ps(sums, pairs(w), pairs(x))
+        }
+    }
+
+    #[inline(always)]
+    fn to_f32(self, sums: Self::Sums) -> [f32; 16] {
+        self.0.wide_array(sums)
     }
 }

@@ -81,6 +81,152 @@ pub(crate) trait Simd: Copy + Send + Sync {
     fn reduce_add(self, vector: Self::F) -> f32;
     /// Largest lane; NaN lanes may be skipped.
     fn reduce_max(self, vector: Self::F) -> f32;
+
+    /// Sixteen f32 in registers, one for each row of a panel of weights.
+    type Wide: Copy;
+    /// Whether a register holds all sixteen, so that there are registers for many.
+    const IS_WIDE: bool;
+    /// All sixteen equal to `value`.
+    fn wide_splat(self, value: f32) -> Self::Wide;
+    /// Reads sixteen.
+    fn wide_load(self, from: &[f32; 16]) -> Self::Wide;
+    /// Reads sixteen IEEE halves, little-endian.
+    fn wide_from_f16(self, from: &[u8; 32]) -> Self::Wide;
+    /// Reads sixteen pairs of bfloat16, little-endian: the first of each pair, and the second.
+    fn wide_from_bf16_pairs(self, from: &[u8; 64]) -> [Self::Wide; 2];
+    /// `a * b + c`, as [`Simd::mul_add`].
+    fn wide_mul_add(self, a: Self::Wide, b: Self::Wide, c: Self::Wide) -> Self::Wide;
+    /// The sixteen in memory.
+    fn wide_array(self, value: Self::Wide) -> [f32; 16];
+}
+
+/// Work on panels of bytes, as [`Task`] for a set's byte products.
+pub(crate) trait DotI8Task {
+    /// Does the work with the products of `D`.
+    fn run<D: DotI8>(self, dot: D);
+}
+
+/// Products of signed bytes: four columns of sixteen rows at once. A value is a token, as of [`Simd`].
+///
+/// All sums are exact, so they do not depend on the instruction set.
+pub(crate) trait DotI8: Copy + Send + Sync {
+    /// The vectors beside it.
+    type S: Simd;
+    /// Sixteen i32, one for each row.
+    type Sums: Copy;
+    /// Four columns of sixteen rows.
+    type W: Copy;
+    /// Four columns of one row of x, for all rows of the weight.
+    type X: Copy;
+    /// What [`DotI8::weights`] adds to each weight: sums must start at minus that times the sum of x.
+    const OFFSET: i32;
+
+    /// The vectors beside it.
+    fn simd(self) -> Self::S;
+    /// Runs a task inside a function compiled for this set.
+    fn run<T: DotI8Task>(self, task: T);
+    /// All sums equal to `value`.
+    fn start(self, value: i32) -> Self::Sums;
+    /// Reads weights `[16, 4]` within ±127.
+    fn weights(self, from: &[u8; 64]) -> Self::W;
+    /// Reads weights of 0..=15: the low nibbles, and the high ones.
+    fn nibbles(self, from: &[u8; 64]) -> [Self::W; 2];
+    /// Four signed bytes within ±127, little-endian.
+    fn broadcast(self, x: u32) -> Self::X;
+    /// `sums + w x` for weights of [`DotI8::weights`].
+    fn dot(self, sums: Self::Sums, w: Self::W, x: Self::X) -> Self::Sums;
+    /// `sums + w x` for weights of [`DotI8::nibbles`].
+    fn dot_nibbles(self, sums: Self::Sums, w: Self::W, x: Self::X) -> Self::Sums;
+    /// `total + sums * scales`, each row with its own scale; wraps on overflow.
+    fn add_scaled(self, total: Self::Sums, sums: Self::Sums, scales: &[u8; 16]) -> Self::Sums;
+    /// The sums as f32, rounded to nearest.
+    fn to_f32(self, sums: Self::Sums) -> [f32; 16];
+}
+
+/// Work on panels of bfloat16, as [`Task`] for a set's products of pairs.
+pub(crate) trait DotBf16Task {
+    /// Does the work with the products of `D`.
+    fn run<D: DotBf16>(self, dot: D);
+}
+
+/// Products of bfloat16: two columns of sixteen rows at once. A value is a token, as of [`Simd`].
+pub(crate) trait DotBf16: Copy + Send + Sync {
+    /// The vectors beside it.
+    type S: Simd;
+    /// Sixteen f32, one for each row.
+    type Sums: Copy;
+    /// Two columns of sixteen rows.
+    type W: Copy;
+    /// Two columns of one row of x, for all rows of the weight.
+    type X: Copy;
+
+    /// The vectors beside it.
+    fn simd(self) -> Self::S;
+    /// All zero.
+    fn zero(self) -> Self::Sums;
+    /// Reads weights `[16, 2]`.
+    fn weights(self, from: &[u8; 64]) -> Self::W;
+    /// Two bfloat16, little-endian.
+    fn broadcast(self, x: u32) -> Self::X;
+    /// `sums + w x`
+    fn dot(self, sums: Self::Sums, w: Self::W, x: Self::X) -> Self::Sums;
+    /// The sums in memory.
+    fn to_f32(self, sums: Self::Sums) -> [f32; 16];
+}
+
+/// Products of bfloat16 on sets that only widen them to f32: second of each pair first, as `vdpbf16ps` does.
+#[derive(Clone, Copy)]
+pub(crate) struct WidenedBf16<S>(S);
+
+impl<S: Simd> DotBf16 for WidenedBf16<S> {
+    type S = S;
+    type Sums = S::Wide;
+    type W = [S::Wide; 2];
+    type X = [S::Wide; 2];
+
+    #[inline(always)]
+    fn simd(self) -> S {
+        self.0
+    }
+
+    #[inline(always)]
+    fn zero(self) -> S::Wide {
+        self.0.wide_splat(0.0)
+    }
+
+    #[inline(always)]
+    fn weights(self, from: &[u8; 64]) -> Self::W {
+        self.0.wide_from_bf16_pairs(from)
+    }
+
+    #[inline(always)]
+    fn broadcast(self, x: u32) -> Self::X {
+        let splat = |bits| self.0.wide_splat(f32::from_bits(bits));
+        [splat(x << 16), splat(x & 0xFFFF_0000)]
+    }
+
+    #[inline(always)]
+    fn dot(self, sums: S::Wide, w: Self::W, x: Self::X) -> S::Wide {
+        let sums = self.0.wide_mul_add(w[1], x[1], sums);
+        self.0.wide_mul_add(w[0], x[0], sums)
+    }
+
+    #[inline(always)]
+    fn to_f32(self, sums: S::Wide) -> [f32; 16] {
+        self.0.wide_array(sums)
+    }
+}
+
+/// A task over bfloat16 as a task over plain vectors.
+struct Widened<T>(T);
+
+impl<T: DotBf16Task> Task for Widened<T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        self.0.run(WidenedBf16(simd));
+    }
 }
 
 /// Upper bound of [`Simd::X_ROWS`].
@@ -110,12 +256,38 @@ impl Token {
         }
     }
 
+    /// Runs a task with the byte products of the token's instruction set.
+    pub(crate) fn run_i8<T: DotI8Task>(self, task: T) {
+        match self {
+            Token::Scalar(simd) => DotI8::run(simd, task),
+            #[cfg(target_arch = "x86_64")]
+            Token::Avx2(simd) => DotI8::run(simd, task),
+            #[cfg(target_arch = "x86_64")]
+            Token::Avx512(simd) => match simd.vnni() {
+                Some(vnni) => vnni.run(task),
+                None => DotI8::run(simd.avx2(), task),
+            },
+        }
+    }
+
+    /// Runs a task with the bfloat16 products of the token's instruction set.
+    pub(crate) fn run_bf16<T: DotBf16Task>(self, task: T) {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Token::Avx512(simd) => match simd.bf16() {
+                Some(bf16) => bf16.run(task),
+                None => simd.run(Widened(task)),
+            },
+            _ => self.run(Widened(task)),
+        }
+    }
+
     /// Runs a task with the vectors of the token's instruction set.
     pub(crate) fn run<T: Task>(self, task: T) -> T::Output {
         match self {
-            Token::Scalar(simd) => simd.run(task),
+            Token::Scalar(simd) => Simd::run(simd, task),
             #[cfg(target_arch = "x86_64")]
-            Token::Avx2(simd) => simd.run(task),
+            Token::Avx2(simd) => Simd::run(simd, task),
             #[cfg(target_arch = "x86_64")]
             Token::Avx512(simd) => simd.run(task),
         }

@@ -1,6 +1,6 @@
 //! Four-lane arrays in plain Rust: runs everywhere, and the compiler turns it into the target's baseline vectors.
 
-use super::{Simd, Task};
+use super::{DotI8, DotI8Task, Simd, Task};
 
 const LANES: usize = 4;
 
@@ -149,5 +149,107 @@ impl Simd for Scalar {
     #[inline(always)]
     fn reduce_max(self, [a, b, c, d]: Self::F) -> f32 {
         a.max(b).max(c.max(d))
+    }
+
+    type Wide = [f32; 16];
+    const IS_WIDE: bool = false;
+
+    #[inline(always)]
+    fn wide_splat(self, value: f32) -> Self::Wide {
+        [value; 16]
+    }
+
+    #[inline(always)]
+    fn wide_load(self, from: &[f32; 16]) -> Self::Wide {
+        *from
+    }
+
+    #[inline(always)]
+    fn wide_from_f16(self, from: &[u8; 32]) -> Self::Wide {
+        let halves = from.as_chunks().0;
+        std::array::from_fn(|i| half::f16::from_le_bytes(halves[i]).to_f32())
+    }
+
+    #[inline(always)]
+    fn wide_from_bf16_pairs(self, from: &[u8; 64]) -> [Self::Wide; 2] {
+        let halves = from.as_chunks().0;
+        let widened = |i: usize| half::bf16::from_le_bytes(halves[i]).to_f32();
+        [std::array::from_fn(|i| widened(2 * i)), std::array::from_fn(|i| widened(2 * i + 1))]
+    }
+
+    #[inline(always)]
+    fn wide_mul_add(self, a: Self::Wide, b: Self::Wide, c: Self::Wide) -> Self::Wide {
+        std::array::from_fn(|i| mul_add(a[i], b[i], c[i]))
+    }
+
+    #[inline(always)]
+    fn wide_array(self, value: Self::Wide) -> [f32; 16] {
+        value
+    }
+}
+
+impl DotI8 for Scalar {
+    type S = Scalar;
+    type Sums = [i32; 16];
+    type W = [[i8; 4]; 16];
+    type X = [i8; 4];
+    const OFFSET: i32 = 0;
+
+    #[inline(always)]
+    fn simd(self) -> Scalar {
+        self
+    }
+
+    #[inline(always)]
+    fn run<T: DotI8Task>(self, task: T) {
+        task.run(self);
+    }
+
+    #[inline(always)]
+    fn start(self, value: i32) -> Self::Sums {
+        [value; 16]
+    }
+
+    #[inline(always)]
+    fn weights(self, from: &[u8; 64]) -> Self::W {
+        let rows = from.as_chunks::<4>().0;
+        std::array::from_fn(|row| rows[row].map(u8::cast_signed))
+    }
+
+    #[inline(always)]
+    fn nibbles(self, from: &[u8; 64]) -> [Self::W; 2] {
+        let low = from.map(|byte| byte & 15);
+        let high = from.map(|byte| byte >> 4);
+        [self.weights(&low), self.weights(&high)]
+    }
+
+    #[inline(always)]
+    fn broadcast(self, x: u32) -> Self::X {
+        x.to_le_bytes().map(u8::cast_signed)
+    }
+
+    #[inline(always)]
+    fn dot(self, sums: Self::Sums, w: Self::W, x: Self::X) -> Self::Sums {
+        let product = |a: i8, b: i8| i32::from(a) * i32::from(b);
+        let row = |w: [i8; 4]| {
+            product(w[0], x[0]) + product(w[1], x[1]) + product(w[2], x[2]) + product(w[3], x[3])
+        };
+        std::array::from_fn(|i| sums[i].wrapping_add(row(w[i])))
+    }
+
+    #[inline(always)]
+    fn dot_nibbles(self, sums: Self::Sums, w: Self::W, x: Self::X) -> Self::Sums {
+        self.dot(sums, w, x)
+    }
+
+    #[inline(always)]
+    fn add_scaled(self, total: Self::Sums, sums: Self::Sums, scales: &[u8; 16]) -> Self::Sums {
+        let scaled = |i: usize| sums[i].wrapping_mul(i32::from(scales[i]));
+        std::array::from_fn(|i| total[i].wrapping_add(scaled(i)))
+    }
+
+    #[inline(always)]
+    fn to_f32(self, sums: Self::Sums) -> [f32; 16] {
+        sums.map(|sum| sum as f32)
     }
 }
