@@ -93,6 +93,18 @@ pub(crate) fn activate_in_place<S: Simd>(s: S, activation: Activation, data: &mu
     }
 }
 
+/// The activation of sixteen numbers.
+#[inline(always)]
+pub(crate) fn activate_wide<S: Simd>(s: S, activation: Activation, a: S::Wide) -> S::Wide {
+    match activation {
+        Activation::Gelu => s.wide_map(a, &Gelu),
+        Activation::QuickGelu => s.wide_map(a, &Swish(1.702)),
+        Activation::Relu => s.wide_map(a, &Relu),
+        Activation::SquaredRelu => s.wide_map(a, &SquaredRelu),
+        Activation::Silu => s.wide_map(a, &Swish(1.0)),
+    }
+}
+
 struct Gelu;
 impl Unary for Gelu {
     /// `max(x, 0) - |x| erfc(|x| / √2) / 2`, equal to `x Φ(x)` and free of cancellation for negative x.

@@ -4,15 +4,23 @@
     reason = "register tiles: several arrays walk by one index, and constant bounds unroll"
 )]
 
+use std::ops::Range;
+
 use crate::{
     Kernels,
-    arch::{MAX_X_ROWS, MatrixMut, Simd, Task},
-    dot, math,
+    arch::{MatrixMut, Simd, Task},
+    kv_cache::{HeadKv, LANES},
+    math,
     matrix::Matrix,
+    scratch::Scratch,
 };
 
 /// Query rows of one task: enough to use each key from the first-level cache several times.
 pub(crate) const QUERY_ROWS: usize = 24;
+
+/// Keys whose scores are held at once. Blocks start at multiples of it, so that a row's sums do not depend on the rows
+/// beside it.
+const KEY_BLOCK: usize = 256;
 
 impl Kernels {
     /// `softmax(scale q kᵀ) v` for each head of `n_groups` independent sequences.
@@ -23,10 +31,10 @@ impl Kernels {
     ///
     /// # Panics
     /// If the shapes disagree.
-    pub fn attention<'a>(
+    pub fn attention(
         &self,
         q: Matrix<'_>,
-        segments: &[(Matrix<'a>, Matrix<'a>)],
+        segments: &[(Matrix<'_>, Matrix<'_>)],
         n_groups: usize,
         n_heads: usize,
         scale: f32,
@@ -45,25 +53,23 @@ impl Kernels {
             assert!(k.rows().is_multiple_of(n_groups), "attention: groups of key rows");
         }
         let (q_len, head_dim) = (out.rows() / n_groups, width / n_heads);
-        let plan = blocks_of_groups(n_groups, q_len);
-        self.attend_blocks(out, &plan, head_dim, &|block, head, tile| {
-            let columns = head * head_dim..(head + 1) * head_dim;
-            let keys_of_group = |&(k, v): &(Matrix<'a>, Matrix<'a>)| {
-                let len = k.rows() / n_groups;
-                let rows = block.group * len..(block.group + 1) * len;
-                (
-                    k.row_range(rows.clone()).columns(columns.clone()),
-                    v.row_range(rows).columns(columns.clone()),
-                )
-            };
-            let segments: Vec<_> = segments.iter().map(keys_of_group).collect();
-            self.token.run(AttendBlock {
-                q: q.row_range(block.start..block.end).columns(columns.clone()),
-                segments: &segments,
-                scale,
-                first_row_keys: None,
-                alibi: None,
-                out: tile,
+        let groups: Vec<Vec<(Matrix<'_>, Matrix<'_>)>> = (0..n_groups)
+            .map(|group| segments.iter().map(|&kv| rows_of_group(kv, group, n_groups)).collect())
+            .collect();
+        self.with_packed_kv(&groups, n_heads, head_dim, |packed| {
+            let blocks = blocks_of_groups(n_groups, q_len);
+            self.attend_blocks(out, &blocks, head_dim, &|block, head, tile| {
+                let columns = head * head_dim..(head + 1) * head_dim;
+                self.token.run(AttendBlock {
+                    q: q.row_range(block.start..block.end).columns(columns),
+                    kv: packed.head(block.group, head),
+                    n_keys: packed.n_keys(block.group),
+                    scale,
+                    first_row_keys: None,
+                    alibi: None,
+                    scratch: &self.scratch,
+                    out: tile,
+                });
             });
         });
     }
@@ -84,6 +90,16 @@ impl Kernels {
             body(&blocks[idx], col / head_dim, tile);
         });
     }
+}
+
+fn rows_of_group<'a>(
+    (k, v): (Matrix<'a>, Matrix<'a>),
+    group: usize,
+    n_groups: usize,
+) -> (Matrix<'a>, Matrix<'a>) {
+    let len = k.rows() / n_groups;
+    let rows = group * len..(group + 1) * len;
+    (k.row_range(rows.clone()), v.row_range(rows))
 }
 
 /// Consecutive query rows with the same keys.
@@ -121,216 +137,322 @@ pub(crate) struct Alibi {
     pub(crate) first_position: usize,
 }
 
-/// Attention of one head for a block of query rows.
+/// Attention of one head for a block of query rows, by online softmax over blocks of keys.
 ///
 /// A row's result depends on its own query and the keys it sees only: scores, softmax and weighted sum run over the keys
 /// in their order, whatever the other rows of the block.
 pub(crate) struct AttendBlock<'a> {
     /// `[rows, head_dim]`
     pub(crate) q: Matrix<'a>,
-    /// Keys and values, each `[len, head_dim]`, in order.
-    pub(crate) segments: &'a [(Matrix<'a>, Matrix<'a>)],
+    /// Keys and values of the head.
+    pub(crate) kv: HeadKv<'a>,
+    /// Keys that there are.
+    pub(crate) n_keys: usize,
     /// Factor of the scores.
     pub(crate) scale: f32,
     /// Causal: keys seen by the first row, each next row one more. None: every row sees all.
     pub(crate) first_row_keys: Option<usize>,
     /// Linear position bias.
     pub(crate) alibi: Option<Alibi>,
+    /// Memory to work in.
+    pub(crate) scratch: &'a Scratch<f32>,
     /// `[rows, head_dim]`
     pub(crate) out: MatrixMut<'a>,
+}
+
+/// What a block of rows has summed so far.
+struct Running<'a> {
+    /// Scores, then weights, of one block of keys, `[rows, KEY_BLOCK]`.
+    weights: &'a mut [f32],
+    /// Weighted sums of values, `[rows, padded_dim]`.
+    sums: &'a mut [f32],
+    /// Largest score of each row, `[rows]`.
+    largest: &'a mut [f32],
+    /// Sum of the weights of each row, `[rows]`.
+    totals: &'a mut [f32],
 }
 
 impl Task for AttendBlock<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(mut self, simd: S) {
-        let n_keys = self.n_visible(self.q.rows().saturating_sub(1));
-        let mut weights = vec![0.0; self.q.rows() * n_keys];
-        self.write_scores(simd, &mut weights, n_keys);
-        for row in 0..self.q.rows() {
-            let visible = self.n_visible(row);
-            self.normalise(simd, row, &mut weights[row * n_keys..][..visible]);
+    fn run<S: Simd>(self, s: S) {
+        struct Work<'a, 'b>(AttendBlock<'a>, &'b mut [f32]);
+        impl Task for Work<'_, '_> {
+            type Output = ();
+
+            #[inline(always)]
+            fn run<S: Simd>(self, s: S) {
+                self.0.attend(s, self.1);
+            }
         }
-        for start in (0..self.q.rows()).step_by(S::X_ROWS) {
-            self.sum_values(simd, start, &weights, n_keys);
-        }
+        let len = self.q.rows() * (KEY_BLOCK + self.kv.padded_dim + 2);
+        self.scratch.with(len, |memory| s.run(Work(self, memory)));
     }
 }
 
 impl AttendBlock<'_> {
-    fn n_visible(&self, row: usize) -> usize {
-        let n_keys = self.segments.iter().map(|(k, _)| k.rows()).sum();
-        self.first_row_keys.map_or(n_keys, |first| n_keys.min(first + row))
+    #[inline(always)]
+    fn attend<S: Simd>(mut self, s: S, memory: &mut [f32]) {
+        let n_rows = self.q.rows();
+        let (weights, rest) = memory.split_at_mut(n_rows * KEY_BLOCK);
+        let (sums, rest) = rest.split_at_mut(n_rows * self.kv.padded_dim);
+        let (largest, totals) = rest.split_at_mut(n_rows);
+        sums.fill(0.0);
+        largest.fill(f32::NEG_INFINITY);
+        totals.fill(0.0);
+        let mut running = Running { weights, sums, largest, totals };
+        let n_keys = self.n_visible(n_rows.saturating_sub(1));
+        for start in (0..n_keys).step_by(KEY_BLOCK) {
+            let keys = start..n_keys.min(start + KEY_BLOCK);
+            self.write_scores(s, keys.clone(), running.weights);
+            for row in 0..n_rows {
+                self.weigh(s, row, keys.clone(), &mut running);
+            }
+            for rows in tiles_of_rows::<S>(n_rows) {
+                self.sum_values(s, rows, keys.clone(), &mut running);
+            }
+        }
+        self.write_out(s, &mut running);
     }
 
-    /// `scores = q kᵀ`, `[rows, n_keys]`
+    /// Keys that a row sees.
     #[inline(always)]
-    fn write_scores<S: Simd>(&self, s: S, scores: &mut [f32], n_keys: usize) {
-        let mut start = 0;
-        for (k, _) in self.segments {
-            let len = k.rows().min(n_keys - start);
-            if len == 0 {
-                continue;
-            }
-            let mut out = MatrixMut::strided(&mut scores[start..], self.q.rows(), len, n_keys);
-            dot::multiply(s, self.q, k.row_range(0..len), &mut out);
-            start += len;
+    fn n_visible(&self, row: usize) -> usize {
+        self.first_row_keys.map_or(self.n_keys, |first| self.n_keys.min(first + row))
+    }
+
+    /// Keys of a range that a row sees.
+    #[inline(always)]
+    fn n_visible_of(&self, row: usize, keys: &Range<usize>) -> usize {
+        self.n_visible(row).clamp(keys.start, keys.end) - keys.start
+    }
+
+    /// `scores = q kᵀ`, whole panels of keys.
+    #[inline(always)]
+    fn write_scores<S: Simd>(&self, s: S, keys: Range<usize>, scores: &mut [f32]) {
+        let panels = keys.start / LANES..keys.end.div_ceil(LANES);
+        let n_rows = self.q.rows();
+        let mut row = 0;
+        while row < n_rows {
+            row += match (n_rows - row, S::IS_WIDE) {
+                (8.., true) => self.score_tile::<S, 8, 2>(s, row, panels.clone(), scores),
+                (4.., true) => self.score_tile::<S, 4, 4>(s, row, panels.clone(), scores),
+                (4.., false) => self.score_tile::<S, 4, 1>(s, row, panels.clone(), scores),
+                (2.., true) => self.score_tile::<S, 2, 4>(s, row, panels.clone(), scores),
+                (2.., false) => self.score_tile::<S, 2, 2>(s, row, panels.clone(), scores),
+                (_, true) => self.score_tile::<S, 1, 4>(s, row, panels.clone(), scores),
+                (_, false) => self.score_tile::<S, 1, 2>(s, row, panels.clone(), scores),
+            };
         }
     }
 
-    /// Scores of one row to softmax weights.
+    /// Scores of `M` rows from `first_row` on, `P` panels at a time; returns `M`.
     #[inline(always)]
-    fn normalise<S: Simd>(&self, s: S, row: usize, scores: &mut [f32]) {
+    fn score_tile<S: Simd, const M: usize, const P: usize>(
+        &self,
+        s: S,
+        first_row: usize,
+        panels: Range<usize>,
+        scores: &mut [f32],
+    ) -> usize {
+        let head_dim = self.kv.head_dim;
+        let mut q = [&self.q.row(first_row)[..head_dim]; M];
+        for i in 0..M {
+            q[i] = &self.q.row(first_row + i)[..head_dim];
+        }
+        for start in panels.clone().step_by(P) {
+            let mut sums = [[s.wide_splat(0.0); P]; M];
+            let mut first_line = [0; P];
+            for p in 0..P {
+                first_line[p] = (start + p).min(panels.end - 1) * head_dim;
+            }
+            for col in 0..head_dim {
+                let mut k = [s.wide_splat(0.0); P];
+                for p in 0..P {
+                    k[p] = self.kv.k.line(s, first_line[p] + col);
+                }
+                for i in 0..M {
+                    let q = s.wide_splat(q[i][col]);
+                    for p in 0..P {
+                        sums[i][p] = s.wide_mul_add(q, k[p], sums[i][p]);
+                    }
+                }
+            }
+            for p in 0..P.min(panels.end - start) {
+                let scales = self.kv.k.scales().map(|scales| &scales.as_chunks().0[start + p]);
+                for i in 0..M {
+                    let mut sums = sums[i][p];
+                    if let Some(scales) = scales {
+                        sums = s.wide_mul(sums, s.wide_load(scales));
+                    }
+                    let at = (first_row + i) * KEY_BLOCK / LANES + start + p - panels.start;
+                    s.wide_store(sums, &mut scores.as_chunks_mut().0[at]);
+                }
+            }
+        }
+        M
+    }
+
+    /// Scores of one row to weights, and what the row has summed so far brought to their scale.
+    #[inline(always)]
+    fn weigh<S: Simd>(&self, s: S, row: usize, keys: Range<usize>, running: &mut Running<'_>) {
+        let visible = self.n_visible_of(row, &keys);
+        if visible == 0 {
+            return;
+        }
+        let weights = &mut running.weights[row * KEY_BLOCK..][..visible];
         match self.alibi {
-            None => math::scale_in_place(s, scores, self.scale),
+            None => math::scale_in_place(s, weights, self.scale),
             Some(alibi) => {
                 let position = (alibi.first_position + row) as f32;
-                for (key, score) in scores.iter_mut().enumerate() {
+                let keys = keys.start..keys.start + visible;
+                for (score, key) in weights.iter_mut().zip(keys) {
                     *score = *score * self.scale - alibi.slope * (position - key as f32);
                 }
             }
         }
-        let largest = math::largest(s, scores);
-        let sum = math::exp_and_sum(s, scores, largest);
-        math::scale_in_place(s, scores, 1.0 / sum);
+        let before = running.largest[row];
+        let largest = math::largest(s, weights).max(before);
+        let total = math::exp_and_sum(s, weights, largest);
+        running.largest[row] = largest;
+        running.totals[row] = match keys.start {
+            0 => total,
+            _ => {
+                let fade = (before - largest).exp();
+                let sums = &mut running.sums[row * self.kv.padded_dim..][..self.kv.padded_dim];
+                math::scale_in_place(s, sums, fade);
+                running.totals[row] * fade + total
+            }
+        };
+        if let Some(scales) = self.kv.v.scales() {
+            math::multiply_in_place(s, weights, &scales[keys.start..keys.start + visible]);
+        }
     }
 
-    /// `out = weights v` for the rows of one register tile: together over the keys that all of them see, then one by one.
+    /// `sums += weights v` for the rows of one tile: together over the keys that all of them see, then one by one.
     #[inline(always)]
-    fn sum_values<S: Simd>(&mut self, s: S, start: usize, weights: &[f32], n_keys: usize) {
-        let n_rows = S::X_ROWS.min(self.q.rows() - start);
-        for row in start..start + n_rows {
-            self.out.row_mut(row).fill(0.0);
+    fn sum_values<S: Simd>(
+        &self,
+        s: S,
+        rows: Range<usize>,
+        keys: Range<usize>,
+        running: &mut Running<'_>,
+    ) {
+        let common = keys.start..keys.start + self.n_visible_of(rows.start, &keys);
+        match (rows.len(), S::IS_WIDE) {
+            (6, _) => self.add_values::<S, 6>(s, rows.start, keys.start, common.clone(), running),
+            (4, _) => self.add_values::<S, 4>(s, rows.start, keys.start, common.clone(), running),
+            (2, _) => self.add_values::<S, 2>(s, rows.start, keys.start, common.clone(), running),
+            (_, _) => self.add_values::<S, 1>(s, rows.start, keys.start, common.clone(), running),
         }
-        let common = self.n_visible(start);
-        match n_rows {
-            1 => self.add_values::<S, 1>(s, start, weights, n_keys, 0..common),
-            2 => self.add_values::<S, 2>(s, start, weights, n_keys, 0..common),
-            3 => self.add_values::<S, 3>(s, start, weights, n_keys, 0..common),
-            4 => self.add_values::<S, 4>(s, start, weights, n_keys, 0..common),
-            5 => self.add_values::<S, 5>(s, start, weights, n_keys, 0..common),
-            _ => self.add_values::<S, MAX_X_ROWS>(s, start, weights, n_keys, 0..common),
-        }
-        for row in start..start + n_rows {
-            let visible = self.n_visible(row);
-            self.add_values::<S, 1>(s, row, weights, n_keys, common..visible);
+        for row in rows.start + 1..rows.end {
+            let rest = common.end..keys.start + self.n_visible_of(row, &keys);
+            self.add_values::<S, 1>(s, row, keys.start, rest, running);
         }
     }
 
-    /// Adds the weighted values of a range of keys to `M` rows of `out`.
+    /// Adds the weighted values of a range of keys to `M` rows of the sums; weights count from `first_key`.
     #[inline(always)]
     fn add_values<S: Simd, const M: usize>(
-        &mut self,
+        &self,
         s: S,
-        start: usize,
-        weights: &[f32],
-        n_keys: usize,
-        keys: std::ops::Range<usize>,
+        first_row: usize,
+        first_key: usize,
+        keys: Range<usize>,
+        running: &mut Running<'_>,
     ) {
-        let mut segment_start = 0;
-        for (_, v) in self.segments {
-            let from = keys.start.clamp(segment_start, segment_start + v.rows());
-            let to = keys.end.clamp(segment_start, segment_start + v.rows());
-            if from < to {
-                let mut rows = [&weights[..0]; M];
-                for (i, row) in rows.iter_mut().enumerate() {
-                    *row = &weights[(start + i) * n_keys..][from..to];
+        if keys.is_empty() {
+            return;
+        }
+        let n_lines = self.kv.padded_dim / LANES;
+        let mut line = 0;
+        while line < n_lines {
+            line += match (n_lines - line, S::IS_WIDE) {
+                (4.., true) => {
+                    self.add_lines::<S, M, 4>(s, first_row, first_key, keys.clone(), line, running)
                 }
-                add_segment(
-                    s,
-                    rows,
-                    v.row_range(from - segment_start..to - segment_start),
-                    start,
-                    &mut self.out,
-                );
-            }
-            segment_start += v.rows();
+                (2.., _) => {
+                    self.add_lines::<S, M, 2>(s, first_row, first_key, keys.clone(), line, running)
+                }
+                (_, _) => {
+                    self.add_lines::<S, M, 1>(s, first_row, first_key, keys.clone(), line, running)
+                }
+            };
         }
     }
-}
 
-/// `out[start + i] += Σ weights[i][key] v[key]`, columns in groups that fit the registers.
-#[inline(always)]
-fn add_segment<S: Simd, const M: usize>(
-    s: S,
-    weights: [&[f32]; M],
-    v: Matrix<'_>,
-    start: usize,
-    out: &mut MatrixMut<'_>,
-) {
-    let n_lanes = v.cols() / S::LANES;
-    let mut lane = 0;
-    while lane + 4 <= n_lanes {
-        add_columns::<S, M, 4>(s, weights, v, lane, start, out);
-        lane += 4;
-    }
-    while lane < n_lanes {
-        add_columns::<S, M, 1>(s, weights, v, lane, start, out);
-        lane += 1;
-    }
-    if !v.cols().is_multiple_of(S::LANES) {
-        add_last_columns(s, weights, v, start, out);
-    }
-}
-
-#[inline(always)]
-fn add_columns<S: Simd, const M: usize, const N: usize>(
-    s: S,
-    weights: [&[f32]; M],
-    v: Matrix<'_>,
-    lane: usize,
-    start: usize,
-    out: &mut MatrixMut<'_>,
-) {
-    let mut sums = [[s.splat(0.0); N]; M];
-    for i in 0..M {
-        let (lanes, _) = s.split(out.row(start + i));
-        for j in 0..N {
-            sums[i][j] = s.load(&lanes[lane + j]);
-        }
-    }
-    let weights = weights.map(|row| &row[..v.rows()]);
-    for key in 0..v.rows() {
-        let lanes = &s.split(v.row(key)).0[lane..lane + N];
-        let mut values = [s.splat(0.0); N];
-        for j in 0..N {
-            values[j] = s.load(&lanes[j]);
-        }
+    /// The columns of `N` lines from `line` on; returns `N`.
+    #[inline(always)]
+    fn add_lines<S: Simd, const M: usize, const N: usize>(
+        &self,
+        s: S,
+        first_row: usize,
+        first_key: usize,
+        keys: Range<usize>,
+        line: usize,
+        running: &mut Running<'_>,
+    ) -> usize {
+        let n_lines = self.kv.padded_dim / LANES;
+        let mut weights = [&running.weights[..0]; M];
         for i in 0..M {
-            let weight = s.splat(weights[i][key]);
+            let start = (first_row + i) * KEY_BLOCK;
+            weights[i] =
+                &running.weights[start + keys.start - first_key..start + keys.end - first_key];
+        }
+        let lines = running.sums.as_chunks_mut().0;
+        let mut sums = [[s.wide_splat(0.0); N]; M];
+        for i in 0..M {
             for j in 0..N {
-                sums[i][j] = s.mul_add(weight, values[j], sums[i][j]);
+                sums[i][j] = s.wide_load(&lines[(first_row + i) * n_lines + line + j]);
             }
         }
+        for (idx, key) in keys.enumerate() {
+            let mut values = [s.wide_splat(0.0); N];
+            for j in 0..N {
+                values[j] = self.kv.v.line(s, key * n_lines + line + j);
+            }
+            for i in 0..M {
+                let weight = s.wide_splat(weights[i][idx]);
+                for j in 0..N {
+                    sums[i][j] = s.wide_mul_add(weight, values[j], sums[i][j]);
+                }
+            }
+        }
+        for i in 0..M {
+            for j in 0..N {
+                s.wide_store(sums[i][j], &mut lines[(first_row + i) * n_lines + line + j]);
+            }
+        }
+        N
     }
-    for i in 0..M {
-        let (lanes, _) = s.split_mut(out.row_mut(start + i));
-        for j in 0..N {
-            s.store(sums[i][j], &mut lanes[lane + j]);
+
+    #[inline(always)]
+    fn write_out<S: Simd>(&mut self, s: S, running: &mut Running<'_>) {
+        let (padded_dim, head_dim) = (self.kv.padded_dim, self.kv.head_dim);
+        for row in 0..self.q.rows() {
+            let sums = &mut running.sums[row * padded_dim..][..head_dim];
+            if self.n_visible(row) > 0 {
+                math::scale_in_place(s, sums, 1.0 / running.totals[row]);
+            }
+            self.out.row_mut(row).copy_from_slice(sums);
         }
     }
 }
 
+/// Cuts the rows of a block into tiles whose sums fit the registers.
 #[inline(always)]
-fn add_last_columns<S: Simd, const M: usize>(
-    s: S,
-    weights: [&[f32]; M],
-    v: Matrix<'_>,
-    start: usize,
-    out: &mut MatrixMut<'_>,
-) {
-    let mut sums = [s.splat(0.0); M];
-    for i in 0..M {
-        sums[i] = s.load_partial(s.split(out.row(start + i)).1);
-    }
-    for key in 0..v.rows() {
-        let value = s.load_partial(s.split(v.row(key)).1);
-        for i in 0..M {
-            sums[i] = s.mul_add(s.splat(weights[i][key]), value, sums[i]);
-        }
-    }
-    for i in 0..M {
-        s.store_partial(sums[i], s.split_mut(out.row_mut(start + i)).1);
-    }
+fn tiles_of_rows<S: Simd>(n_rows: usize) -> impl Iterator<Item = Range<usize>> {
+    let mut start = 0;
+    std::iter::from_fn(move || {
+        let len = match (n_rows - start, S::IS_WIDE) {
+            (0, _) => return None,
+            (6.., true) => 6,
+            (4.., true) => 4,
+            (2.., _) => 2,
+            (_, _) => 1,
+        };
+        start += len;
+        Some(start - len..start)
+    })
 }

@@ -44,19 +44,29 @@ impl Kernels {
         );
         let head_dim = width / n_heads;
         let blocks = blocks_of_media(media_time);
-        self.attend_blocks(out, &blocks, head_dim, &|block, head, mut tile| {
-            let Some(medium) = block.group.checked_sub(1) else {
-                return (0..tile.rows()).for_each(|i| tile.row_mut(i).fill(0.0));
-            };
-            let columns = head * head_dim..(head + 1) * head_dim;
-            let (k, v) = media[medium];
-            self.token.run(AttendBlock {
-                q: q.row_range(block.start..block.end).columns(columns.clone()),
-                segments: &[(k.columns(columns.clone()), v.columns(columns))],
-                scale,
-                first_row_keys: None,
-                alibi: None,
-                out: tile,
+        // Only media that a row sees are packed.
+        let groups: Vec<Vec<_>> = (1..=media.len())
+            .map(|time| {
+                let is_seen = blocks.iter().any(|block| block.group == time);
+                is_seen.then(|| media[time - 1]).into_iter().collect()
+            })
+            .collect();
+        self.with_packed_kv(&groups, n_heads, head_dim, |packed| {
+            self.attend_blocks(out, &blocks, head_dim, &|block, head, mut tile| {
+                let Some(medium) = block.group.checked_sub(1) else {
+                    return (0..tile.rows()).for_each(|i| tile.row_mut(i).fill(0.0));
+                };
+                let columns = head * head_dim..(head + 1) * head_dim;
+                self.token.run(AttendBlock {
+                    q: q.row_range(block.start..block.end).columns(columns),
+                    kv: packed.head(medium, head),
+                    n_keys: packed.n_keys(medium),
+                    scale,
+                    first_row_keys: None,
+                    alibi: None,
+                    scratch: &self.scratch,
+                    out: tile,
+                });
             });
         });
     }

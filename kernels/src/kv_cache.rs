@@ -1,32 +1,226 @@
-//! Keys and values of the decoder's own tokens.
+//! Keys and values in the order in which attention reads them: of the decoder's own tokens, and for one call of others.
+//!
+//! Keys lie in panels of 16, `[n_kv_heads, capacity / 16, head_dim, 16]`, so that one vector holds an element of 16 keys
+//! and scores need no sums across lanes. Values lie in rows, `[n_kv_heads, capacity, head_dim]`, each padded to a
+//! multiple of 16 columns.
 
-use crate::matrix::Matrix;
+use std::fmt;
 
-/// Key and value cache of one layer: k (after rotary embedding) and v, each `[n_kv_heads, capacity, head_dim]`, f32.
+use crate::{arch::Simd, matrix::Matrix};
+
+/// Keys of a panel, and the columns that rows of values are padded to a multiple of.
+pub(crate) const LANES: usize = 16;
+
+/// How cached numbers are stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum KvFormat {
+    /// As computed.
+    #[default]
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// Signed bytes with one scale for each key and each value of a head: largest magnitude / 127.
+    Int8,
+}
+
+impl KvFormat {
+    /// Every format.
+    pub const ALL: [KvFormat; 3] = [KvFormat::F32, KvFormat::F16, KvFormat::Int8];
+
+    /// Name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            KvFormat::F32 => "f32",
+            KvFormat::F16 => "f16",
+            KvFormat::Int8 => "int8",
+        }
+    }
+
+    /// Bytes of keys and values of one token with `n_kv_heads` heads of `head_dim`.
+    pub fn token_bytes(self, n_kv_heads: usize, head_dim: usize) -> usize {
+        let elements = n_kv_heads * (head_dim + head_dim.next_multiple_of(LANES));
+        match self {
+            KvFormat::F32 => 4 * elements,
+            KvFormat::F16 => 2 * elements,
+            KvFormat::Int8 => elements + 8 * n_kv_heads,
+        }
+    }
+}
+
+impl fmt::Display for KvFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// Numbers of keys or of values.
+#[derive(Clone, Debug)]
+enum Numbers {
+    F32(Vec<f32>),
+    F16(Vec<u16>),
+    Int8 { bytes: Vec<i8>, scales: Vec<f32> },
+}
+
+impl Numbers {
+    fn new(format: KvFormat, n_elements: usize, n_scales: usize) -> Numbers {
+        match format {
+            KvFormat::F32 => Numbers::F32(vec![0.0; n_elements]),
+            KvFormat::F16 => Numbers::F16(vec![0; n_elements]),
+            KvFormat::Int8 => {
+                Numbers::Int8 { bytes: vec![0; n_elements], scales: vec![0.0; n_scales] }
+            }
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Numbers::F32(numbers) => size_of_val(numbers.as_slice()),
+            Numbers::F16(halves) => size_of_val(halves.as_slice()),
+            Numbers::Int8 { bytes, scales } => bytes.len() + size_of_val(scales.as_slice()),
+        }
+    }
+
+    /// Writes a row at every `step`-th element from `start`; `slot` is the place of its scale.
+    fn write(&mut self, row: &[f32], start: usize, step: usize, slot: usize) {
+        match self {
+            Numbers::F32(numbers) => {
+                for (place, value) in numbers[start..].iter_mut().step_by(step).zip(row) {
+                    *place = *value;
+                }
+            }
+            Numbers::F16(halves) => {
+                for (place, value) in halves[start..].iter_mut().step_by(step).zip(row) {
+                    *place = half::f16::from_f32(*value).to_bits();
+                }
+            }
+            Numbers::Int8 { bytes, scales } => {
+                let largest = row.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
+                let flaw: f32 = row.iter().map(|value| value * 0.0).sum();
+                let scale = largest / 127.0;
+                scales[slot] = scale + flaw;
+                let divisor = if scale > 0.0 { scale } else { 1.0 };
+                for (place, value) in bytes[start..].iter_mut().step_by(step).zip(row) {
+                    *place = (value / divisor).round_ties_even() as i8;
+                }
+            }
+        }
+    }
+
+    fn read(&self, element: usize, slot: usize) -> f32 {
+        match self {
+            Numbers::F32(numbers) => numbers[element],
+            Numbers::F16(halves) => half::f16::from_bits(halves[element]).to_f32(),
+            Numbers::Int8 { bytes, scales } => f32::from(bytes[element]) * scales[slot],
+        }
+    }
+
+    /// Elements `start..start + len`, and scales `slot..slot + n_slots` if there are any.
+    fn view(&self, start: usize, len: usize, slot: usize, n_slots: usize) -> NumbersView<'_> {
+        match self {
+            Numbers::F32(numbers) => NumbersView::F32(&numbers[start..start + len]),
+            Numbers::F16(halves) => NumbersView::F16(&halves[start..start + len]),
+            Numbers::Int8 { bytes, scales } => NumbersView::Int8 {
+                bytes: &bytes[start..start + len],
+                scales: &scales[slot..slot + n_slots],
+            },
+        }
+    }
+}
+
+/// Keys or values of one head.
+#[derive(Clone, Copy)]
+pub(crate) enum NumbersView<'a> {
+    F32(&'a [f32]),
+    F16(&'a [u16]),
+    Int8 { bytes: &'a [i8], scales: &'a [f32] },
+}
+
+impl NumbersView<'_> {
+    /// Sixteen elements from `16 * line` on, without their scale.
+    #[inline(always)]
+    pub(crate) fn line<S: Simd>(&self, s: S, line: usize) -> S::Wide {
+        match self {
+            NumbersView::F32(numbers) => s.wide_load(&numbers.as_chunks().0[line]),
+            NumbersView::F16(halves) => s.wide_from_f16(&halves.as_chunks().0[line]),
+            NumbersView::Int8 { bytes, .. } => s.wide_from_i8(&bytes.as_chunks().0[line]),
+        }
+    }
+
+    /// Scales of rows, if rows have them.
+    #[inline(always)]
+    pub(crate) fn scales(&self) -> Option<&[f32]> {
+        match self {
+            NumbersView::F32(_) | NumbersView::F16(_) => None,
+            NumbersView::Int8 { scales, .. } => Some(scales),
+        }
+    }
+}
+
+/// Keys and values of one head, as attention reads them.
+#[derive(Clone, Copy)]
+pub(crate) struct HeadKv<'a> {
+    /// `[panels, head_dim, 16]`
+    pub(crate) k: NumbersView<'a>,
+    /// `[tokens, padded_dim]`
+    pub(crate) v: NumbersView<'a>,
+    pub(crate) head_dim: usize,
+    /// Columns of a row of values, a multiple of 16.
+    pub(crate) padded_dim: usize,
+}
+
+/// Key and value cache of one layer: k (after rotary embedding) and v of up to `capacity` tokens.
 #[derive(Clone, Debug)]
 pub struct KvCache {
+    format: KvFormat,
     n_kv_heads: usize,
     head_dim: usize,
     capacity: usize,
-    k: Vec<f32>,
-    v: Vec<f32>,
+    /// Tokens there is room for: the capacity, up to a whole panel.
+    n_slots: usize,
+    k: Numbers,
+    v: Numbers,
 }
 
 impl KvCache {
-    /// An empty cache for `capacity` tokens.
+    /// An empty cache for `capacity` tokens, in f32.
     ///
     /// # Panics
     /// If the size overflows; callers bound the capacity before.
     pub fn new(n_kv_heads: usize, head_dim: usize, capacity: usize) -> KvCache {
-        let n_elements = n_kv_heads.checked_mul(capacity).and_then(|n| n.checked_mul(head_dim));
-        let n_elements = n_elements.expect("cache size fits the address space");
+        KvCache::with_format(n_kv_heads, head_dim, capacity, KvFormat::F32)
+    }
+
+    /// An empty cache for `capacity` tokens.
+    ///
+    /// # Panics
+    /// If the size overflows; callers bound the capacity before.
+    pub fn with_format(
+        n_kv_heads: usize,
+        head_dim: usize,
+        capacity: usize,
+        format: KvFormat,
+    ) -> KvCache {
+        let size = |columns: usize| {
+            let tokens = capacity.checked_next_multiple_of(LANES)?;
+            Some((n_kv_heads.checked_mul(tokens)?.checked_mul(columns)?, tokens))
+        };
+        let sizes = size(head_dim).zip(size(head_dim.next_multiple_of(LANES)));
+        let ((k, tokens), (v, _)) = sizes.expect("cache size fits the address space");
+        let n_scales = n_kv_heads * tokens;
         KvCache {
+            format,
             n_kv_heads,
             head_dim,
             capacity,
-            k: vec![0.0; n_elements],
-            v: vec![0.0; n_elements],
+            n_slots: tokens,
+            k: Numbers::new(format, k, n_scales),
+            v: Numbers::new(format, v, n_scales),
         }
+    }
+
+    /// How its numbers are stored.
+    pub fn format(&self) -> KvFormat {
+        self.format
     }
 
     /// Key and value heads.
@@ -46,34 +240,53 @@ impl KvCache {
 
     /// Memory it holds, in bytes.
     pub fn bytes(&self) -> usize {
-        size_of_val(self.k.as_slice()) + size_of_val(self.v.as_slice())
+        self.k.bytes() + self.v.bytes()
     }
 
-    /// All keys, `[n_kv_heads, capacity, head_dim]`.
-    pub fn k(&self) -> &[f32] {
-        &self.k
-    }
-
-    /// All values, `[n_kv_heads, capacity, head_dim]`.
-    pub fn v(&self) -> &[f32] {
-        &self.v
-    }
-
-    /// Overwrites the cache with raw keys and values, both `[n_kv_heads, capacity, head_dim]`.
+    /// Keys of the first `len` tokens, `[n_kv_heads, len, head_dim]`.
     ///
     /// # Panics
-    /// If a length differs.
-    pub fn copy_from_slices(&mut self, k: &[f32], v: &[f32]) {
-        self.k.copy_from_slice(k);
-        self.v.copy_from_slice(v);
+    /// If `len` exceeds the capacity.
+    pub fn keys(&self, len: usize) -> Vec<f32> {
+        self.read(len, |head, token, col| {
+            let (element, slot) = self.k_place(head, token);
+            self.k.read(element + col * LANES, slot)
+        })
     }
 
-    /// First `len` keys and values of one head, each `[len, head_dim]`.
-    pub(crate) fn head(&self, head: usize, len: usize) -> (Matrix<'_>, Matrix<'_>) {
-        let (start, n_elements) = (head * self.capacity * self.head_dim, len * self.head_dim);
-        assert!(head < self.n_kv_heads && len <= self.capacity);
-        let of = |data| Matrix::new(data, len, self.head_dim);
-        (of(&self.k[start..start + n_elements]), of(&self.v[start..start + n_elements]))
+    /// Values of the first `len` tokens, `[n_kv_heads, len, head_dim]`.
+    ///
+    /// # Panics
+    /// If `len` exceeds the capacity.
+    pub fn values(&self, len: usize) -> Vec<f32> {
+        self.read(len, |head, token, col| {
+            let (element, slot) = self.v_place(head, token);
+            self.v.read(element + col, slot)
+        })
+    }
+
+    fn read(&self, len: usize, element: impl Fn(usize, usize, usize) -> f32) -> Vec<f32> {
+        assert!(len <= self.capacity, "cache: {len} tokens of {}", self.capacity);
+        let mut out = Vec::with_capacity(self.n_kv_heads * len * self.head_dim);
+        for head in 0..self.n_kv_heads {
+            for token in 0..len {
+                out.extend((0..self.head_dim).map(|col| element(head, token, col)));
+            }
+        }
+        out
+    }
+
+    /// Overwrites the first tokens: k and v `[n_kv_heads, len, head_dim]`.
+    ///
+    /// # Panics
+    /// If a length differs or exceeds the capacity.
+    pub fn write_heads(&mut self, len: usize, k: &[f32], v: &[f32]) {
+        let n_elements = self.n_kv_heads * len * self.head_dim;
+        assert!(len <= self.capacity && k.len() == n_elements && v.len() == n_elements);
+        for row in 0..self.n_kv_heads * len {
+            let columns = row * self.head_dim..(row + 1) * self.head_dim;
+            self.write_row(row / len, row % len, &k[columns.clone()], &v[columns]);
+        }
     }
 
     /// Writes rows of k and v, `[m, n_kv_heads * head_dim]`, at token `past_len`.
@@ -81,10 +294,69 @@ impl KvCache {
         for head in 0..self.n_kv_heads {
             let columns = head * self.head_dim..(head + 1) * self.head_dim;
             for i in 0..k.rows() {
-                let start = (head * self.capacity + past_len + i) * self.head_dim;
-                self.k[start..][..self.head_dim].copy_from_slice(&k.row(i)[columns.clone()]);
-                self.v[start..][..self.head_dim].copy_from_slice(&v.row(i)[columns.clone()]);
+                let (k, v) = (&k.row(i)[columns.clone()], &v.row(i)[columns.clone()]);
+                self.write_row(head, past_len + i, k, v);
             }
+        }
+    }
+
+    fn write_row(&mut self, head: usize, token: usize, k: &[f32], v: &[f32]) {
+        let (k_place, v_place) = (self.k_place(head, token), self.v_place(head, token));
+        self.k.write(k, k_place.0, LANES, k_place.1);
+        self.v.write(v, v_place.0, 1, v_place.1);
+    }
+
+    /// First element of a key, and the place of its scale.
+    fn k_place(&self, head: usize, token: usize) -> (usize, usize) {
+        let slot = head * self.n_slots + token;
+        let panel = head * self.n_slots / LANES + token / LANES;
+        (panel * self.head_dim * LANES + token % LANES, slot)
+    }
+
+    /// First element of a value, and the place of its scale.
+    fn v_place(&self, head: usize, token: usize) -> (usize, usize) {
+        let slot = head * self.n_slots + token;
+        (slot * self.head_dim.next_multiple_of(LANES), slot)
+    }
+
+    /// Keys and values of one head.
+    pub(crate) fn head(&self, head: usize) -> HeadKv<'_> {
+        assert!(head < self.n_kv_heads);
+        let (tokens, padded_dim) = (self.n_slots, self.head_dim.next_multiple_of(LANES));
+        let [k_len, v_len] = [tokens * self.head_dim, tokens * padded_dim];
+        HeadKv {
+            k: self.k.view(head * k_len, k_len, head * tokens, tokens),
+            v: self.v.view(head * v_len, v_len, head * tokens, tokens),
+            head_dim: self.head_dim,
+            padded_dim,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_is_read_in_every_format() {
+        for format in KvFormat::ALL {
+            let (n_kv_heads, head_dim, len) = (3, 5, 19);
+            let mut cache = KvCache::with_format(n_kv_heads, head_dim, len, format);
+            let n_elements = n_kv_heads * len * head_dim;
+            let k: Vec<f32> = (0..n_elements).map(|i| (i as f32).sin()).collect();
+            let v: Vec<f32> = (0..n_elements).map(|i| (i as f32).cos()).collect();
+            cache.write_heads(len, &k, &v);
+            let bound = match format {
+                KvFormat::F32 => 0.0,
+                KvFormat::F16 => 5e-4,
+                KvFormat::Int8 => 5e-3,
+            };
+            for (read, written) in [(cache.keys(len), k), (cache.values(len), v)] {
+                let errors = read.iter().zip(&written).map(|(a, b)| (a - b).abs());
+                assert!(errors.fold(0.0, f32::max) <= bound, "{format}");
+            }
+            assert_eq!(cache.capacity(), len);
+            assert_eq!(cache.bytes(), 32 * format.token_bytes(n_kv_heads, head_dim));
         }
     }
 }

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::{
     Kernels,
-    activation::{Activation, activate_in_place},
+    activation::{Activation, activate_in_place, activate_wide},
     arch::{MatrixMut, Simd, Task},
     dot, math,
     matrix::Matrix,
@@ -239,6 +239,24 @@ impl<'a> Epilogue<'a> {
         if let Some(residual) = self.residual {
             math::add_in_place(s, values, &residual.row(row)[cols]);
         }
+    }
+}
+
+impl Epilogue<'_> {
+    /// [`Epilogue::apply`] to the sixteen columns from `col` on, in registers.
+    #[inline(always)]
+    pub(crate) fn apply_wide<S: Simd>(&self, s: S, row: usize, col: usize, y: S::Wide) -> S::Wide {
+        let mut y = y;
+        if let Some(bias) = self.bias.and_then(|bias| bias[col..].first_chunk()) {
+            y = s.wide_add(y, s.wide_load(bias));
+        }
+        if let Some(activation) = self.activation {
+            y = activate_wide(s, activation, y);
+        }
+        if let Some(residual) = self.residual.and_then(|r| r.row(row)[col..].first_chunk()) {
+            y = s.wide_add(y, s.wide_load(residual));
+        }
+        y
     }
 }
 

@@ -319,7 +319,7 @@ trait Product: Copy {
     ) -> [[Self::Sums; P]; M];
 
     /// The sums of sixteen rows as numbers.
-    fn finish(self, sums: Self::Sums, x_scale: f32, row_scales: &[f32]) -> [f32; 16];
+    fn finish(self, sums: Self::Sums, x_scale: f32, row_scales: &[f32]) -> <Self::S as Simd>::Wide;
 }
 
 #[inline(always)]
@@ -409,6 +409,7 @@ impl<'a, D: Product> Multiply<'a, D> {
                 let panel = self.first + (start + p).min(last);
                 (self.weight.panel_data(panel), self.weight.panel_block_scales(panel))
             });
+            self.prefetch(rows.clone(), start * PANEL_ROWS, P * PANEL_ROWS, out);
             let sums = self.d.tile::<M, P>(x, group);
             for (i, sums) in sums.into_iter().enumerate() {
                 for (p, sums) in sums.into_iter().enumerate().take(panels.end - start) {
@@ -418,16 +419,41 @@ impl<'a, D: Product> Multiply<'a, D> {
         }
     }
 
+    /// Asks for the lines that a tile is going to write, and for the residual, while it computes: stores that miss the
+    /// caches wait for each other.
+    #[inline(always)]
+    fn prefetch(&self, rows: Range<usize>, col: usize, n_cols: usize, out: &MatrixMut<'_>) {
+        /// f32 in a cache line.
+        const LINE: usize = 16;
+        let s = self.d.simd();
+        let cols = col..out.cols().min(col + n_cols);
+        for row in rows {
+            out.row(row)[cols.clone()].iter().step_by(LINE).for_each(|at| s.prefetch(at));
+            if let Some(residual) = self.epilogue.residual {
+                let row = &residual.row(row)[cols.clone()];
+                row.iter().step_by(LINE).for_each(|at| s.prefetch(at));
+            }
+        }
+    }
+
     /// Finishes the sums of one row with one panel of the task.
     #[inline(always)]
     fn write(&self, row: usize, panel: usize, sums: D::Sums, scale: u32, out: &mut MatrixMut<'_>) {
+        let s = self.d.simd();
         let row_scales = self.weight.panel_row_scales(self.first + panel);
-        let mut values = self.d.finish(sums, f32::from_bits(scale), row_scales);
+        let values = self.d.finish(sums, f32::from_bits(scale), row_scales);
         let col = panel * PANEL_ROWS;
-        let len = PANEL_ROWS.min(out.cols() - col);
-        let values = &mut values[..len];
-        self.epilogue.apply(self.d.simd(), row, col, values);
-        out.row_mut(row)[col..col + len].copy_from_slice(values);
+        let out = &mut out.row_mut(row)[col..];
+        match out.first_chunk_mut() {
+            Some(out) => s.wide_store(self.epilogue.apply_wide(s, row, col, values), out),
+            None => {
+                let mut all = [0.0; PANEL_ROWS];
+                s.wide_store(values, &mut all);
+                let values = &mut all[..out.len()];
+                self.epilogue.apply(s, row, col, values);
+                out.copy_from_slice(values);
+            }
+        }
     }
 
     #[inline(always)]
@@ -463,6 +489,16 @@ macro_rules! line_tile {
     }};
 }
 
+/// Little-endian halves.
+#[inline(always)]
+fn halves(line: &[u8; 32]) -> [u16; 16] {
+    let mut halves = [0; 16];
+    for (half, bytes) in halves.iter_mut().zip(line.as_chunks().0) {
+        *half = u16::from_le_bytes(*bytes);
+    }
+    halves
+}
+
 #[derive(Clone, Copy)]
 struct F16<S>(S);
 
@@ -488,15 +524,15 @@ impl<S: Simd> Product for F16<S> {
             panels,
             32,
             [[s.wide_splat(0.0); P]; M],
-            |line| s.wide_from_f16(line),
+            |line: &[u8; 32]| s.wide_from_f16(&halves(line)),
             |x| s.wide_splat(f32::from_bits(x)),
             |sums, w, x| s.wide_mul_add(w, x, sums)
         )
     }
 
     #[inline(always)]
-    fn finish(self, sums: S::Wide, _: f32, _: &[f32]) -> [f32; 16] {
-        self.0.wide_array(sums)
+    fn finish(self, sums: S::Wide, _: f32, _: &[f32]) -> S::Wide {
+        sums
     }
 }
 
@@ -532,7 +568,7 @@ impl<D: DotBf16> Product for Bf16<D> {
     }
 
     #[inline(always)]
-    fn finish(self, sums: D::Sums, _: f32, _: &[f32]) -> [f32; 16] {
+    fn finish(self, sums: D::Sums, _: f32, _: &[f32]) -> <D::S as Simd>::Wide {
         self.0.to_f32(sums)
     }
 }
@@ -573,17 +609,19 @@ impl<D: DotI8> Product for Int8<D> {
     }
 
     #[inline(always)]
-    fn finish(self, sums: D::Sums, x_scale: f32, row_scales: &[f32]) -> [f32; 16] {
-        scaled(self.0.to_f32(sums), x_scale, row_scales)
+    fn finish(self, sums: D::Sums, x_scale: f32, row_scales: &[f32]) -> <D::S as Simd>::Wide {
+        scaled(self.0.simd(), self.0.to_f32(sums), x_scale, row_scales)
     }
 }
 
 #[inline(always)]
-fn scaled(mut values: [f32; 16], x_scale: f32, row_scales: &[f32]) -> [f32; 16] {
-    for (value, row_scale) in values.iter_mut().zip(row_scales) {
-        *value *= x_scale * row_scale;
+fn scaled<S: Simd>(s: S, values: S::Wide, x_scale: f32, row_scales: &[f32]) -> S::Wide {
+    match row_scales.first_chunk() {
+        Some(row_scales) => {
+            s.wide_mul(values, s.wide_mul(s.wide_splat(x_scale), s.wide_load(row_scales)))
+        }
+        None => values,
     }
-    values
 }
 
 #[derive(Clone, Copy)]
@@ -645,8 +683,8 @@ impl<D: DotI8> Product for Int4<D> {
     }
 
     #[inline(always)]
-    fn finish(self, sums: D::Sums, x_scale: f32, row_scales: &[f32]) -> [f32; 16] {
-        scaled(self.dot.to_f32(sums), x_scale, row_scales)
+    fn finish(self, sums: D::Sums, x_scale: f32, row_scales: &[f32]) -> <D::S as Simd>::Wide {
+        scaled(self.dot.simd(), self.dot.to_f32(sums), x_scale, row_scales)
     }
 }
 

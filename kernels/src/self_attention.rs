@@ -112,14 +112,15 @@ impl Kernels {
         push_blocks(&mut blocks, 0, out.rows(), 0);
         self.attend_blocks(out, &blocks, head_dim, &|block, head, tile| {
             let first_position = past_len + block.start;
-            let segment = cache.head(head / heads_per_kv, past_len + block.end);
             self.token.run(AttendBlock {
                 q: q.row_range(block.start..block.end)
                     .columns(head * head_dim..(head + 1) * head_dim),
-                segments: &[segment],
+                kv: cache.head(head / heads_per_kv),
+                n_keys: past_len + block.end,
                 scale: attributes.scale,
                 first_row_keys: Some(first_position + 1),
                 alibi: slopes.map(|slopes| Alibi { slope: slopes[head], first_position }),
+                scratch: &self.scratch,
                 out: tile,
             });
         });

@@ -311,7 +311,17 @@ fn run_in_chunks(
     chunks: &[usize],
 ) -> (Vec<f32>, KvCache) {
     let m: usize = chunks.iter().sum();
-    let mut cache = KvCache::new(attributes.n_kv_heads, attributes.head_dim, m + 3);
+    let cache = KvCache::new(attributes.n_kv_heads, attributes.head_dim, m + 3);
+    run_in_chunks_of(kernels, attributes, qkv, chunks, cache)
+}
+
+fn run_in_chunks_of(
+    kernels: &Kernels,
+    attributes: &SelfAttention,
+    qkv: &Qkv,
+    chunks: &[usize],
+    mut cache: KvCache,
+) -> (Vec<f32>, KvCache) {
     let (mut out, mut past_len) = (Vec::new(), 0);
     for &len in chunks {
         let [q, k, v] = qkv.rows(past_len..past_len + len);
@@ -358,7 +368,40 @@ fn a_step_has_the_bits_of_a_prefill() {
                     "{} {attributes:?} {chunks:?}",
                     kernels.isa()
                 );
-                assert_eq!((cache.k(), cache.v()), (whole_cache.k(), whole_cache.v()));
+                assert_eq!(
+                    (cache.keys(m), cache.values(m)),
+                    (whole_cache.keys(m), whole_cache.values(m))
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn long_contexts_agree_in_every_cache_format() {
+    for kernels in all_kernels() {
+        for attributes in self_attention_cases() {
+            let m = 531;
+            let qkv = Qkv::new(m, &attributes);
+            let [q, k, v] = qkv.rows(0..m);
+            let expected = reference::self_attention(q, k, v, &attributes);
+            for format in KvFormat::ALL {
+                let (heads, dim) = (attributes.n_kv_heads, attributes.head_dim);
+                let run = |chunks: &[usize]| {
+                    let cache = KvCache::with_format(heads, dim, m, format);
+                    run_in_chunks_of(&kernels, &attributes, &qkv, chunks, cache)
+                };
+                let (whole, cache) = run(&[m]);
+                let bound = match format {
+                    KvFormat::F32 => 1e-5,
+                    KvFormat::F16 => 2e-3,
+                    KvFormat::Int8 => 3e-2,
+                };
+                let what = format!("{} {format} {attributes:?}", kernels.isa());
+                check(&what, &whole, &expected, bound);
+                let (parts, parts_cache) = run(&[200, 56, 1, 1, 254, 19]);
+                assert_eq!(bits(&parts), bits(&whole), "{what}");
+                assert_eq!(cache.keys(m), parts_cache.keys(m), "{what}");
             }
         }
     }

@@ -3,6 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::{DotI8, DotI8Task, Simd, Task};
+use crate::math::Unary;
 
 const LANES: usize = 8;
 
@@ -182,6 +183,12 @@ impl Simd for Avx2 {
         lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
     }
 
+    #[inline(always)]
+    fn prefetch(self, element: &f32) {
+        // SAFETY: the token proves SSE; a prefetch does not access memory, and the address is that of an element.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(element).cast()) }
+    }
+
     type Wide = [__m256; 2];
     const IS_WIDE: bool = false;
 
@@ -197,12 +204,25 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn wide_from_f16(self, from: &[u8; 32]) -> Self::Wide {
+    fn wide_from_f16(self, from: &[u16; 16]) -> Self::Wide {
         // SAFETY: the token proves the instructions; each load reads half of the 32 bytes, unaligned.
         unsafe {
             let first = _mm_loadu_si128(from.as_ptr().cast());
-            let second = _mm_loadu_si128(from[16..].as_ptr().cast());
+            let second = _mm_loadu_si128(from[8..].as_ptr().cast());
             [_mm256_cvtph_ps(first), _mm256_cvtph_ps(second)]
+        }
+    }
+
+    #[inline(always)]
+    fn wide_from_i8(self, from: &[i8; 16]) -> Self::Wide {
+        // SAFETY: the token proves the instructions; the load reads the 16 bytes, unaligned.
+        unsafe {
+            let bytes = _mm_loadu_si128(from.as_ptr().cast());
+            let second = _mm_srli_si128::<8>(bytes);
+            [
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(second)),
+            ]
         }
     }
 
@@ -223,12 +243,25 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn wide_array(self, value: Self::Wide) -> [f32; 16] {
-        let mut array = [0.0; 16];
-        let halves = array.as_chunks_mut::<8>().0;
+    fn wide_add(self, a: Self::Wide, b: Self::Wide) -> Self::Wide {
+        [self.add(a[0], b[0]), self.add(a[1], b[1])]
+    }
+
+    #[inline(always)]
+    fn wide_mul(self, a: Self::Wide, b: Self::Wide) -> Self::Wide {
+        [self.mul(a[0], b[0]), self.mul(a[1], b[1])]
+    }
+
+    #[inline(always)]
+    fn wide_map(self, a: Self::Wide, f: &impl Unary) -> Self::Wide {
+        [f.apply(self, a[0]), f.apply(self, a[1])]
+    }
+
+    #[inline(always)]
+    fn wide_store(self, value: Self::Wide, to: &mut [f32; 16]) {
+        let halves = to.as_chunks_mut::<8>().0;
         self.store(value[0], &mut halves[0]);
         self.store(value[1], &mut halves[1]);
-        array
     }
 }
 
@@ -327,8 +360,7 @@ impl DotI8 for Avx2 {
     }
 
     #[inline(always)]
-    fn to_f32(self, sums: Self::Sums) -> [f32; 16] {
-        let [first, second] = sums;
-        self.wide_array(proven!([_mm256_cvtepi32_ps(first), _mm256_cvtepi32_ps(second)]))
+    fn to_f32(self, sums: Self::Sums) -> [__m256; 2] {
+        proven!([_mm256_cvtepi32_ps(sums[0]), _mm256_cvtepi32_ps(sums[1])])
     }
 }

@@ -3,6 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::{DotBf16, DotBf16Task, DotI8, DotI8Task, Simd, Task, avx2::Avx2};
+use crate::math::Unary;
 
 const LANES: usize = 16;
 
@@ -222,6 +223,12 @@ impl Simd for Avx512 {
         proven!(_mm512_reduce_max_ps(vector))
     }
 
+    #[inline(always)]
+    fn prefetch(self, element: &f32) {
+        // SAFETY: the token proves SSE; a prefetch does not access memory, and the address is that of an element.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(element).cast()) }
+    }
+
     type Wide = __m512;
     const IS_WIDE: bool = true;
 
@@ -236,7 +243,16 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn wide_from_f16(self, from: &[u8; 32]) -> Self::Wide {
+    fn wide_from_i8(self, from: &[i8; 16]) -> Self::Wide {
+        // SAFETY: the token proves the instructions; the load reads the 16 bytes, unaligned.
+        unsafe {
+            let bytes = _mm_loadu_si128(from.as_ptr().cast());
+            _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))
+        }
+    }
+
+    #[inline(always)]
+    fn wide_from_f16(self, from: &[u16; 16]) -> Self::Wide {
         // SAFETY: the token proves the instructions; the load reads the 32 bytes, unaligned.
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.as_ptr().cast())) }
     }
@@ -259,10 +275,23 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn wide_array(self, value: Self::Wide) -> [f32; 16] {
-        let mut array = [0.0; 16];
-        self.store(value, &mut array);
-        array
+    fn wide_add(self, a: Self::Wide, b: Self::Wide) -> Self::Wide {
+        self.add(a, b)
+    }
+
+    #[inline(always)]
+    fn wide_mul(self, a: Self::Wide, b: Self::Wide) -> Self::Wide {
+        self.mul(a, b)
+    }
+
+    #[inline(always)]
+    fn wide_map(self, a: Self::Wide, f: &impl Unary) -> Self::Wide {
+        f.apply(self, a)
+    }
+
+    #[inline(always)]
+    fn wide_store(self, value: Self::Wide, to: &mut [f32; 16]) {
+        self.store(value, to);
     }
 }
 
@@ -333,8 +362,8 @@ impl DotI8 for Vnni {
     }
 
     #[inline(always)]
-    fn to_f32(self, sums: Self::Sums) -> [f32; 16] {
-        self.0.wide_array(proven!(_mm512_cvtepi32_ps(sums)))
+    fn to_f32(self, sums: Self::Sums) -> __m512 {
+        proven!(_mm512_cvtepi32_ps(sums))
     }
 }
 
@@ -383,7 +412,7 @@ impl DotBf16 for Bf16 {
     }
 
     #[inline(always)]
-    fn to_f32(self, sums: Self::Sums) -> [f32; 16] {
-        self.0.wide_array(sums)
+    fn to_f32(self, sums: Self::Sums) -> __m512 {
+        sums
     }
 }

@@ -12,7 +12,7 @@ mod scalar;
 pub use matrix_mut::MatrixMut;
 pub(crate) use pool::Pool;
 
-use crate::isa::Isa;
+use crate::{isa::Isa, math::Unary};
 
 /// A piece of work that runs inside a function compiled for one instruction set.
 ///
@@ -82,6 +82,9 @@ pub(crate) trait Simd: Copy + Send + Sync {
     /// Largest lane; NaN lanes may be skipped.
     fn reduce_max(self, vector: Self::F) -> f32;
 
+    /// Asks for the cache line of an element that is going to be written or read; changes nothing.
+    fn prefetch(self, element: &f32);
+
     /// Sixteen f32 in registers, one for each row of a panel of weights.
     type Wide: Copy;
     /// Whether a register holds all sixteen, so that there are registers for many.
@@ -90,14 +93,22 @@ pub(crate) trait Simd: Copy + Send + Sync {
     fn wide_splat(self, value: f32) -> Self::Wide;
     /// Reads sixteen.
     fn wide_load(self, from: &[f32; 16]) -> Self::Wide;
-    /// Reads sixteen IEEE halves, little-endian.
-    fn wide_from_f16(self, from: &[u8; 32]) -> Self::Wide;
+    /// Reads sixteen IEEE halves.
+    fn wide_from_f16(self, from: &[u16; 16]) -> Self::Wide;
+    /// Reads sixteen signed bytes.
+    fn wide_from_i8(self, from: &[i8; 16]) -> Self::Wide;
     /// Reads sixteen pairs of bfloat16, little-endian: the first of each pair, and the second.
     fn wide_from_bf16_pairs(self, from: &[u8; 64]) -> [Self::Wide; 2];
     /// `a * b + c`, as [`Simd::mul_add`].
     fn wide_mul_add(self, a: Self::Wide, b: Self::Wide, c: Self::Wide) -> Self::Wide;
-    /// The sixteen in memory.
-    fn wide_array(self, value: Self::Wide) -> [f32; 16];
+    /// `a + b`
+    fn wide_add(self, a: Self::Wide, b: Self::Wide) -> Self::Wide;
+    /// `a * b`
+    fn wide_mul(self, a: Self::Wide, b: Self::Wide) -> Self::Wide;
+    /// A function of each.
+    fn wide_map(self, a: Self::Wide, f: &impl Unary) -> Self::Wide;
+    /// Writes sixteen.
+    fn wide_store(self, value: Self::Wide, to: &mut [f32; 16]);
 }
 
 /// Work on panels of bytes, as [`Task`] for a set's byte products.
@@ -140,7 +151,7 @@ pub(crate) trait DotI8: Copy + Send + Sync {
     /// `total + sums * scales`, each row with its own scale; wraps on overflow.
     fn add_scaled(self, total: Self::Sums, sums: Self::Sums, scales: &[u8; 16]) -> Self::Sums;
     /// The sums as f32, rounded to nearest.
-    fn to_f32(self, sums: Self::Sums) -> [f32; 16];
+    fn to_f32(self, sums: Self::Sums) -> <Self::S as Simd>::Wide;
 }
 
 /// Work on panels of bfloat16, as [`Task`] for a set's products of pairs.
@@ -170,8 +181,8 @@ pub(crate) trait DotBf16: Copy + Send + Sync {
     fn broadcast(self, x: u32) -> Self::X;
     /// `sums + w x`
     fn dot(self, sums: Self::Sums, w: Self::W, x: Self::X) -> Self::Sums;
-    /// The sums in memory.
-    fn to_f32(self, sums: Self::Sums) -> [f32; 16];
+    /// The sums.
+    fn to_f32(self, sums: Self::Sums) -> <Self::S as Simd>::Wide;
 }
 
 /// Products of bfloat16 on sets that only widen them to f32: second of each pair first, as `vdpbf16ps` does.
@@ -212,8 +223,8 @@ impl<S: Simd> DotBf16 for WidenedBf16<S> {
     }
 
     #[inline(always)]
-    fn to_f32(self, sums: S::Wide) -> [f32; 16] {
-        self.0.wide_array(sums)
+    fn to_f32(self, sums: S::Wide) -> S::Wide {
+        sums
     }
 }
 

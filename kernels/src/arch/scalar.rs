@@ -1,6 +1,7 @@
 //! Four-lane arrays in plain Rust: runs everywhere, and the compiler turns it into the target's baseline vectors.
 
 use super::{DotI8, DotI8Task, Simd, Task};
+use crate::math::Unary;
 
 const LANES: usize = 4;
 
@@ -151,6 +152,9 @@ impl Simd for Scalar {
         a.max(b).max(c.max(d))
     }
 
+    #[inline(always)]
+    fn prefetch(self, _: &f32) {}
+
     type Wide = [f32; 16];
     const IS_WIDE: bool = false;
 
@@ -165,9 +169,13 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
-    fn wide_from_f16(self, from: &[u8; 32]) -> Self::Wide {
-        let halves = from.as_chunks().0;
-        std::array::from_fn(|i| half::f16::from_le_bytes(halves[i]).to_f32())
+    fn wide_from_f16(self, from: &[u16; 16]) -> Self::Wide {
+        std::array::from_fn(|i| half::f16::from_bits(from[i]).to_f32())
+    }
+
+    #[inline(always)]
+    fn wide_from_i8(self, from: &[i8; 16]) -> Self::Wide {
+        std::array::from_fn(|i| f32::from(from[i]))
     }
 
     #[inline(always)]
@@ -183,8 +191,26 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
-    fn wide_array(self, value: Self::Wide) -> [f32; 16] {
-        value
+    fn wide_add(self, a: Self::Wide, b: Self::Wide) -> Self::Wide {
+        std::array::from_fn(|i| a[i] + b[i])
+    }
+
+    #[inline(always)]
+    fn wide_mul(self, a: Self::Wide, b: Self::Wide) -> Self::Wide {
+        std::array::from_fn(|i| a[i] * b[i])
+    }
+
+    #[inline(always)]
+    fn wide_map(self, mut a: Self::Wide, f: &impl Unary) -> Self::Wide {
+        for lanes in a.as_chunks_mut::<LANES>().0 {
+            *lanes = f.apply(self, *lanes);
+        }
+        a
+    }
+
+    #[inline(always)]
+    fn wide_store(self, value: Self::Wide, to: &mut [f32; 16]) {
+        *to = value;
     }
 }
 

@@ -158,25 +158,19 @@ fn caches_of(stage: &NativeStage, inputs: &[Tensor], total_len: usize) -> Vec<Kv
     let mut caches = stage.new_caches(total_len + 3).unwrap();
     for (input, tensor) in stage.plan_inputs().iter().zip(inputs) {
         let (Role::PastK(layer) | Role::PastV(layer)) = input.role else { continue };
-        let cache = &mut caches[layer];
-        let (mut k, mut v) = (cache.k().to_vec(), cache.v().to_vec());
-        let room = cache.capacity() * cache.head_dim();
+        let (cache, past_len) = (&mut caches[layer], tensor.shape()[1]);
         let data = tensor.to_f32_vec().unwrap();
-        let target = if matches!(input.role, Role::PastK(_)) { &mut k } else { &mut v };
-        let past = tensor.shape()[1] * tensor.shape()[2];
-        for (head, part) in data.chunks(past.max(1)).enumerate() {
-            target[head * room..][..past].copy_from_slice(part);
+        match input.role {
+            Role::PastK(_) => cache.write_heads(past_len, &data, &cache.values(past_len)),
+            _ => cache.write_heads(past_len, &cache.keys(past_len), &data),
         }
-        cache.copy_from_slices(&k, &v);
     }
     caches
 }
 
 /// The first `len` tokens of a cache's keys or values.
 fn present(cache: &KvCache, is_key: bool, len: usize) -> Vec<f32> {
-    let data = if is_key { cache.k() } else { cache.v() };
-    let heads = data.chunks(cache.capacity() * cache.head_dim());
-    heads.flat_map(|head| head[..len * cache.head_dim()].to_vec()).collect()
+    if is_key { cache.keys(len) } else { cache.values(len) }
 }
 
 /// Runs a stage on the inputs of its graph, in order; outputs by name, caches included.
