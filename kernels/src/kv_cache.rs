@@ -6,7 +6,9 @@
 
 use std::fmt;
 
-use crate::{arch::Simd, matrix::Matrix};
+use half::slice::HalfFloatSliceExt;
+
+use crate::{arch::Simd, math, matrix::Matrix};
 
 /// Keys of a panel, and the columns that rows of values are padded to a multiple of.
 pub(crate) const LANES: usize = 16;
@@ -89,18 +91,21 @@ impl Numbers {
                 }
             }
             Numbers::F16(halves) => {
-                for (place, value) in halves[start..].iter_mut().step_by(step).zip(row) {
-                    *place = half::f16::from_f32(*value).to_bits();
+                let mut places = halves[start..].iter_mut().step_by(step);
+                for values in row.chunks(LANES) {
+                    let mut rounded = [half::f16::ZERO; LANES];
+                    rounded[..values.len()].convert_from_f32_slice(values);
+                    for (rounded, place) in rounded[..values.len()].iter().zip(&mut places) {
+                        *place = rounded.to_bits();
+                    }
                 }
             }
             Numbers::Int8 { bytes, scales } => {
-                let largest = row.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
-                let flaw: f32 = row.iter().map(|value| value * 0.0).sum();
-                let scale = largest / 127.0;
-                scales[slot] = scale + flaw;
+                let scale = scale_of_bytes(row);
+                scales[slot] = scale;
                 let divisor = if scale > 0.0 { scale } else { 1.0 };
                 for (place, value) in bytes[start..].iter_mut().step_by(step).zip(row) {
-                    *place = (value / divisor).round_ties_even() as i8;
+                    *place = math::byte_from_f32(value / divisor).cast_signed();
                 }
             }
         }
@@ -125,6 +130,18 @@ impl Numbers {
             },
         }
     }
+}
+
+/// Largest magnitude / 127; NaN if a number is not finite.
+fn scale_of_bytes(row: &[f32]) -> f32 {
+    let (mut largest, mut flaw) = ([0.0_f32; LANES], [0.0_f32; LANES]);
+    for values in row.chunks(LANES) {
+        for ((largest, flaw), value) in largest.iter_mut().zip(&mut flaw).zip(values) {
+            *largest = if value.abs() > *largest { value.abs() } else { *largest };
+            *flaw += value * 0.0;
+        }
+    }
+    largest.into_iter().fold(0.0, f32::max) / 127.0 + flaw.into_iter().sum::<f32>()
 }
 
 /// Keys or values of one head.

@@ -143,6 +143,14 @@ pub(crate) fn largest<S: Simd>(s: S, data: &[f32]) -> f32 {
     rest.iter().copied().fold(s.reduce_max(largest), f32::max)
 }
 
+/// Nearest integer of a number within ±127, ties to even, as the bits of a signed byte.
+#[inline(always)]
+pub(crate) fn byte_from_f32(value: f32) -> u8 {
+    /// 1.5 * 2^23: the sum has no room for a fraction, and its low byte is the integer's.
+    const INTEGERS_ONLY: f32 = 12_582_912.0;
+    (value + INTEGERS_ONLY).to_bits().to_le_bytes()[0]
+}
+
 /// Largest magnitude; zero if there is none, NaN if an element is not finite.
 #[inline(always)]
 pub(crate) fn largest_magnitude<S: Simd>(s: S, data: &[f32]) -> f32 {

@@ -220,12 +220,10 @@ fn sum_of_bytes(groups: &[u32]) -> i32 {
 /// The scale is the largest magnitude / 127; zero for a row of zeros, NaN if a number is not finite.
 #[inline(always)]
 fn round_row<S: Simd>(s: S, row: &[f32], groups: &mut [u32]) -> (f32, i32) {
-    /// 1.5 * 2^23: the low byte of a small number plus this is the number rounded to nearest, ties to even.
-    const INTEGERS_ONLY: f32 = 12_582_912.0;
     let largest = math::largest_magnitude(s, row);
     let scale = largest / 127.0;
     let divisor = if scale > 0.0 { scale } else { 1.0 };
-    let byte = |value: f32| (value / divisor + INTEGERS_ONLY).to_bits() & 0xFF;
+    let byte = |value: f32| u32::from(math::byte_from_f32(value / divisor));
     let (quads, rest) = row.as_chunks::<4>();
     for ([a, b, c, d], group) in quads.iter().zip(groups.iter_mut()) {
         *group = byte(*a) | byte(*b) << 8 | byte(*c) << 16 | byte(*d) << 24;
