@@ -27,10 +27,12 @@ pub(crate) fn multiply<S: Simd>(s: S, x: Matrix<'_>, w: Matrix<'_>, out: &mut Ma
         return (0..m).for_each(|i| out.row_mut(i).fill(0.0));
     }
     if m <= 2 * S::X_ROWS {
-        for j in (0..n).step_by(W_ROWS) {
+        // Each of the tile's rows goes on where the one before it ended: few long streams from main memory.
+        let part = n.div_ceil(W_ROWS);
+        for j in 0..part {
             for start in (0..k).step_by(K_BLOCK) {
                 for i in (0..m).step_by(S::X_ROWS) {
-                    Block::new(x, w, start).add_tile(s, i, j, out);
+                    Block::new(x, w, start).add_tile(s, i, (j, part), out);
                 }
             }
         }
@@ -38,7 +40,7 @@ pub(crate) fn multiply<S: Simd>(s: S, x: Matrix<'_>, w: Matrix<'_>, out: &mut Ma
         for start in (0..k).step_by(K_BLOCK) {
             for i in (0..m).step_by(S::X_ROWS) {
                 for j in (0..n).step_by(W_ROWS) {
-                    Block::new(x, w, start).add_tile(s, i, j, out);
+                    Block::new(x, w, start).add_tile(s, i, (j, 1), out);
                 }
             }
         }
@@ -59,15 +61,16 @@ impl<'a> Block<'a> {
         Block { x: x.columns(start..end), w: w.columns(start..end), is_first: start == 0 }
     }
 
+    /// Adds the products of a tile of x rows from `i` on with the rows `j`, `j + step`, … of w, those that there are.
     #[inline(always)]
-    fn add_tile<S: Simd>(&self, s: S, i: usize, j: usize, out: &mut MatrixMut<'_>) {
+    fn add_tile<S: Simd>(&self, s: S, i: usize, w: (usize, usize), out: &mut MatrixMut<'_>) {
         match S::X_ROWS.min(self.x.rows() - i) {
-            1 => self.add_tile_of::<S, 1>(s, i, j, out),
-            2 => self.add_tile_of::<S, 2>(s, i, j, out),
-            3 => self.add_tile_of::<S, 3>(s, i, j, out),
-            4 => self.add_tile_of::<S, 4>(s, i, j, out),
-            5 => self.add_tile_of::<S, 5>(s, i, j, out),
-            _ => self.add_tile_of::<S, MAX_X_ROWS>(s, i, j, out),
+            1 => self.add_tile_of::<S, 1>(s, i, w, out),
+            2 => self.add_tile_of::<S, 2>(s, i, w, out),
+            3 => self.add_tile_of::<S, 3>(s, i, w, out),
+            4 => self.add_tile_of::<S, 4>(s, i, w, out),
+            5 => self.add_tile_of::<S, 5>(s, i, w, out),
+            _ => self.add_tile_of::<S, MAX_X_ROWS>(s, i, w, out),
         }
     }
 
@@ -76,23 +79,22 @@ impl<'a> Block<'a> {
         &self,
         s: S,
         i: usize,
-        j: usize,
+        (j, step): (usize, usize),
         out: &mut MatrixMut<'_>,
     ) {
         let last = self.w.rows() - 1;
         let mut w_rows = [self.w.row(last); W_ROWS];
         for (r, row) in w_rows.iter_mut().enumerate() {
-            *row = self.w.row((j + r).min(last));
+            *row = self.w.row((j + r * step).min(last));
         }
         let mut x_rows = [self.x.row(i); M];
         for (r, row) in x_rows.iter_mut().enumerate() {
             *row = self.x.row(i + r);
         }
         let sums = tile_sums(s, x_rows, w_rows);
-        let n = W_ROWS.min(self.w.rows() - j);
         for (r, sums) in sums.iter().enumerate() {
-            let out = &mut out.row_mut(i + r)[j..j + n];
-            for (out, sum) in out.iter_mut().zip(sums) {
+            let out = out.row_mut(i + r)[j..].iter_mut().step_by(step);
+            for (out, sum) in out.zip(sums) {
                 *out = if self.is_first { *sum } else { *out + *sum };
             }
         }

@@ -409,9 +409,12 @@ impl<'a, D: Product> Multiply<'a, D> {
             });
             self.prefetch(rows.clone(), start * PANEL_ROWS, P * PANEL_ROWS, out);
             let sums = self.d.tile::<M, P>(x, group);
-            for (i, sums) in sums.into_iter().enumerate() {
-                for (p, sums) in sums.into_iter().enumerate().take(panels.end - start) {
-                    self.write(rows.start + i, start + p, sums, x.rows[i][0], out);
+            let n_panels = P.min(panels.end - start);
+            for i in 0..M {
+                for p in 0..P {
+                    if p < n_panels {
+                        self.write(rows.start + i, start + p, sums[i][p], x.rows[i][0], out);
+                    }
                 }
             }
         }
