@@ -1,17 +1,20 @@
 //! The compiler's pipeline: source → graphs → passes → weights and graphs of an artifact.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use flamingo_ir::op::Flavour;
+use flamingo_ir::op::{Flavour, Op};
 use flamingo_ir::{Graph, Verified};
-use flamingo_models::manifest::{Limits, Manifest, Provenance, SCHEMA_VERSION};
+use flamingo_models::manifest::{Limits, Manifest, Provenance, SCHEMA_VERSION, WEIGHT_LAYOUT};
 use flamingo_models::{Source, tokenizer_json};
 use serde::{Deserialize, Serialize};
 
-use crate::emit::{Staging, WeightPlan, hash_file, write_file, write_graph};
+use crate::emit::{
+    LayerStorage, Staging, WeightPlan, WrittenWeights, hash_file, write_file, write_graph,
+};
 use crate::passes::{PassRecord, optimise};
+use crate::scheme::{LayerGroup, Precision, Scheme};
 
 /// What to compile, and how.
 #[derive(Debug, Clone)]
@@ -26,6 +29,8 @@ pub struct CompileOptions {
     pub max_context: Option<usize>,
     /// Most media of a prompt.
     pub max_images: usize,
+    /// How weights are stored.
+    pub scheme: Scheme,
     /// Where to write the graphs' text after which pass.
     pub dump: Option<(String, PathBuf)>,
 }
@@ -54,12 +59,15 @@ pub struct Quantisation {
     pub bytes_f32: u64,
     /// Bytes of the weights as stored.
     pub bytes: u64,
-    /// Mean KL divergence of next tokens from f32; 0 for f32.
-    pub mean_kl: f64,
-    /// Share of equal next tokens; 1 for f32.
-    pub top1_agreement: f64,
-    /// Per-layer schemes; empty for f32, where all are alike.
-    pub layers: Vec<serde_json::Value>,
+    /// Mean KL divergence of next tokens from the source, in nats; 0 for f32, none before
+    /// `flamingoc check`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mean_kl: Option<f64>,
+    /// Share of equal next tokens; 1 for f32, none before `flamingoc check`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub top1_agreement: Option<f64>,
+    /// Every weight matrix; empty for f32, where all are alike.
+    pub layers: Vec<LayerStorage>,
 }
 
 /// How far a compilation is.
@@ -93,15 +101,16 @@ pub fn compile(
     let path = staging.path().join("graphs").join(crate::emit::WEIGHTS);
     let total = plan.total_bytes();
     let mut on_bytes = |done| progress(Progress::Bytes(done, total));
-    let (weights, not_finite) = plan.write(&path, &stages, &source.parts, &mut on_bytes)?;
-    refuse_not_finite(&not_finite)?;
+    let written = plan.write(&path, &stages, &source.parts, &mut on_bytes)?;
+    refuse_not_finite(&written.not_finite)?;
     let passes = BTreeMap::from([
         ("media".to_owned(), media_passes),
         ("decoder".to_owned(), decoder_passes),
     ]);
-    let report = report(&source, passes, not_finite, weights.bytes);
+    let quantisation = quantisation(options, &written, plan.total_bytes_f32());
+    let report = report(&source, passes, written.not_finite, quantisation);
     progress(Progress::Stage("writing the graphs"));
-    let mut files = vec![weights];
+    let mut files = vec![written.file];
     let mut entries = Vec::new();
     for (index, (stage, graph)) in [("media", &media), ("decoder", &decoder)].iter().enumerate() {
         for flavour in CPU_FLAVOURS {
@@ -124,9 +133,8 @@ pub fn compile(
         config: source.config.clone(),
         image: source.image.clone(),
         limits,
-        precision: ["vision", "resampler", "media", "decoder"]
-            .map(|group| (group.to_owned(), "f32".to_owned()))
-            .into(),
+        precision: precision_of_groups(&stages),
+        weight_layout: WEIGHT_LAYOUT.to_owned(),
         graphs: entries,
         files,
         provenance: provenance(&source, options)?,
@@ -189,7 +197,7 @@ fn optimise_stage(
                 .with_context(|| format!("cannot write `{}`", path.display()));
         }
     };
-    let result = optimise(graph, &source.parts, &mut observe)?;
+    let result = optimise(graph, &source.parts, &options.scheme, &mut observe)?;
     dumped?;
     Ok(result)
 }
@@ -213,22 +221,58 @@ fn report(
     source: &Source,
     passes: BTreeMap<String, Vec<PassRecord>>,
     not_finite: BTreeMap<String, usize>,
-    bytes: u64,
+    quantisation: Quantisation,
 ) -> Report {
     Report {
         verdict: "pass".to_owned(),
         passes,
         parity: serde_json::Value::Null,
-        quantisation: Quantisation {
-            bytes_f32: bytes,
-            bytes,
-            mean_kl: 0.0,
-            top1_agreement: 1.0,
-            layers: Vec::new(),
-        },
+        quantisation,
         not_finite,
         notes: source.notes.clone(),
     }
+}
+
+fn quantisation(
+    options: &CompileOptions,
+    written: &WrittenWeights,
+    bytes_f32: u64,
+) -> Quantisation {
+    let is_f32 = options.scheme.precision == Precision::F32;
+    Quantisation {
+        bytes_f32,
+        bytes: written.file.bytes,
+        mean_kl: is_f32.then_some(0.0),
+        top1_agreement: is_f32.then_some(1.0),
+        layers: if is_f32 { Vec::new() } else { written.layers.clone() },
+    }
+}
+
+/// How the weights of each layer group are stored: one format, or several joined by `+`.
+fn precision_of_groups(stages: &[&Verified]) -> BTreeMap<String, String> {
+    let mut found: BTreeMap<LayerGroup, BTreeSet<String>> = BTreeMap::new();
+    for graph in stages {
+        let (producers, known) = (graph.producers(), graph.build_time_values());
+        for node in graph.nodes() {
+            let is_layer = matches!(
+                &node.op,
+                Op::Linear(_) | Op::FeedForward(_) | Op::GatedCrossAttention(_) | Op::Gather(_)
+            );
+            let Some(group) = LayerGroup::of(&graph.name, &node.name).filter(|_| is_layer) else {
+                continue;
+            };
+            for input in node.inputs.iter().filter(|input| graph.fact(**input).rank() == 2) {
+                let format = match producers.get(input).map(|id| &graph.node(*id).op) {
+                    Some(Op::UnpackPanels(op)) => op.format.to_string(),
+                    _ if known.contains(input) => "f32".to_owned(),
+                    _ => continue,
+                };
+                found.entry(group).or_default().insert(format);
+            }
+        }
+    }
+    let joined = |formats: BTreeSet<String>| formats.into_iter().collect::<Vec<_>>().join("+");
+    found.into_iter().map(|(group, formats)| (group.name().to_owned(), joined(formats))).collect()
 }
 
 fn provenance(source: &Source, options: &CompileOptions) -> Result<Provenance> {
@@ -237,6 +281,9 @@ fn provenance(source: &Source, options: &CompileOptions) -> Result<Provenance> {
         sources.push(hash_file(file)?);
     }
     let mut recorded = BTreeMap::from([("max_images".to_owned(), options.max_images.to_string())]);
+    if options.scheme != Scheme::default() {
+        recorded.insert("precision".to_owned(), options.scheme.to_string());
+    }
     if let Some(max_context) = options.max_context {
         recorded.insert("max_context".to_owned(), max_context.to_string());
     }

@@ -8,9 +8,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use flamingo_ir::onnx::{MAX_INLINE_BYTES, WeightEntry, WeightLayout, write_onnx};
-use flamingo_ir::op::Flavour;
-use flamingo_ir::{Constant, DType, Fact, Graph, Tensor, ValueId, Verified, Weights, fold};
+use flamingo_ir::op::{Flavour, Op, PanelFormat, sqnr_db};
+use flamingo_ir::{Constant, DType, Fact, Graph, NodeId, Tensor, ValueId, Verified, Weights, fold};
 use flamingo_models::manifest::{FileEntry, GraphEntry, TensorEntry};
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 /// Name of the weight file inside `graphs/`. ONNX readers refuse external data outside the
@@ -27,6 +28,42 @@ struct Planned {
     value: ValueId,
     fact: Fact,
     n_bytes: u64,
+    /// Bytes that it would take in f32; a scale would not be there.
+    n_bytes_f32: u64,
+    panels: Option<PanelPart>,
+}
+
+/// Which part of a packed weight a tensor is.
+#[derive(Clone, Copy, PartialEq)]
+struct PanelPart {
+    node: NodeId,
+    format: PanelFormat,
+    weight: ValueId,
+    /// 0 data, then scales.
+    output: usize,
+}
+
+/// How one weight matrix is stored.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LayerStorage {
+    /// Name of the tensor, without its part.
+    pub name: String,
+    /// `f32`, `f16`, `bf16`, `int8`, `int4/32`.
+    pub scheme: String,
+    /// Bytes of data and scales.
+    pub bytes: u64,
+    /// Signal-to-noise ratio against f32, in dB; none if nothing was lost.
+    pub sqnr_db: Option<f64>,
+}
+
+/// The weight file, written.
+pub struct WrittenWeights {
+    /// Size and hash.
+    pub file: FileEntry,
+    /// Number of values that are not finite, by the weight that they come from.
+    pub not_finite: BTreeMap<String, usize>,
+    /// Every weight matrix, in the order of the file.
+    pub layers: Vec<LayerStorage>,
 }
 
 /// The weight file before it is written: names, order and offsets of its tensors.
@@ -46,10 +83,7 @@ impl WeightPlan {
         let mut slots: Vec<BTreeMap<ValueId, usize>> = vec![BTreeMap::new(); graphs.len()];
         for (index, graph) in graphs.iter().enumerate() {
             for (value, name) in stored_values(graph) {
-                let weight = match &graph.value(value).constant {
-                    Some(Constant::Weight(weight)) => Some(weight.clone()),
-                    _ => None,
-                };
+                let weight = identity(graph, value);
                 let known = weight.as_ref().and_then(|weight| shared.get(weight).copied());
                 let slot = match known {
                     Some(slot) => slot,
@@ -66,10 +100,17 @@ impl WeightPlan {
     }
 
     /// Puts tensors whose size is a multiple of the alignment first, and pads the others: the
-    /// format allows no gaps, so a gap is a tensor of its own.
+    /// format allows no gaps, so a gap is a tensor of its own. Parts of one packed weight stay
+    /// together, so that it is read and packed once.
     fn lay_out(planned: Vec<Planned>, slots: Vec<BTreeMap<ValueId, usize>>) -> Result<WeightPlan> {
         let mut order: Vec<usize> = (0..planned.len()).collect();
-        order.sort_by_key(|slot| !planned[*slot].n_bytes.is_multiple_of(ALIGNMENT));
+        let loose = |tensor: &Planned| !tensor.n_bytes.is_multiple_of(ALIGNMENT);
+        let loose_packs: BTreeSet<_> =
+            planned.iter().filter(|tensor| loose(tensor)).filter_map(Planned::pack).collect();
+        order.sort_by_key(|slot| match planned[*slot].pack() {
+            Some(pack) => loose_packs.contains(&pack),
+            None => loose(&planned[*slot]),
+        });
         let mut entries = serde_json::Map::new();
         let mut offsets = vec![0u64; planned.len()];
         let mut end = 0u64;
@@ -114,20 +155,26 @@ impl WeightPlan {
         self.total_bytes
     }
 
+    /// Size of the weight file if all weights were f32.
+    pub fn total_bytes_f32(&self) -> u64 {
+        let stored: u64 = self.tensors.iter().map(|(_, tensor)| tensor.n_bytes).sum();
+        let in_f32: u64 = self.tensors.iter().map(|(_, tensor)| tensor.n_bytes_f32).sum();
+        self.total_bytes - stored + in_f32
+    }
+
     /// Where the values of the `index`-th graph lie.
     pub fn layout(&self, index: usize) -> &WeightLayout {
         &self.layouts[index]
     }
 
-    /// Writes the file, one tensor in memory at a time; `progress` is told the bytes done.
-    /// Returns the number of values that are not finite, by the weight that they come from.
+    /// Writes the file, one weight in memory at a time; `progress` is told the bytes done.
     pub fn write(
         &self,
         path: &Path,
         graphs: &[&Verified],
         weights: &dyn Weights,
         progress: &mut dyn FnMut(u64),
-    ) -> Result<(FileEntry, BTreeMap<String, usize>)> {
+    ) -> Result<WrittenWeights> {
         let file =
             File::create(path).with_context(|| format!("cannot create `{}`", path.display()))?;
         let mut writer =
@@ -135,19 +182,10 @@ impl WeightPlan {
         writer.put(&u64::try_from(self.header.len())?.to_le_bytes())?;
         writer.put(&self.header)?;
         let begin = writer.n;
-        let mut not_finite = BTreeMap::new();
+        let mut folding = Folding::new(graphs, weights);
         for (offset, tensor) in &self.tensors {
             writer.pad_to(begin + offset)?;
-            let value = fold(graphs[tensor.graph], tensor.value, weights)?;
-            let bad = count_not_finite(&value);
-            if bad > 0 {
-                let guilty = not_finite_weights(graphs[tensor.graph], tensor.value, weights)?;
-                match guilty.is_empty() {
-                    true => drop(not_finite.insert(tensor.name.clone(), bad)),
-                    false => not_finite.extend(guilty),
-                }
-            }
-            put_tensor(&mut writer, &value)?;
+            put_tensor(&mut writer, &folding.tensor(tensor)?)?;
             progress(writer.n);
         }
         if writer.n != self.total_bytes {
@@ -155,13 +193,115 @@ impl WeightPlan {
         }
         writer.inner.flush()?;
         writer.inner.get_ref().sync_all()?;
-        let entry = FileEntry {
+        let file = FileEntry {
             path: format!("graphs/{WEIGHTS}"),
             bytes: writer.n,
             blake3: writer.hasher.finalize().to_hex().to_string(),
         };
-        Ok((entry, not_finite))
+        Ok(WrittenWeights { file, not_finite: folding.not_finite, layers: folding.layers })
     }
+}
+
+/// Computes the planned tensors in the order of the file.
+struct Folding<'a> {
+    graphs: &'a [&'a Verified],
+    weights: &'a dyn Weights,
+    /// The packed weight whose parts come next to each other.
+    packed: Option<((usize, NodeId), Vec<Tensor>)>,
+    not_finite: BTreeMap<String, usize>,
+    layers: Vec<LayerStorage>,
+}
+
+impl<'a> Folding<'a> {
+    fn new(graphs: &'a [&'a Verified], weights: &'a dyn Weights) -> Folding<'a> {
+        let (not_finite, layers) = (BTreeMap::new(), Vec::new());
+        Folding { graphs, weights, packed: None, not_finite, layers }
+    }
+
+    fn tensor(&mut self, tensor: &Planned) -> Result<Tensor> {
+        let Some(part) = tensor.panels else {
+            self.packed = None;
+            let value = fold(self.graphs[tensor.graph], tensor.value, self.weights)?;
+            self.note_not_finite(tensor, tensor.value, &value)?;
+            if tensor.fact.rank() == 2 {
+                self.layers.push(tensor.storage("f32", tensor.n_bytes, None));
+            }
+            return Ok(value);
+        };
+        let key = (tensor.graph, part.node);
+        if self.packed.as_ref().is_none_or(|(known, _)| *known != key) {
+            self.packed = Some((key, self.pack(tensor, part)?));
+        }
+        let parts = self.packed.as_ref().map(|(_, parts)| parts);
+        parts.and_then(|parts| parts.get(part.output)).cloned().context("a part of a packed weight")
+    }
+
+    /// Data and scales of a weight, which is read here and dropped.
+    fn pack(&mut self, tensor: &Planned, part: PanelPart) -> Result<Vec<Tensor>> {
+        self.packed = None;
+        let graph = self.graphs[tensor.graph];
+        let weight = fold(graph, part.weight, self.weights)?;
+        self.note_not_finite(tensor, part.weight, &weight)?;
+        let node = graph.node(part.node);
+        let packed = node.op.operator().evaluate(std::slice::from_ref(&weight));
+        let packed = packed.with_context(|| format!("cannot pack `{}`", tensor.stem()))?;
+        let bytes: usize = packed.iter().map(|t| t.n_elements() * t.dtype().size()).sum();
+        let sqnr_db = Some(sqnr_db(part.format, &weight, &packed)?).filter(|db| db.is_finite());
+        let scheme = part.format.to_string();
+        self.layers.push(tensor.storage(&scheme, u64::try_from(bytes)?, sqnr_db));
+        Ok(packed)
+    }
+
+    fn note_not_finite(&mut self, tensor: &Planned, id: ValueId, value: &Tensor) -> Result<()> {
+        let bad = count_not_finite(value);
+        if bad == 0 {
+            return Ok(());
+        }
+        let guilty = not_finite_weights(self.graphs[tensor.graph], id, self.weights)?;
+        match guilty.is_empty() {
+            true => drop(self.not_finite.insert(tensor.name.clone(), bad)),
+            false => self.not_finite.extend(guilty),
+        }
+        Ok(())
+    }
+}
+
+impl Planned {
+    /// The packed weight that it is a part of.
+    fn pack(&self) -> Option<(usize, NodeId)> {
+        self.panels.map(|part| (self.graph, part.node))
+    }
+
+    /// The name without the part of a packed weight.
+    fn stem(&self) -> &str {
+        match self.panels.and_then(|_| self.name.rsplit_once('.')) {
+            Some((stem, _)) => stem,
+            None => &self.name,
+        }
+    }
+
+    fn storage(&self, scheme: &str, bytes: u64, sqnr_db: Option<f64>) -> LayerStorage {
+        let (name, scheme) = (self.stem().to_owned(), scheme.to_owned());
+        LayerStorage { name, scheme, bytes, sqnr_db }
+    }
+}
+
+/// What a value is made of, if another graph may make the same: a weight, or a part of one packed.
+fn identity(graph: &Graph, value: ValueId) -> Option<String> {
+    if let Some(Constant::Weight(weight)) = &graph.value(value).constant {
+        return Some(weight.clone());
+    }
+    let part = panel_part(graph, value)?;
+    let weight = identity(graph, part.weight)?;
+    Some(format!("{weight}#{}#{}", part.format, part.output))
+}
+
+fn panel_part(graph: &Graph, value: ValueId) -> Option<PanelPart> {
+    let id = *graph.producers().get(&value)?;
+    let node = graph.node(id);
+    let Op::PackPanels(op) = &node.op else { return None };
+    let output = node.outputs.iter().position(|output| *output == value)?;
+    Some(PanelPart { node: id, format: op.format, weight: *node.inputs.first()?, output })
 }
 
 /// Build-time values that runtime nodes or outputs read, with a name after the reader and its
@@ -222,7 +362,16 @@ fn plan(graph: &Graph, index: usize, value: ValueId, name: String) -> Result<Pla
     let n_elements =
         fact.n_elements().known().context("a build-time value has a symbolic shape")?;
     let n_bytes = u64::try_from(n_elements)? * u64::try_from(fact.dtype.size())?;
-    Ok(Planned { name, graph: index, value, fact, n_bytes })
+    let panels = panel_part(graph, value);
+    let n_bytes_f32 = match panels {
+        None => n_bytes,
+        Some(part) if part.output > 0 => 0,
+        Some(part) => {
+            let n_elements = graph.fact(part.weight).n_elements().known();
+            4 * u64::try_from(n_elements.context("a packed weight has a symbolic shape")?)?
+        }
+    };
+    Ok(Planned { name, graph: index, value, fact, n_bytes, n_bytes_f32, panels })
 }
 
 fn header_dtype(dtype: DType) -> Result<&'static str> {
@@ -230,6 +379,10 @@ fn header_dtype(dtype: DType) -> Result<&'static str> {
         DType::F32 => Ok("F32"),
         DType::I64 => Ok("I64"),
         DType::Bool => Ok("BOOL"),
+        DType::F16 => Ok("F16"),
+        DType::BF16 => Ok("BF16"),
+        DType::I8 => Ok("I8"),
+        DType::U8 => Ok("U8"),
         other => bail!("weights of {other} are not written"),
     }
 }

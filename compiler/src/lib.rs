@@ -9,4 +9,5 @@ pub mod compile;
 pub mod emit;
 pub mod parity;
 pub mod passes;
+pub mod scheme;
 pub mod synth;

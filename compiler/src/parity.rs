@@ -40,6 +40,71 @@ pub struct Comparison {
     pub pass: bool,
 }
 
+/// Largest mean KL divergence of next tokens that an artifact of weights stored so may have from its
+/// source, in nats; none for f32, whose numbers are compared themselves. Of layer groups stored
+/// differently the coarsest counts. `precision`: [`Manifest::precision`].
+///
+/// [`Manifest::precision`]: flamingo_models::manifest::Manifest::precision
+pub fn kl_bound(precision: &BTreeMap<String, String>) -> Option<f64> {
+    let bound = |format: &str| match format {
+        "f32" => None,
+        "f16" => Some(1e-4),
+        "bf16" => Some(1e-3),
+        "int8" => Some(0.01),
+        _ => Some(0.05),
+    };
+    let formats = precision.values().flat_map(|formats| formats.split('+'));
+    formats.filter_map(bound).max_by(f64::total_cmp)
+}
+
+/// How far next-token distributions are from the reference's.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Divergence {
+    /// Tokens compared.
+    pub n_tokens: usize,
+    /// Mean of KL(reference ‖ found), in nats.
+    pub mean_kl: f64,
+    /// Largest KL divergence of one token.
+    pub max_kl: f64,
+    /// Share of tokens whose most likely successor is the same.
+    pub top1_agreement: f64,
+}
+
+/// The divergence between rows of `width` logits. NaN gives NaN.
+pub fn divergence(found: &[f32], reference: &[f32], width: usize) -> Result<Divergence> {
+    ensure!(
+        found.len() == reference.len() && width > 0 && found.len() >= width,
+        "logits: expected {} values in rows of {width}, got {}",
+        reference.len(),
+        found.len()
+    );
+    let rows = || found.chunks(width).zip(reference.chunks(width));
+    let kl: Vec<f64> = rows().map(|(found, reference)| kl_divergence(found, reference)).collect();
+    let equal = rows().filter(|(found, reference)| argmax(found) == argmax(reference)).count();
+    let n_tokens = kl.len();
+    Ok(Divergence {
+        n_tokens,
+        mean_kl: kl.iter().sum::<f64>() / n_tokens as f64,
+        max_kl: kl.iter().copied().fold(0.0, |max, kl| if kl <= max { max } else { kl }),
+        top1_agreement: equal as f64 / n_tokens as f64,
+    })
+}
+
+/// Σ p (log p − log q) with p from the reference and q from `found`, both softmaxes of logits.
+fn kl_divergence(found: &[f32], reference: &[f32]) -> f64 {
+    let log_sum = |logits: &[f32]| -> f64 {
+        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let sum: f64 = logits.iter().map(|logit| f64::from(logit - max).exp()).sum();
+        f64::from(max) + sum.ln()
+    };
+    let (q_sum, p_sum) = (log_sum(found), log_sum(reference));
+    let term = |(q, p): (&f32, &f32)| {
+        let (log_q, log_p) = (f64::from(*q) - q_sum, f64::from(*p) - p_sum);
+        log_p.exp() * (log_p - log_q)
+    };
+    found.iter().zip(reference).map(term).sum()
+}
+
 /// Compares `found` with `reference` (rows of `width`). NaN fails.
 pub fn compare(what: &str, found: &[f32], reference: &[f32], width: usize) -> Result<Comparison> {
     ensure!(
@@ -202,15 +267,38 @@ fn run(
     Ok(graph.outputs().iter().map(|(name, _)| name.clone()).zip(outputs).collect())
 }
 
+/// What an artifact is compared with its source by.
+#[derive(Clone, Debug)]
+pub struct Parity {
+    /// Numbers of each case; bounds hold for f32 alone.
+    pub comparisons: Vec<Comparison>,
+    /// Next tokens of all cases.
+    pub divergence: Divergence,
+    /// Largest mean KL divergence allowed; none for f32.
+    pub kl_bound: Option<f64>,
+}
+
+impl Parity {
+    /// Whether the bounds hold that are for this precision.
+    pub fn pass(&self) -> bool {
+        match self.kl_bound {
+            Some(bound) => self.divergence.mean_kl <= bound,
+            None => self.comparisons.iter().all(|comparison| comparison.pass),
+        }
+    }
+}
+
 /// Compares an artifact with its source on seeded cases.
-pub fn check(model: &Model, source: &Source, seed: u64) -> Result<Vec<Comparison>> {
+pub fn check(model: &Model, source: &Source, seed: u64) -> Result<Parity> {
     let config = &model.manifest().config;
     ensure!(
         *config == source.config,
         "the artifact was compiled from another model than the source\n\nhint: compile it again"
     );
     let graphs = source.graphs()?;
+    let kl_bound = kl_bound(&model.manifest().precision);
     let mut comparisons = Vec::new();
+    let (mut all_found, mut all_expected) = (Vec::new(), Vec::new());
     for case in cases(config, seed) {
         let (visual_tokens, logits) = reference(source, &graphs, &case)?;
         let media: Vec<Arc<Media>> = match case.n_media {
@@ -230,13 +318,46 @@ pub fn check(model: &Model, source: &Source, seed: u64) -> Result<Vec<Comparison
         let found = model.logits(&case.input_ids, &media)?;
         let what = format!("logits, {}", case.name);
         comparisons.push(compare(&what, &found, &logits, config.language.vocabulary)?);
+        all_found.extend(found);
+        all_expected.extend(logits);
     }
-    Ok(comparisons)
+    if kl_bound.is_some() {
+        // Numbers of rounded weights are told, and judged by what they do to the next token.
+        comparisons.iter_mut().for_each(|c| c.pass = c.relative_error.is_finite());
+    }
+    let divergence = divergence(&all_found, &all_expected, config.language.vocabulary)?;
+    Ok(Parity { comparisons, divergence, kl_bound })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn divergences_are_those_of_closed_forms() {
+        let same = divergence(&[1.0, 2.0, 0.5, 0.5], &[3.0, 4.0, 7.0, 7.0], 2).unwrap();
+        assert!(same.mean_kl.abs() < 1e-12 && same.top1_agreement == 1.0, "{same:?}");
+        // p = (3/4, 1/4), q = (1/2, 1/2).
+        let logits = [3.0f32.ln(), 0.0];
+        let found = divergence(&[0.0, 0.0], &logits, 2).unwrap();
+        let expected = 0.75 * 1.5f64.ln() + 0.25 * 0.5f64.ln();
+        assert!((found.mean_kl - expected).abs() < 1e-7, "{found:?}");
+        let swapped = divergence(&[0.0, 1.0], &[1.0, 0.0], 2).unwrap();
+        assert_eq!(swapped.top1_agreement, 0.0);
+        assert!(divergence(&[f32::NAN, 0.0], &[1.0, 0.0], 2).unwrap().mean_kl.is_nan());
+        assert!(divergence(&[], &[], 2).is_err());
+    }
+
+    #[test]
+    fn the_coarsest_group_sets_the_bound() {
+        let bound = |formats: &[&str]| {
+            let entry = |(i, format): (usize, &&str)| (i.to_string(), (*format).to_owned());
+            kl_bound(&formats.iter().enumerate().map(entry).collect())
+        };
+        assert_eq!(bound(&["f32", "f32"]), None);
+        assert_eq!(bound(&["f32+int8", "f16"]), Some(0.01));
+        assert_eq!(bound(&["int8", "int4/32"]), Some(0.05));
+    }
 
     #[test]
     fn comparisons_can_fail() {

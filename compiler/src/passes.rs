@@ -5,6 +5,7 @@ mod fold_norm_affine;
 mod fold_scales;
 mod fuse;
 mod merge_linears;
+mod quantise;
 mod share_common;
 
 use std::collections::BTreeMap;
@@ -12,8 +13,18 @@ use std::collections::BTreeMap;
 use flamingo_ir::{Graph, GraphError, Patch, Verified, Weights, verify};
 use serde::{Deserialize, Serialize};
 
+use crate::scheme::Scheme;
+
+/// What passes may look at beside the graph.
+struct Context<'a> {
+    /// Values of the weights.
+    weights: &'a dyn Weights,
+    /// How weights are stored.
+    scheme: &'a Scheme,
+}
+
 /// One pass: proposes a patch.
-type Rewrite = fn(&mut Patch, &dyn Weights) -> Result<(), GraphError>;
+type Rewrite = fn(&mut Patch, &Context) -> Result<(), GraphError>;
 
 /// The passes in their order, with the reason for it.
 const PASSES: &[(&str, Rewrite, &str)] = &[
@@ -53,7 +64,12 @@ const PASSES: &[(&str, Rewrite, &str)] = &[
     (
         "merge_linears",
         merge_linears::run,
-        "last: what still reads one input is one matrix product (q, k, v; keys and values of all gated layers)",
+        "what still reads one input is one matrix product (q, k, v; keys and values of all gated layers)",
+    ),
+    (
+        "quantise",
+        quantise::run,
+        "last, so that what is rounded is the weight that the kernels read: folded, fused and merged",
     ),
 ];
 
@@ -78,19 +94,21 @@ pub struct PassRecord {
     pub ops: BTreeMap<String, usize>,
 }
 
-/// Runs all passes; `observe` sees the graph after each. The result was verified after each.
+/// Runs all passes; weights are stored as `scheme` says; `observe` sees the graph after each. The result was verified after each.
 pub fn optimise(
     graph: Graph,
     weights: &dyn Weights,
+    scheme: &Scheme,
     observe: &mut dyn FnMut(&str, &Graph),
 ) -> Result<(Verified, Vec<PassRecord>), GraphError> {
     let mut verified = verify(graph)?;
+    let context = Context { weights, scheme };
     let mut records = vec![record("source", 0, &verified)];
     observe("source", &verified);
     for (name, rewrite, _) in PASSES {
         let mut graph = verified.into_inner();
         let mut patch = Patch::new(&mut graph);
-        rewrite(&mut patch, weights)?;
+        rewrite(&mut patch, &context)?;
         let replaced = patch.apply()?;
         verified = verify(graph)?;
         records.push(record(name, replaced, &verified));

@@ -849,7 +849,8 @@ fn options_out_of_range() {
         assert!(!target.exists());
     };
     compile("dump-after", "everything", &["`--dump-after everything`", "hint: ", "merge_linears"]);
-    compile("precision", "int4", &["`--precision`", "hint: "]);
+    compile("int4-block", "32", &["`--int4-block`", "hint: "]);
+    compile("int4-block", "48", &["--int4-block", "32 or 128"]);
     compile("precision", "f8", &["--precision", "int8"]);
     compile("target", "tensorrt", &["`--target`", "hint: "]);
     compile("max-context", "0", &["`--max-context 0`", "hint: "]);

@@ -242,12 +242,16 @@ impl Graph {
         (0..self.nodes.len()).map(NodeId)
     }
 
-    /// Values known at build time: constants, and whatever is computed from them alone.
+    /// Values known at build time: constants, and whatever is computed from them alone by ops
+    /// that are not left to the device ([`Operator::is_for_run_time`]).
+    ///
+    /// [`Operator::is_for_run_time`]: crate::op::Operator::is_for_run_time
     pub fn build_time_values(&self) -> BTreeSet<ValueId> {
         let constants = self.values().filter(|(_, value)| value.constant.is_some());
         let mut known: BTreeSet<ValueId> = constants.map(|(id, _)| id).collect();
         for node in &self.nodes {
-            if node.inputs.iter().all(|input| known.contains(input)) {
+            let is_for_run_time = node.op.operator().is_for_run_time();
+            if !is_for_run_time && node.inputs.iter().all(|input| known.contains(input)) {
                 known.extend(node.outputs.iter().copied());
             }
         }

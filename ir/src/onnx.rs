@@ -24,7 +24,7 @@ pub use read::read_onnx;
 pub use write::write_onnx;
 
 use crate::op::Flavour;
-use crate::{GraphError, ValueId, Verified};
+use crate::{DType, GraphError, ValueId, Verified};
 
 /// Domain of function ops.
 const FLAMINGO: &str = "flamingo";
@@ -116,6 +116,8 @@ pub struct ReadModel {
 /// Where a weight is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WeightPlace {
+    /// Element type.
+    pub dtype: DType,
     /// First byte in the weight file.
     pub offset: u64,
     /// Size in bytes; `offset + length` does not overflow.
@@ -159,6 +161,14 @@ pub enum OnnxError {
         node: String,
         /// The dimension.
         dim: String,
+    },
+    /// An op that is evaluated when an artifact is made reads a value that is not known then.
+    #[error("node \"{node}\" ({op}): is for build time, but reads a value of the device")]
+    BuildTime {
+        /// The node.
+        node: String,
+        /// The op's name.
+        op: &'static str,
     },
     /// The file does not have the form that this program writes.
     #[error("{place}: expected {expected}, got {found}")]

@@ -18,6 +18,8 @@ mod linear;
 mod matmul;
 mod media;
 mod norm;
+mod panels;
+mod rounding;
 mod self_attention;
 mod shape;
 mod softmax;
@@ -29,7 +31,8 @@ pub use attribute::{Attribute, Attributes};
 pub use contrib::{FusedMatMul, Gelu, MultiHeadAttention, QuickGelu};
 pub use cross_attention::CrossAttention;
 pub use elementwise::{
-    Add, And, Cos, Div, Equal, Erf, LessOrEqual, Mul, Neg, Relu, Sigmoid, Sin, Sqrt, Sub, Tanh,
+    Abs, Add, And, Cos, Div, Equal, Erf, Floor, LessOrEqual, Max, Mul, Neg, Relu, Round, Sigmoid,
+    Sin, Sqrt, Sub, Tanh,
 };
 pub use feed_forward::FeedForward;
 pub use gated_cross_attention::GatedCrossAttention;
@@ -38,9 +41,11 @@ pub use linear::{Activate, Activation, Linear};
 pub use matmul::MatMul;
 pub use media::{ClassEmbedding, ExpandBatch, FrameEmbedding, MergeFrames, Patches};
 pub use norm::{LayerNorm, LayerNormalization, RmsNorm};
+pub use panels::{PANEL_ROWS, PackPanels, PanelFormat, UnpackPanels, sqnr_db};
+pub use rounding::Rounding;
 pub use self_attention::{Position, SelfAttention, alibi_slopes, rotary_frequencies};
 pub use shape::{Cast, Concat, Expand, Reshape, Transpose};
-pub use softmax::{ReduceMean, Softmax};
+pub use softmax::{ReduceMax, ReduceMean, Softmax};
 
 use crate::graph::{Graph, GraphError};
 use crate::{Dim, Fact, Tensor};
@@ -137,6 +142,8 @@ pub enum OnnxForm {
     },
     /// A call of the local function of the op's name in domain `flamingo`.
     Function,
+    /// Never written: the op is evaluated when an artifact is made.
+    BuildTime,
 }
 
 /// A constant input that ONNX wants where the op has an attribute.
@@ -176,6 +183,11 @@ pub trait Operator: fmt::Debug {
     /// The definition in other ops for inputs of these facts; `None` for standard ops.
     fn body(&self, _inputs: &[Fact], _flavour: Flavour) -> Option<Result<Graph, GraphError>> {
         None
+    }
+
+    /// Whether the op is left to the device even where all its inputs are known before.
+    fn is_for_run_time(&self) -> bool {
+        false
     }
 
     /// Reference evaluation. Functions evaluate their portable body.
@@ -241,8 +253,16 @@ ops! {
     Mul,
     /// Elementwise quotient.
     Div,
+    /// Elementwise maximum.
+    Max,
     /// Elementwise negation.
     Neg,
+    /// Magnitude.
+    Abs,
+    /// Largest integer below.
+    Floor,
+    /// Nearest integer, ties to even.
+    Round,
     /// Square root.
     Sqrt,
     /// Error function.
@@ -273,6 +293,8 @@ ops! {
     Softmax,
     /// Mean along the last axis.
     ReduceMean,
+    /// Maximum along the last axis.
+    ReduceMax,
     /// Permutation of axes.
     Transpose,
     /// Change of shape.
@@ -297,6 +319,10 @@ ops! {
     QuickGelu,
     /// com.microsoft: bidirectional attention.
     MultiHeadAttention,
+    /// Weight → panels of 16 rows, at build time.
+    PackPanels,
+    /// Panels of 16 rows → weight.
+    UnpackPanels,
     /// x Wᵀ with epilogue.
     Linear,
     /// Activation function.

@@ -14,7 +14,33 @@ pub enum Tensor {
     I64(ArcArray<i64, IxDyn>),
     /// Truth values.
     Bool(ArcArray<bool, IxDyn>),
+    /// Half-precision floats, of packed weights.
+    F16(ArcArray<f16, IxDyn>),
+    /// bfloat16 floats, of packed weights and rounded activations.
+    BF16(ArcArray<bf16, IxDyn>),
+    /// Signed bytes, of packed weights.
+    I8(ArcArray<i8, IxDyn>),
+    /// Unsigned bytes, of packed weights and their scales.
+    U8(ArcArray<u8, IxDyn>),
 }
+
+/// Applies the same array operation, which gives an `Option` of an owned array, to a tensor of any
+/// element type.
+macro_rules! on_any {
+    ($tensor:expr, $array:ident => $result:expr) => {
+        match $tensor {
+            Tensor::F32($array) => $result.map(|out| Tensor::F32(out.into_shared())),
+            Tensor::I64($array) => $result.map(|out| Tensor::I64(out.into_shared())),
+            Tensor::Bool($array) => $result.map(|out| Tensor::Bool(out.into_shared())),
+            Tensor::F16($array) => $result.map(|out| Tensor::F16(out.into_shared())),
+            Tensor::BF16($array) => $result.map(|out| Tensor::BF16(out.into_shared())),
+            Tensor::I8($array) => $result.map(|out| Tensor::I8(out.into_shared())),
+            Tensor::U8($array) => $result.map(|out| Tensor::U8(out.into_shared())),
+        }
+    };
+}
+
+pub(crate) use on_any;
 
 /// Bytes that do not make the tensor they claim to be.
 #[derive(Debug, thiserror::Error, PartialEq)]
@@ -59,6 +85,28 @@ impl Tensor {
         Tensor::F32(Array::from_vec(data).into_dyn().into_shared())
     }
 
+    /// Reads little-endian bytes of an element type that tensors have, and keeps that type; `None`
+    /// for another type, or if the bytes do not fill `shape`.
+    pub fn from_stored_bytes(dtype: DType, shape: &[usize], bytes: &[u8]) -> Option<Tensor> {
+        fn array<T: Clone>(shape: &[usize], data: Vec<T>) -> Option<ArcArray<T, IxDyn>> {
+            Array::from_shape_vec(IxDyn(shape), data).ok().map(Array::into_shared)
+        }
+        match dtype {
+            DType::F16 if bytes.len().is_multiple_of(2) => {
+                array(shape, read(bytes, f16::from_le_bytes)).map(Tensor::F16)
+            }
+            DType::BF16 if bytes.len().is_multiple_of(2) => {
+                array(shape, read(bytes, bf16::from_le_bytes)).map(Tensor::BF16)
+            }
+            DType::I8 => array(shape, read(bytes, i8::from_le_bytes)).map(Tensor::I8),
+            DType::U8 => array(shape, bytes.to_vec()).map(Tensor::U8),
+            DType::F32 | DType::I64 | DType::Bool => {
+                Tensor::from_le_bytes(dtype, shape, bytes).ok()
+            }
+            DType::F16 | DType::BF16 | DType::F64 | DType::I32 | DType::I16 => None,
+        }
+    }
+
     /// Reads little-endian bytes of any element type; floats become f32, integers i64.
     /// Both conversions are exact but for f64, which is rounded to nearest.
     pub fn from_le_bytes(
@@ -98,6 +146,10 @@ impl Tensor {
             Tensor::F32(array) => array.iter().flat_map(|value| value.to_le_bytes()).collect(),
             Tensor::I64(array) => array.iter().flat_map(|value| value.to_le_bytes()).collect(),
             Tensor::Bool(array) => array.iter().map(|value| u8::from(*value)).collect(),
+            Tensor::F16(array) => array.iter().flat_map(|value| value.to_le_bytes()).collect(),
+            Tensor::BF16(array) => array.iter().flat_map(|value| value.to_le_bytes()).collect(),
+            Tensor::I8(array) => array.iter().map(|value| value.cast_unsigned()).collect(),
+            Tensor::U8(array) => array.iter().copied().collect(),
         }
     }
 
@@ -107,6 +159,10 @@ impl Tensor {
             Tensor::F32(_) => DType::F32,
             Tensor::I64(_) => DType::I64,
             Tensor::Bool(_) => DType::Bool,
+            Tensor::F16(_) => DType::F16,
+            Tensor::BF16(_) => DType::BF16,
+            Tensor::I8(_) => DType::I8,
+            Tensor::U8(_) => DType::U8,
         }
     }
 
@@ -116,6 +172,10 @@ impl Tensor {
             Tensor::F32(array) => array.shape(),
             Tensor::I64(array) => array.shape(),
             Tensor::Bool(array) => array.shape(),
+            Tensor::F16(array) => array.shape(),
+            Tensor::BF16(array) => array.shape(),
+            Tensor::I8(array) => array.shape(),
+            Tensor::U8(array) => array.shape(),
         }
     }
 
@@ -131,18 +191,14 @@ impl Tensor {
 
     /// The array, if of f32.
     pub fn as_f32(&self) -> Option<&ArcArray<f32, IxDyn>> {
-        match self {
-            Tensor::F32(array) => Some(array),
-            Tensor::I64(_) | Tensor::Bool(_) => None,
-        }
+        let Tensor::F32(array) = self else { return None };
+        Some(array)
     }
 
     /// The array, if of i64.
     pub fn as_i64(&self) -> Option<&ArcArray<i64, IxDyn>> {
-        match self {
-            Tensor::I64(array) => Some(array),
-            Tensor::F32(_) | Tensor::Bool(_) => None,
-        }
+        let Tensor::I64(array) = self else { return None };
+        Some(array)
     }
 
     /// All elements in row-major order, if of f32.
@@ -171,6 +227,18 @@ mod tests {
         let bytes = f16::from_f32(0.1).to_le_bytes();
         let tensor = Tensor::from_le_bytes(DType::F16, &[1], &bytes).unwrap();
         assert_eq!(tensor.to_f32_vec().unwrap(), [f16::from_f32(0.1).to_f32()]);
+    }
+
+    #[test]
+    fn stored_bytes_keep_their_type() {
+        let bytes = [1, 2, 0x80, 0x7f];
+        for (dtype, n) in [(DType::F16, 2), (DType::BF16, 2), (DType::I8, 4), (DType::U8, 4)] {
+            let tensor = Tensor::from_stored_bytes(dtype, &[n, 1], &bytes).unwrap();
+            assert_eq!((tensor.dtype(), tensor.shape()), (dtype, &[n, 1][..]));
+            assert_eq!(tensor.to_le_bytes(), bytes);
+            assert_eq!(Tensor::from_stored_bytes(dtype, &[n], &bytes[..3]), None);
+        }
+        assert_eq!(Tensor::from_stored_bytes(DType::F64, &[0], &[]), None);
     }
 
     #[test]

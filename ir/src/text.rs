@@ -6,7 +6,7 @@
 //! graph example(%0 x: f32[text_len, 2]) -> (y: %3)
 //!   %1: f32[3, 2] = weight \"lang.weight\"
 //!   %2: f32[3] = literal [0.5, -1.0, 2.0]
-//!   %3: f32[text_len, 3] = Linear(%0, %1, %2) {activation = \"none\", bias = 1, residual = 0} # head
+//!   %3: f32[text_len, 3] = Linear(%0, %1, %2) {activation = \"none\", bias = 1, residual = 0, rounding = \"none\"} # head
 //! ";
 //! let graph = Graph::parse(text)?;
 //! assert_eq!(graph.to_string(), text);
@@ -22,7 +22,7 @@ use std::fmt::{self, Write};
 
 use crate::graph::{Constant, Graph, GraphError, ValueId};
 use crate::op::{Attribute, Attributes, Op, OpError};
-use crate::{DType, Dim, Fact, Tensor};
+use crate::{DType, Dim, Fact, Tensor, TensorError};
 
 /// Literals of up to this many elements print their values.
 const MAX_PRINTED: usize = 8;
@@ -140,16 +140,18 @@ fn literal(tensor: &Tensor) -> String {
         format!("[{}]", values.map(|value| format!("{value:?}")).collect::<Vec<_>>().join(", "))
     }
     let has_nan = tensor.as_f32().is_some_and(|array| array.iter().any(|value| value.is_nan()));
+    let hex = || {
+        tensor.to_le_bytes().iter().fold(String::from("0x"), |mut hex, byte| {
+            hex.push_str(&format!("{byte:02x}"));
+            hex
+        })
+    };
     match tensor {
-        _ if has_nan || tensor.n_elements() > MAX_PRINTED => {
-            tensor.to_le_bytes().iter().fold(String::from("0x"), |mut hex, byte| {
-                hex.push_str(&format!("{byte:02x}"));
-                hex
-            })
-        }
+        _ if has_nan || tensor.n_elements() > MAX_PRINTED => hex(),
         Tensor::F32(array) => list(array.iter()),
         Tensor::I64(array) => list(array.iter()),
         Tensor::Bool(array) => list(array.iter()),
+        Tensor::F16(_) | Tensor::BF16(_) | Tensor::I8(_) | Tensor::U8(_) => hex(),
     }
 }
 
@@ -361,8 +363,11 @@ fn parse_literal(fact: &Fact, text: &str) -> Result<Tensor, TextProblem> {
             bytes.collect::<Result<Vec<Vec<u8>>, TextProblem>>()?.concat()
         }
     };
-    Tensor::from_le_bytes(fact.dtype, &shape, &bytes)
-        .map_err(|e| wrong(&fact.to_string(), &e.to_string()))
+    let wrong_size = |error: TensorError| wrong(&fact.to_string(), &error.to_string());
+    match Tensor::from_stored_bytes(fact.dtype, &shape, &bytes) {
+        Some(tensor) => Ok(tensor),
+        None => Tensor::from_le_bytes(fact.dtype, &shape, &bytes).map_err(wrong_size),
+    }
 }
 
 fn element_bytes(dtype: DType, text: &str) -> Result<Vec<u8>, TextProblem> {
@@ -370,7 +375,7 @@ fn element_bytes(dtype: DType, text: &str) -> Result<Vec<u8>, TextProblem> {
         DType::F32 => text.parse::<f32>().ok().map(|value| value.to_le_bytes().to_vec()),
         DType::I64 => text.parse::<i64>().ok().map(|value| value.to_le_bytes().to_vec()),
         DType::Bool => text.parse::<bool>().ok().map(|value| vec![u8::from(value)]),
-        // Literals have no other types.
+        // Literals of other types are hexadecimal.
         DType::F64 | DType::F16 | DType::BF16 | DType::I32 | DType::I16 | DType::I8 | DType::U8 => {
             None
         }
@@ -425,6 +430,8 @@ mod tests {
             Tensor::i64(&[2, 0], vec![]).unwrap(),
             Tensor::i64(&[2], vec![i64::MIN, 7]).unwrap(),
             Tensor::from_le_bytes(DType::Bool, &[2], &[0, 1]).unwrap(),
+            Tensor::from_stored_bytes(DType::BF16, &[1], &[0x80, 0x3f]).unwrap(),
+            Tensor::from_stored_bytes(DType::I8, &[2, 1], &[0, 0xff]).unwrap(),
         ];
         for (index, tensor) in tensors.iter().enumerate() {
             let id = graph.literal(tensor.clone());

@@ -146,7 +146,7 @@ fn linear(
     weight: ValueId,
     bias: Option<ValueId>,
 ) -> Result<ValueId, GraphError> {
-    let op = Linear { activation: None, bias: bias.is_some(), residual: false };
+    let op = Linear { bias: bias.is_some(), ..Linear::default() };
     let inputs: Vec<ValueId> = [x, weight].into_iter().chain(bias).collect();
     graph.add(name, op, &inputs)
 }

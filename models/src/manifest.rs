@@ -10,6 +10,9 @@ use crate::image_spec::ImageSpec;
 /// Schema of manifests that this version writes and reads.
 pub const SCHEMA_VERSION: u32 = 1;
 
+/// The one layout of packed weights: panels of 16 rows. Weights of f32 are row-major.
+pub const WEIGHT_LAYOUT: &str = "panel16";
+
 /// `manifest.json` of an artifact.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
@@ -23,8 +26,13 @@ pub struct Manifest {
     pub image: ImageSpec,
     /// Limits the artifact was planned for.
     pub limits: Limits,
-    /// Element type of the weights by layer group (`vision`, `resampler`, `media`, `decoder`).
+    /// How the weights of each layer group (`vision`, `resampler`, `media`, `language`, `gated`,
+    /// `embedding`, `head`) are stored: `f32`, `f16`, `bf16`, `int8` or `int4/BLOCK`; joined by `+`
+    /// where a group has several.
     pub precision: BTreeMap<String, String>,
+    /// How packed weights lie in the file: [`WEIGHT_LAYOUT`].
+    #[serde(default)]
+    pub weight_layout: String,
     /// Graphs by stage and flavour.
     pub graphs: Vec<GraphEntry>,
     /// Every other file, with size and hash, sorted by path.

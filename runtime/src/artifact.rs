@@ -6,8 +6,8 @@ use std::io::Read;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
-use flamingo_ir::Verified;
 use flamingo_ir::onnx::{OnnxError, ReadLimits, WeightPlace, read_onnx};
+use flamingo_ir::{DType, Verified};
 use flamingo_models::manifest::{FileEntry, Manifest, SCHEMA_VERSION};
 use flamingo_models::map::MappedFile;
 
@@ -245,10 +245,10 @@ impl MappedWeights {
 }
 
 impl WeightBytes for MappedWeights {
-    fn f32(&self, name: &str) -> Option<&[f32]> {
+    fn bytes(&self, name: &str) -> Option<(DType, &[u8])> {
         let place = self.places.get(name)?;
         let start = usize::try_from(place.offset).ok()?;
         let end = start.checked_add(usize::try_from(place.length).ok()?)?;
-        bytemuck::try_cast_slice(self.file.as_ref()?.bytes().get(start..end)?).ok()
+        Some((place.dtype, self.file.as_ref()?.bytes().get(start..end)?))
     }
 }

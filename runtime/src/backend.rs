@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
+use flamingo_ir::DType;
 use flamingo_kernels::KernelError;
 
 /// What is known of one medium (a picture, or the frames of a video) after it was encoded: its
@@ -92,17 +93,24 @@ pub trait Sequence: Send {
     fn truncate(&mut self, len: usize);
 }
 
-/// Where weights lie: a memory map, so that no backend needs a copy.
+/// Where weights lie: a memory map, so that no backend needs a copy. Answers never change.
 pub trait WeightBytes: Send + Sync {
-    /// The f32 tensor `name`, row-major; `None` if there is none of that name and type. The
-    /// answer never changes.
-    fn f32(&self, name: &str) -> Option<&[f32]>;
+    /// Element type and little-endian bytes, row-major, of the tensor `name`, if there is one.
+    fn bytes(&self, name: &str) -> Option<(DType, &[u8])>;
+
+    /// The f32 tensor `name`, row-major; `None` if there is none of that name and type.
+    fn f32(&self, name: &str) -> Option<&[f32]> {
+        match self.bytes(name)? {
+            (DType::F32, bytes) => bytemuck::try_cast_slice(bytes).ok(),
+            _ => None,
+        }
+    }
 }
 
 /// Weights in ordinary memory, for small models and tests.
 impl WeightBytes for BTreeMap<String, Vec<f32>> {
-    fn f32(&self, name: &str) -> Option<&[f32]> {
-        self.get(name).map(Vec::as_slice)
+    fn bytes(&self, name: &str) -> Option<(DType, &[u8])> {
+        self.get(name).map(|data| (DType::F32, bytemuck::cast_slice(data)))
     }
 }
 
@@ -206,17 +214,19 @@ pub enum BackendError {
 pub struct WeightMismatch {
     /// Name of the tensor.
     pub name: String,
-    /// Elements that the graph declares.
-    pub expected: usize,
-    /// Elements that the file has; `None` if it has no f32 tensor of that name.
-    pub found: Option<usize>,
+    /// Element type and number of elements that the graph declares.
+    pub expected: (DType, usize),
+    /// What the file has; `None` if it has no tensor of that name.
+    pub found: Option<(DType, usize)>,
 }
 
 impl fmt::Display for WeightMismatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "weight `{}`: expected {} f32 elements, found ", self.name, self.expected)?;
+        let (dtype, n) = self.expected;
+        write!(f, "weight `{}`: expected {n} {dtype} elements, found ", self.name)?;
         match self.found {
-            Some(found) => write!(f, "{found}"),
+            Some((found, n)) if found == dtype => write!(f, "{n}"),
+            Some((found, n)) => write!(f, "{n} of {found}"),
             None => f.write_str("none"),
         }
     }
@@ -275,7 +285,7 @@ mod tests {
         let text = error.to_string();
         assert!(text.contains("node \"a\" (Erf)") && text.contains("node \"b\" (Erf)"), "{text}");
         assert!(text.contains("\n\nhint: "), "{text}");
-        let missing = WeightMismatch { name: "w".into(), expected: 4, found: None };
+        let missing = WeightMismatch { name: "w".into(), expected: (DType::F32, 4), found: None };
         assert_eq!(missing.to_string(), "weight `w`: expected 4 f32 elements, found none");
     }
 

@@ -8,6 +8,7 @@ use flamingo_ir::Tensor;
 use flamingo_models::checkpoint::Checkpoint;
 use flamingo_runtime::OpenOptions;
 use flamingoc::compile::{CompileOptions, compile};
+use flamingoc::scheme::Scheme;
 
 /// Folders below `tests/golden` that hold a checkpoint with goldens, sorted.
 pub fn golden_folders() -> Vec<PathBuf> {
@@ -35,6 +36,7 @@ pub fn compiled(source: &Path) -> (tempfile::TempDir, PathBuf) {
         overwrite: false,
         max_context: None,
         max_images: 64,
+        scheme: Scheme::default(),
         dump: None,
     };
     compile(&options, &mut |_| {})

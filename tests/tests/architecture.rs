@@ -15,6 +15,7 @@ use flamingo_ir::{Fact, Graph, op::Linear};
 use flamingo_models::Source;
 use flamingo_tests::{demo_folder, golden_folders};
 use flamingoc::passes::optimise;
+use flamingoc::scheme::Scheme;
 
 use rust_text::{code_of, has_word, is_word, without_space};
 
@@ -292,7 +293,8 @@ fn the_decoder_computes_nothing_about_pictures() {
         let source = Source::open(&folder).unwrap();
         let decoder = source.graphs().unwrap().decoder;
         problems.extend(media_problems(&decoder));
-        let (optimised, _) = optimise(decoder, &source.parts, &mut |_, _| {}).unwrap();
+        let (optimised, _) =
+            optimise(decoder, &source.parts, &Scheme::default(), &mut |_, _| {}).unwrap();
         problems.extend(media_problems(&optimised));
     }
     assert_none(problems);

@@ -8,6 +8,7 @@ use flamingo_ir::{Graph, Tensor, evaluate_with};
 use flamingo_models::{Source, media_time};
 use flamingo_tests::{Golden, golden_folders};
 use flamingoc::passes::optimise;
+use flamingoc::scheme::Scheme;
 
 /// Runs a graph on named tensors.
 fn run(
@@ -86,7 +87,7 @@ fn check(folder: &Path) {
     let graphs = source.graphs().unwrap_or_else(|error| panic!("{name}: {error}"));
     let golden = Golden::read(folder);
     let optimised = |graph: &Graph| {
-        optimise(graph.clone(), &source.parts, &mut |_, _| {})
+        optimise(graph.clone(), &source.parts, &Scheme::default(), &mut |_, _| {})
             .unwrap_or_else(|e| panic!("{name}: {e}"))
     };
     let (media, media_records) = optimised(&graphs.media);

@@ -10,6 +10,7 @@ use super::Outcome;
 use super::output::{Output, byte_bar, bytes};
 use crate::compile::{CompileOptions, Progress, compile, default_output};
 use crate::passes::{pass_names, pass_reasons};
+use crate::scheme::{INT4_BLOCK, Precision, Scheme};
 
 /// Compile a checkpoint into an artifact
 ///
@@ -23,9 +24,12 @@ pub(super) struct Compile {
     /// Where to write the artifact [default: SOURCE's name with .flamingo]
     #[arg(short, long, value_name = "DIR")]
     output: Option<PathBuf>,
-    /// How weights are stored; this version writes f32
+    /// How weights are stored
     #[arg(long, value_enum, default_value = "f32")]
     precision: Precision,
+    /// Columns of a row that share a scale in int4: 32 or 128
+    #[arg(long, value_name = "N", value_parser = int4_block)]
+    int4_block: Option<usize>,
     /// What the artifact is for; this version targets the CPU
     #[arg(long, value_enum, default_value = "cpu")]
     target: Vec<Target>,
@@ -50,19 +54,18 @@ pub(super) struct Compile {
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
-enum Precision {
-    F32,
-    F16,
-    Bf16,
-    Int8,
-    Int4,
-}
-
-#[derive(Clone, Copy, PartialEq, ValueEnum)]
 enum Target {
     Cpu,
     Cuda,
     Tensorrt,
+}
+
+fn int4_block(text: &str) -> Result<usize, String> {
+    match text {
+        "32" => Ok(32),
+        "128" => Ok(128),
+        _ => Err("expected 32 or 128".to_owned()),
+    }
 }
 
 fn after_help() -> String {
@@ -84,6 +87,10 @@ impl Compile {
             overwrite: self.overwrite,
             max_context: self.max_context,
             max_images: self.max_images,
+            scheme: Scheme {
+                precision: self.precision,
+                int4_block: self.int4_block.unwrap_or(INT4_BLOCK),
+            },
             dump,
         };
         let bar = byte_bar("weights");
@@ -119,8 +126,12 @@ impl Compile {
     }
 
     fn refuse_what_is_not_there(&self) -> Result<()> {
-        if self.precision != Precision::F32 {
-            bail!("`--precision`: this version writes f32 only\n\nhint: leave the option out");
+        if self.int4_block.is_some() && self.precision != Precision::Int4 {
+            let precision = self.precision.name();
+            bail!(
+                "`--int4-block`: `--precision {precision}` has no blocks\n\n\
+                 hint: pass `--precision int4`, or leave the option out"
+            );
         }
         if self.target.iter().any(|target| *target != Target::Cpu) {
             bail!("`--target`: this version targets the CPU only\n\nhint: leave the option out");

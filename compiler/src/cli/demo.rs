@@ -14,6 +14,7 @@ use serde_json::json;
 use super::output::{Output, bytes};
 use super::{Opening, Outcome};
 use crate::compile::{CompileOptions, compile};
+use crate::scheme::Scheme;
 
 /// Tasks of which the demo shows one prompt, with the number of examples before the question.
 const SHOWN: [(&str, usize); 6] =
@@ -66,6 +67,7 @@ impl Demo {
             overwrite: true,
             max_context: None,
             max_images: 64,
+            scheme: Scheme::default(),
             dump: None,
         };
         let (manifest, _) = compile(&options, &mut |_| {})?;

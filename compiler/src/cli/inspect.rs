@@ -13,7 +13,8 @@ use serde_json::json;
 
 use super::Outcome;
 use super::output::{Output, bytes};
-use crate::compile::Report;
+use crate::compile::{Quantisation, Report};
+use crate::emit::LayerStorage;
 use crate::passes::runtime_ops;
 
 /// Show what is in an artifact, or in a checkpoint before it is compiled
@@ -64,6 +65,10 @@ impl Inspect {
         let rows: Vec<Vec<String>> = files.map(|f| vec![f.path.clone(), bytes(f.bytes)]).collect();
         output.line("\nfiles")?;
         output.table(&["", "size"], &rows)?;
+        let rows = artifact.manifest.precision.iter().map(|(g, p)| vec![g.clone(), p.clone()]);
+        output.line("\nweights by layer group")?;
+        output.table(&["", "precision"], &rows.collect::<Vec<_>>())?;
+        storage(output, &report.quantisation)?;
         for (stage, records) in &report.passes {
             let total = |ops: &BTreeMap<String, usize>| ops.values().sum::<usize>().to_string();
             let row = |r: &crate::passes::PassRecord| {
@@ -126,6 +131,33 @@ impl Inspect {
         }
         Ok(())
     }
+}
+
+/// How weight matrices are stored, by scheme: bytes, and the layer that lost most.
+fn storage(output: &mut Output, quantisation: &Quantisation) -> Result<()> {
+    let mut schemes: BTreeMap<&str, Vec<&LayerStorage>> = BTreeMap::new();
+    for layer in &quantisation.layers {
+        schemes.entry(&layer.scheme).or_default().push(layer);
+    }
+    if schemes.is_empty() {
+        return Ok(());
+    }
+    let row = |(scheme, layers): (&&str, &Vec<&LayerStorage>)| {
+        let lossy = layers.iter().filter_map(|layer| Some((layer.sqnr_db?, &layer.name)));
+        let worst = lossy.min_by(|a, b| a.0.total_cmp(&b.0));
+        vec![
+            (*scheme).to_owned(),
+            layers.len().to_string(),
+            bytes(layers.iter().map(|layer| layer.bytes).sum()),
+            worst.map_or("-".into(), |(db, _)| format!("{db:.1}")),
+            worst.map_or("-".into(), |(_, name)| name.clone()),
+        ]
+    };
+    let rows: Vec<Vec<String>> = schemes.iter().map(row).collect();
+    output.line("\nweight matrices")?;
+    output.table(&["", "matrices", "size", "worst SQNR, dB", "in"], &rows)?;
+    let (found, in_f32) = (bytes(quantisation.bytes), bytes(quantisation.bytes_f32));
+    output.line(&format!("weight file: {found}; in f32 {in_f32}"))
 }
 
 /// Tensors and numbers of each part.

@@ -5,11 +5,15 @@
 use flamingo_ir::op::Op;
 use flamingo_ir::{GraphError, Patch, ValueId, Weights, fold};
 
-pub(super) fn run(patch: &mut Patch, weights: &dyn Weights) -> Result<(), GraphError> {
+use super::Context;
+
+pub(super) fn run(patch: &mut Patch, context: &Context) -> Result<(), GraphError> {
     for node in patch.nodes() {
         let (Op::Add(_), [left, right]) = (&node.op, node.inputs.as_slice()) else { continue };
         for (kept, branch) in [(*left, *right), (*right, *left)] {
-            if is_zero(patch, branch, weights)? && patch.fact(kept) == patch.fact(node.outputs[0]) {
+            if is_zero(patch, branch, context.weights)?
+                && patch.fact(kept) == patch.fact(node.outputs[0])
+            {
                 patch.replace(node.outputs[0], kept)?;
                 break;
             }

@@ -2,9 +2,11 @@
 //! every linear that reads it.
 
 use flamingo_ir::op::{Add, LayerNorm, Linear, MatMul, Mul, Op, Reshape, RmsNorm};
-use flamingo_ir::{Dim, GraphError, Node, Patch, ValueId, Weights};
+use flamingo_ir::{Dim, GraphError, Node, Patch, ValueId};
 
-pub(super) fn run(patch: &mut Patch, _weights: &dyn Weights) -> Result<(), GraphError> {
+use super::Context;
+
+pub(super) fn run(patch: &mut Patch, _context: &Context) -> Result<(), GraphError> {
     for node in patch.nodes() {
         let plain: Op = match &node.op {
             Op::LayerNorm(norm) if norm.n_heads == 1 && norm.scale => {

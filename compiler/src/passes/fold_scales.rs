@@ -4,9 +4,11 @@
 //! * the scale of attention scores → the query projection.
 
 use flamingo_ir::op::{Linear, Mul, Op, Reshape};
-use flamingo_ir::{Dim, GraphError, Node, Patch, ValueId, Weights};
+use flamingo_ir::{Dim, GraphError, Node, Patch, ValueId};
 
-pub(super) fn run(patch: &mut Patch, _weights: &dyn Weights) -> Result<(), GraphError> {
+use super::Context;
+
+pub(super) fn run(patch: &mut Patch, _context: &Context) -> Result<(), GraphError> {
     for node in patch.nodes() {
         match &node.op {
             Op::Mul(_) => fold_factor(patch, &node)?,

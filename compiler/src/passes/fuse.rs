@@ -2,9 +2,11 @@
 
 use flamingo_ir::op::Concat;
 use flamingo_ir::op::{
-    Activation, FeedForward, GatedCrossAttention, Linear, Op, ResamplerAttention,
+    Activation, FeedForward, GatedCrossAttention, Linear, Op, ResamplerAttention, Rounding,
 };
-use flamingo_ir::{GraphError, Node, Patch, ValueId, Weights};
+use flamingo_ir::{GraphError, Node, Patch, ValueId};
+
+use super::Context;
 
 /// The linear that computes `value`, if `value` has one reader.
 fn linear_before(patch: &Patch, value: ValueId) -> Option<(Node, Linear)> {
@@ -19,7 +21,7 @@ fn linear_before(patch: &Patch, value: ValueId) -> Option<(Node, Linear)> {
 }
 
 /// Activate(Linear(x)) → Linear with activation.
-pub(super) fn activations(patch: &mut Patch, _weights: &dyn Weights) -> Result<(), GraphError> {
+pub(super) fn activations(patch: &mut Patch, _context: &Context) -> Result<(), GraphError> {
     for node in patch.nodes() {
         let Op::Activate(activate) = &node.op else { continue };
         let Some((before, linear)) = linear_before(patch, node.inputs[0]) else { continue };
@@ -34,7 +36,7 @@ pub(super) fn activations(patch: &mut Patch, _weights: &dyn Weights) -> Result<(
 }
 
 /// x + Linear(y) → Linear with residual x.
-pub(super) fn residuals(patch: &mut Patch, _weights: &dyn Weights) -> Result<(), GraphError> {
+pub(super) fn residuals(patch: &mut Patch, _context: &Context) -> Result<(), GraphError> {
     for node in patch.nodes() {
         let (Op::Add(_), &[left, right]) = (&node.op, node.inputs.as_slice()) else { continue };
         for (residual, value) in [(left, right), (right, left)] {
@@ -54,7 +56,7 @@ pub(super) fn residuals(patch: &mut Patch, _weights: &dyn Weights) -> Result<(),
 }
 
 /// Linear with activation, then Linear → FeedForward; also act(Linear) · Linear, then Linear.
-pub(super) fn feed_forwards(patch: &mut Patch, _weights: &dyn Weights) -> Result<(), GraphError> {
+pub(super) fn feed_forwards(patch: &mut Patch, _context: &Context) -> Result<(), GraphError> {
     for node in patch.nodes() {
         let Op::Linear(down) = &node.op else { continue };
         let hidden = node.inputs[0];
@@ -74,6 +76,7 @@ pub(super) fn feed_forwards(patch: &mut Patch, _weights: &dyn Weights) -> Result
             up_bias: up.bias.is_some(),
             down_bias: down.bias,
             residual: down.residual,
+            rounding: Rounding::None,
         };
         let mut inputs = vec![up.x, up.weight];
         inputs.extend(up.bias);
@@ -130,10 +133,7 @@ fn gated_up(patch: &mut Patch, product: &Node) -> Result<Option<Up>, GraphError>
 }
 
 /// Attention over concatenated media and latents → ResamplerAttention of the pieces.
-pub(super) fn resampler_attention(
-    patch: &mut Patch,
-    _weights: &dyn Weights,
-) -> Result<(), GraphError> {
+pub(super) fn resampler_attention(patch: &mut Patch, _context: &Context) -> Result<(), GraphError> {
     for node in patch.nodes() {
         let Op::Attention(attention) = &node.op else { continue };
         let pieces = |value: ValueId| {
@@ -153,7 +153,7 @@ pub(super) fn resampler_attention(
 /// GatedCrossAttention.
 pub(super) fn gated_cross_attention(
     patch: &mut Patch,
-    _weights: &dyn Weights,
+    _context: &Context,
 ) -> Result<(), GraphError> {
     for node in patch.nodes() {
         let Op::Linear(output) = &node.op else { continue };
@@ -169,6 +169,7 @@ pub(super) fn gated_cross_attention(
             scale: attention.scale,
             query_bias: query.linear.bias,
             query_norm: query.norm.map(|(epsilon, _)| epsilon),
+            rounding: Rounding::None,
         };
         let mut inputs = query.inputs;
         inputs.extend(query.norm.map(|(_, scale)| scale));

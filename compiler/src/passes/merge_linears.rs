@@ -4,9 +4,11 @@
 use std::collections::BTreeMap;
 
 use flamingo_ir::op::{Concat, Linear, Op, Split};
-use flamingo_ir::{GraphError, Node, Patch, Tensor, ValueId, Weights};
+use flamingo_ir::{GraphError, Node, Patch, Tensor, ValueId};
 
-pub(super) fn run(patch: &mut Patch, _weights: &dyn Weights) -> Result<(), GraphError> {
+use super::Context;
+
+pub(super) fn run(patch: &mut Patch, _context: &Context) -> Result<(), GraphError> {
     let mut groups: BTreeMap<ValueId, Vec<Node>> = BTreeMap::new();
     for node in patch.nodes() {
         let Op::Linear(linear) = &node.op else { continue };
@@ -42,7 +44,7 @@ fn merge(patch: &mut Patch, x: ValueId, nodes: &[Node]) -> Result<(), GraphError
         }
         inputs.push(patch.add("stacked_bias", Concat { axis: 0 }, &parts)?);
     }
-    let merged = patch.add(&name, Linear { activation: None, bias, residual: false }, &inputs)?;
+    let merged = patch.add(&name, Linear { bias, ..Linear::default() }, &inputs)?;
     let axis = patch.fact(merged).rank() - 1;
     let parts = patch.add_many(&format!("{name}.split"), Split { axis, sizes }, &[merged])?;
     for (node, part) in nodes.iter().zip(parts) {

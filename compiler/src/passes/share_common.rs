@@ -2,9 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use flamingo_ir::{GraphError, Patch, ValueId, Weights};
+use flamingo_ir::{GraphError, Patch, ValueId};
 
-pub(super) fn run(patch: &mut Patch, _weights: &dyn Weights) -> Result<(), GraphError> {
+use super::Context;
+
+pub(super) fn run(patch: &mut Patch, _context: &Context) -> Result<(), GraphError> {
     let mut first: BTreeMap<(String, Vec<ValueId>), Vec<ValueId>> = BTreeMap::new();
     let mut moved: BTreeMap<ValueId, ValueId> = BTreeMap::new();
     for node in patch.nodes() {

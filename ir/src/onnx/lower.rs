@@ -16,7 +16,7 @@ pub(super) fn runtime_graph(graph: &Graph, layout: &WeightLayout) -> Result<Grap
         lowering.ids.insert(*id, input);
     }
     let written =
-        || graph.nodes().iter().filter(|node| !node.inputs.iter().all(|i| known.contains(i)));
+        || graph.nodes().iter().filter(|node| !node.outputs.iter().all(|o| known.contains(o)));
     let read =
         written().flat_map(|node| &node.inputs).chain(graph.outputs().iter().map(|(_, id)| id));
     lowering.constants(read.copied().filter(|id| known.contains(id)).collect())?;

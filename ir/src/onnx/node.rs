@@ -75,7 +75,7 @@ pub(super) fn op_from_node(
             let n_inputs = node.input.len().checked_sub(extra_inputs.len());
             n_inputs.map(|n_inputs| (op, n_inputs)).ok_or_else(|| "too few inputs".into())
         }
-        OnnxForm::Node { .. } | OnnxForm::Function => Err(unknown()),
+        OnnxForm::Node { .. } | OnnxForm::Function | OnnxForm::BuildTime => Err(unknown()),
     }
 }
 

@@ -14,7 +14,7 @@ use super::proto::tensor_shape_proto::dimension;
 use super::proto::{GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, type_proto};
 use super::write::{is_inside, model_from_graph};
 use super::{OnnxError, ReadLimits, ReadModel, WeightPlace, message, scan};
-use crate::graph::{Graph, ValueId};
+use crate::graph::{Constant, Graph, ValueId};
 use crate::op::Flavour;
 use crate::{DType, Dim, Fact, Tensor, verify};
 
@@ -33,10 +33,14 @@ pub fn read_onnx(bytes: &[u8], limits: &ReadLimits) -> Result<ReadModel, OnnxErr
     reader.outputs()?;
     let Reader { graph, places, location, .. } = reader;
     compare(&model, &graph, flavour, (&location, &places), bytes.len())?;
-    let weights = places
-        .into_iter()
-        .map(|(name, (offset, length))| (name.to_owned(), WeightPlace { offset, length }))
-        .collect();
+    let mut weights = BTreeMap::new();
+    for (_, value) in graph.values() {
+        let Some(Constant::Weight(name)) = &value.constant else { continue };
+        let place = places.get(name.as_str()).copied();
+        weights.extend(place.map(|(offset, length)| {
+            (name.clone(), WeightPlace { dtype: value.fact.dtype, offset, length })
+        }));
+    }
     Ok(ReadModel { graph: verify(graph)?, flavour, location, weights })
 }
 
@@ -113,8 +117,9 @@ impl<'a> Reader<'a> {
                 self.external(tensor, n_bytes(dtype, &shape))?;
                 self.define(tensor.name(), id)?;
             } else if tensor.name().starts_with("literal#") {
-                let literal = Tensor::from_le_bytes(dtype, &shape, tensor.raw_data())
-                    .map_err(|error| malformed(place(), "whole data", error))?;
+                let literal = Tensor::from_stored_bytes(dtype, &shape, tensor.raw_data());
+                let literal = literal
+                    .ok_or_else(|| malformed(place(), "whole data of its type", "other data"))?;
                 let id = self.graph.literal(literal);
                 self.define(tensor.name(), id)?;
             }

@@ -194,6 +194,10 @@ impl Writer<'_> {
                 }
                 ((domain, op_type), attributes)
             }
+            OnnxForm::BuildTime => {
+                let (node, op) = (node.name.clone(), node.op.name());
+                return Err(OnnxError::BuildTime { node, op });
+            }
             OnnxForm::Function => {
                 function = functions.name_of(&node.op, &facts)?;
                 ((FLAMINGO, function.as_str()), node.op.operator().attributes())

@@ -1,4 +1,5 @@
-//! Elementwise ops: `Add Sub Mul Div Neg Sqrt Erf Sigmoid Tanh Relu Cos Sin Equal LessOrEqual And`
+//! Elementwise ops: `Add Sub Mul Div Max Neg Abs Floor Round Sqrt Erf Sigmoid Tanh Relu Cos Sin Equal
+//! LessOrEqual And`
 //! (<https://onnx.ai/onnx/operators/>, opset 17). Two-operand ops broadcast.
 
 use ndarray::{ArcArray, IxDyn, Zip};
@@ -86,6 +87,8 @@ binary! {
     Mul("Mul"): |a, b| a * b, |a, b| a.wrapping_mul(b);
     /// a / b.
     Div("Div"): |a, b| a / b, |a, b| a.checked_div(b).unwrap_or(0);
+    /// The larger of a and b; NaN if one is.
+    Max("Max"): |a, b| if a.is_nan() || a > b { a } else { b }, |a, b| a.max(b);
 }
 
 /// Declares comparisons: the result is of truth values.
@@ -213,6 +216,12 @@ macro_rules! unary {
 unary! {
     /// −x.
     Neg("Neg"): |x| -x;
+    /// |x|.
+    Abs("Abs"): f32::abs;
+    /// The largest integer ≤ x.
+    Floor("Floor"): f32::floor;
+    /// The nearest integer, ties to even.
+    Round("Round"): f32::round_ties_even;
     /// √x.
     Sqrt("Sqrt"): f32::sqrt;
     /// erf x, computed in f64.

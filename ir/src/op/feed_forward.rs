@@ -1,13 +1,14 @@
 //! `FeedForward`: the two (or, gated, three) linears of a transformer block.
 
 use super::{
-    Activate, Activation, Attributes, Flavour, Linear, Mul, OpError, Operator, Split,
+    Activate, Activation, Attributes, Flavour, Linear, Mul, OpError, Operator, Rounding, Split,
     expect_inputs, input_error, linear,
 };
 use crate::graph::{Graph, GraphError};
 use crate::{Dim, Fact};
 
-/// act(x Uᵀ) Dᵀ + residual, or gated: (act(x Gᵀ) · x Uᵀ) Dᵀ + residual with U stored as [G; U].
+/// act(x Uᵀ) Dᵀ + residual, or gated: (act(x Gᵀ) · x Uᵀ) Dᵀ + residual with U stored as [G; U];
+/// x and what meets D are rounded before.
 /// Inputs: x [.., d], up [f, d] ([2f, d] gated), up bias if `up_bias`, down [e, f],
 /// down bias `[e]` if `down_bias`, residual `[.., e]` if `residual`.
 #[derive(Debug, Clone, PartialEq)]
@@ -22,11 +23,20 @@ pub struct FeedForward {
     pub down_bias: bool,
     /// Whether a residual is added.
     pub residual: bool,
+    /// How the inputs of both linears are rounded.
+    pub rounding: Rounding,
 }
 
 impl FeedForward {
     pub(crate) fn parse(attributes: &Attributes) -> Result<FeedForward, OpError> {
-        attributes.expect_only(&["activation", "gated", "up_bias", "down_bias", "residual"])?;
+        attributes.expect_only(&[
+            "activation",
+            "gated",
+            "up_bias",
+            "down_bias",
+            "residual",
+            "rounding",
+        ])?;
         Ok(FeedForward {
             activation: Activate::parse(
                 &Attributes::none().with("activation", attributes.text("activation")?),
@@ -36,16 +46,22 @@ impl FeedForward {
             up_bias: attributes.flag("up_bias")?,
             down_bias: attributes.flag("down_bias")?,
             residual: attributes.flag("residual")?,
+            rounding: Rounding::from_attributes(attributes)?,
         })
     }
 
     fn up(&self) -> Linear {
         let activation = (!self.gated).then_some(self.activation);
-        Linear { activation, bias: self.up_bias, residual: false }
+        Linear { activation, bias: self.up_bias, residual: false, rounding: self.rounding }
     }
 
     fn down(&self) -> Linear {
-        Linear { activation: None, bias: self.down_bias, residual: self.residual }
+        Linear {
+            activation: None,
+            bias: self.down_bias,
+            residual: self.residual,
+            rounding: self.rounding,
+        }
     }
 
     fn n_up(&self) -> usize {
@@ -92,6 +108,7 @@ impl Operator for FeedForward {
             .with("up_bias", self.up_bias)
             .with("down_bias", self.down_bias)
             .with("residual", self.residual)
+            .with("rounding", self.rounding.attribute())
     }
 
     fn infer(&self, inputs: &[Fact]) -> Result<Vec<Fact>, OpError> {
@@ -127,6 +144,7 @@ mod tests {
             up_bias: false,
             down_bias: false,
             residual: true,
+            rounding: Rounding::None,
         };
         let x = Tensor::f32(&[1, 1], vec![2.0]).unwrap();
         let up = Tensor::f32(&[4, 1], vec![1.0, -1.0, 3.0, 5.0]).unwrap();

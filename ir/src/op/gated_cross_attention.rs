@@ -2,13 +2,13 @@
 //! (paper fig. 4; the gate's tanh is folded into the output weight).
 
 use super::{
-    Attribute, Attributes, CrossAttention, Flavour, Linear, OpError, Operator, RmsNorm,
+    Attribute, Attributes, CrossAttention, Flavour, Linear, OpError, Operator, RmsNorm, Rounding,
     expect_inputs,
 };
 use crate::Fact;
 use crate::graph::{Graph, GraphError};
 
-/// residual + CrossAttention(norm(x Qᵀ + bias)) Oᵀ. Inputs: x [m, d] (normalised text),
+/// residual + CrossAttention(norm(x Qᵀ + bias)) Oᵀ; x and what meets O are rounded before. Inputs: x [m, d] (normalised text),
 /// query weight `[h·e, d]`, query bias `[h·e]` if `query_bias`, query scale `[e]` if `query_norm`
 /// (RMS per head), media k and v `[n_media, n_latents, h·e]`, media time `[m]`, media index
 /// `[n_media]`, output weight `[d, h·e]`, residual `[m, d]`.
@@ -22,22 +22,36 @@ pub struct GatedCrossAttention {
     pub query_bias: bool,
     /// ε of the per-head RMS norm of the queries (IDEFICS), if any.
     pub query_norm: Option<f32>,
+    /// How the inputs of both linears are rounded.
+    pub rounding: Rounding,
 }
 
 impl GatedCrossAttention {
     pub(crate) fn parse(attributes: &Attributes) -> Result<GatedCrossAttention, OpError> {
-        attributes.expect_only(&["n_heads", "scale", "query_bias", "query_norm", "epsilon"])?;
+        attributes.expect_only(&[
+            "n_heads",
+            "scale",
+            "query_bias",
+            "query_norm",
+            "epsilon",
+            "rounding",
+        ])?;
         let epsilon = attributes.float("epsilon")?;
         Ok(GatedCrossAttention {
             n_heads: attributes.positive("n_heads")?,
             scale: attributes.float("scale")?,
             query_bias: attributes.flag("query_bias")?,
             query_norm: attributes.flag("query_norm")?.then_some(epsilon),
+            rounding: Rounding::from_attributes(attributes)?,
         })
     }
 
     fn query(&self) -> Linear {
-        Linear { activation: None, bias: self.query_bias, residual: false }
+        Linear { bias: self.query_bias, rounding: self.rounding, ..Linear::default() }
+    }
+
+    fn output(&self) -> Linear {
+        Linear { residual: true, rounding: self.rounding, ..Linear::default() }
     }
 
     fn norm(&self) -> Option<RmsNorm> {
@@ -78,8 +92,7 @@ impl GatedCrossAttention {
             q = graph.add("query_norm", norm, &[&[q], norm_inputs].concat())?;
         }
         let mixed = graph.add("attention", self.cross(), &[&[q], media].concat())?;
-        let linear = Linear { activation: None, bias: false, residual: true };
-        let y = graph.add("output", linear, &[&[mixed], output].concat())?;
+        let y = graph.add("output", self.output(), &[&[mixed], output].concat())?;
         graph.output("y", y);
         Ok(graph)
     }
@@ -97,6 +110,7 @@ impl Operator for GatedCrossAttention {
             .with("query_bias", self.query_bias)
             .with("query_norm", self.query_norm.is_some())
             .with("epsilon", Attribute::Float(self.query_norm.unwrap_or(0.0)))
+            .with("rounding", self.rounding.attribute())
     }
 
     fn infer(&self, inputs: &[Fact]) -> Result<Vec<Fact>, OpError> {
@@ -110,8 +124,7 @@ impl Operator for GatedCrossAttention {
             q = norm.infer(&[&q, norm_inputs].concat())?;
         }
         let mixed = self.cross().infer(&[&q, media].concat())?;
-        let linear = Linear { activation: None, bias: false, residual: true };
-        linear.infer(&[&mixed, output].concat())
+        self.output().infer(&[&mixed, output].concat())
     }
 
     fn body(&self, inputs: &[Fact], _flavour: Flavour) -> Option<Result<Graph, GraphError>> {

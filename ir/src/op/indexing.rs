@@ -5,6 +5,7 @@ use ndarray::{Axis, IxDyn};
 
 use super::broadcast::broadcast;
 use super::{Attributes, OnnxForm, OnnxInput, OpError, Operator, expect_inputs, input_error};
+use crate::tensor::on_any;
 use crate::{DType, Dim, Fact, Tensor};
 
 /// Rows of the first input by the indices of the second (axis 0).
@@ -107,19 +108,7 @@ impl Operator for Gather {
         };
         let rows = indices.iter().map(row).collect::<Result<Vec<usize>, OpError>>()?;
         let shape = IxDyn(&[indices.shape(), &table.shape()[1..]].concat());
-        let out = match table {
-            Tensor::F32(t) => t
-                .select(Axis(0), &rows)
-                .into_shape_with_order(shape)
-                .ok()
-                .map(|o| Tensor::F32(o.into_shared())),
-            Tensor::I64(t) => t
-                .select(Axis(0), &rows)
-                .into_shape_with_order(shape)
-                .ok()
-                .map(|o| Tensor::I64(o.into_shared())),
-            Tensor::Bool(_) => None,
-        };
+        let out = on_any!(table, t => t.select(Axis(0), &rows).into_shape_with_order(shape).ok());
         out.map(|t| vec![t]).ok_or_else(failed)
     }
 }
@@ -127,11 +116,8 @@ impl Operator for Gather {
 /// Positions `start..end` of `axis`.
 fn part(tensor: &Tensor, axis: usize, start: usize, end: usize) -> Tensor {
     let slice = ndarray::Slice::from(start..end);
-    match tensor {
-        Tensor::F32(t) => Tensor::F32(t.slice_axis(Axis(axis), slice).to_owned().into_shared()),
-        Tensor::I64(t) => Tensor::I64(t.slice_axis(Axis(axis), slice).to_owned().into_shared()),
-        Tensor::Bool(t) => Tensor::Bool(t.slice_axis(Axis(axis), slice).to_owned().into_shared()),
-    }
+    let out = on_any!(tensor, t => Some(t.slice_axis(Axis(axis), slice).to_owned()));
+    out.expect("a part is always there")
 }
 
 impl Operator for Slice {

@@ -2,8 +2,8 @@
 
 use super::contrib::{FusedMatMul, Gelu, QuickGelu};
 use super::{
-    Add, Attribute, Attributes, Div, Erf, Flavour, MatMul, Mul, OpError, Operator, Relu, Sigmoid,
-    Transpose, expect_fact, input_error,
+    Add, Attribute, Attributes, Div, Erf, Flavour, MatMul, Mul, OpError, Operator, Relu, Rounding,
+    Sigmoid, Transpose, expect_fact, input_error,
 };
 use crate::graph::{Graph, GraphError, ValueId};
 use crate::{DType, Dim, Fact, Tensor};
@@ -109,7 +109,7 @@ pub struct Activate {
     pub activation: Activation,
 }
 
-/// act(x Wᵀ + bias) + residual. Inputs: x `[.., k]`, weight `[n, k]`, bias `[n]` if `bias`,
+/// act(round(x) Wᵀ + bias) + residual. Inputs: x `[.., k]`, weight `[n, k]`, bias `[n]` if `bias`,
 /// residual [.., n] if `residual`.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Linear {
@@ -119,6 +119,8 @@ pub struct Linear {
     pub bias: bool,
     /// Whether a residual input follows.
     pub residual: bool,
+    /// How x is rounded before the product.
+    pub rounding: Rounding,
 }
 
 impl Activate {
@@ -137,11 +139,12 @@ impl Activate {
 
 impl Linear {
     pub(crate) fn parse(attributes: &Attributes) -> Result<Linear, OpError> {
-        attributes.expect_only(&["activation", "bias", "residual"])?;
+        attributes.expect_only(&["activation", "bias", "residual", "rounding"])?;
         Ok(Linear {
             activation: Activation::from_attributes(attributes)?,
             bias: attributes.flag("bias")?,
             residual: attributes.flag("residual")?,
+            rounding: Rounding::from_attributes(attributes)?,
         })
     }
 
@@ -154,6 +157,7 @@ impl Linear {
         };
         let x = input(&mut graph, "x");
         let weight = input(&mut graph, "weight");
+        let x = self.rounding.define(&mut graph, x)?;
         let mut y = match flavour {
             Flavour::Portable => {
                 let columns = Transpose { permutation: vec![1, 0] };
@@ -215,6 +219,7 @@ impl Operator for Linear {
             .with("activation", Activation::attribute(self.activation))
             .with("bias", self.bias)
             .with("residual", self.residual)
+            .with("rounding", self.rounding.attribute())
     }
 
     fn infer(&self, inputs: &[Fact]) -> Result<Vec<Fact>, OpError> {
@@ -257,7 +262,12 @@ mod tests {
 
     #[test]
     fn epilogue_order_is_bias_activation_residual() {
-        let linear = Linear { activation: Some(Activation::Relu), bias: true, residual: true };
+        let linear = Linear {
+            activation: Some(Activation::Relu),
+            bias: true,
+            residual: true,
+            ..Linear::default()
+        };
         let x = Tensor::f32(&[1, 2], vec![1.0, 2.0]).unwrap();
         let weight = Tensor::f32(&[2, 2], vec![1.0, 1.0, -1.0, -1.0]).unwrap();
         let bias = Tensor::vector(vec![0.5, 1.0]);

@@ -1,11 +1,13 @@
 //! Ops that move or relabel elements: `Reshape Transpose Expand Concat Cast`
 //! (<https://onnx.ai/onnx/operators/>, opset 13).
 
+use half::{bf16, f16};
 use ndarray::{Axis, IxDyn};
 
 use super::{
     Attribute, Attributes, OnnxForm, OnnxInput, OpError, Operator, expect_inputs, input_error,
 };
+use crate::tensor::on_any;
 use crate::{DType, Dim, Fact, Tensor};
 
 /// The same elements in row-major order under another shape.
@@ -95,17 +97,6 @@ fn known(shape: &[Dim]) -> Result<Vec<usize>, OpError> {
 
 fn cannot(op: &str, input: &Tensor) -> OpError {
     OpError::Evaluation(format!("{op} cannot take {}", input.fact()))
-}
-
-/// Applies the same array operation to a tensor of any element type.
-macro_rules! on_any {
-    ($tensor:expr, $array:ident => $result:expr) => {
-        match $tensor {
-            Tensor::F32($array) => $result.map(|out| Tensor::F32(out.into_shared())),
-            Tensor::I64($array) => $result.map(|out| Tensor::I64(out.into_shared())),
-            Tensor::Bool($array) => $result.map(|out| Tensor::Bool(out.into_shared())),
-        }
-    };
 }
 
 impl Operator for Reshape {
@@ -262,6 +253,10 @@ impl Operator for Concat {
             Tensor::F32(_) => concat!(F32),
             Tensor::I64(_) => concat!(I64),
             Tensor::Bool(_) => concat!(Bool),
+            Tensor::F16(_) => concat!(F16),
+            Tensor::BF16(_) => concat!(BF16),
+            Tensor::I8(_) => concat!(I8),
+            Tensor::U8(_) => concat!(U8),
         };
         out.map(|t| vec![t]).ok_or_else(|| cannot("Concat", &inputs[0]))
     }
@@ -305,6 +300,11 @@ impl Operator for Cast {
                 Tensor::F32(x.mapv(|v| f32::from(u8::from(v))).into_shared())
             }
             (Tensor::Bool(x), DType::I64) => Tensor::I64(x.mapv(i64::from).into_shared()),
+            (Tensor::F16(x), DType::F32) => Tensor::F32(x.mapv(f16::to_f32).into_shared()),
+            (Tensor::BF16(x), DType::F32) => Tensor::F32(x.mapv(bf16::to_f32).into_shared()),
+            (Tensor::I8(x), DType::F32) => Tensor::F32(x.mapv(f32::from).into_shared()),
+            (Tensor::U8(x), DType::F32) => Tensor::F32(x.mapv(f32::from).into_shared()),
+            (Tensor::F32(x), DType::BF16) => Tensor::BF16(x.mapv(bf16::from_f32).into_shared()),
             (same, dtype) if same.dtype() == dtype => same.clone(),
             (other, _) => return Err(cannot("Cast", other)),
         };

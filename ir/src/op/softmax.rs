@@ -1,4 +1,4 @@
-//! `Softmax` and `ReduceMean` along the last axis
+//! `Softmax`, `ReduceMean` and `ReduceMax` along the last axis
 //! (<https://onnx.ai/onnx/operators/onnx__Softmax.html>, opset 13).
 
 use ndarray::Axis;
@@ -14,6 +14,10 @@ pub struct Softmax;
 #[derive(Debug, Clone, PartialEq)]
 pub struct ReduceMean;
 
+/// Largest value along the last axis, which stays with size 1; NaN if one is.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ReduceMax;
+
 impl Softmax {
     pub(crate) fn parse(attributes: &Attributes) -> Result<Softmax, OpError> {
         attributes.expect_only(&[]).map(|()| Softmax)
@@ -23,6 +27,12 @@ impl Softmax {
 impl ReduceMean {
     pub(crate) fn parse(attributes: &Attributes) -> Result<ReduceMean, OpError> {
         attributes.expect_only(&[]).map(|()| ReduceMean)
+    }
+}
+
+impl ReduceMax {
+    pub(crate) fn parse(attributes: &Attributes) -> Result<ReduceMax, OpError> {
+        attributes.expect_only(&[]).map(|()| ReduceMax)
     }
 }
 
@@ -81,21 +91,11 @@ impl Operator for ReduceMean {
     }
 
     fn onnx_form(&self) -> OnnxForm {
-        OnnxForm::Node {
-            domain: "",
-            op_type: "ReduceMean",
-            attributes: Attributes::none()
-                .with("axes", Attribute::Ints(vec![-1]))
-                .with("keepdims", Attribute::Int(1)),
-            extra_inputs: Vec::new(),
-        }
+        reduction("ReduceMean")
     }
 
     fn infer(&self, inputs: &[Fact]) -> Result<Vec<Fact>, OpError> {
-        let mut fact = last_axis(inputs)?.clone();
-        fact.shape.pop();
-        fact.shape.push(Dim::from(1));
-        Ok(vec![fact])
+        reduced(inputs)
     }
 
     fn evaluate(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>, OpError> {
@@ -105,6 +105,55 @@ impl Operator for ReduceMean {
         let mean = x.mean_axis(axis).ok_or_else(failed)?.insert_axis(axis);
         Ok(vec![Tensor::F32(mean.into_shared())])
     }
+}
+
+impl Operator for ReduceMax {
+    fn name(&self) -> &'static str {
+        "ReduceMax"
+    }
+
+    fn attributes(&self) -> Attributes {
+        Attributes::none()
+    }
+
+    fn onnx_form(&self) -> OnnxForm {
+        reduction("ReduceMax")
+    }
+
+    fn infer(&self, inputs: &[Fact]) -> Result<Vec<Fact>, OpError> {
+        reduced(inputs)
+    }
+
+    fn evaluate(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>, OpError> {
+        let failed = || OpError::Evaluation("ReduceMax takes one non-empty f32 tensor".into());
+        let [Tensor::F32(x)] = inputs else { return Err(failed()) };
+        let axis = Axis(x.ndim().checked_sub(1).filter(|_| !x.is_empty()).ok_or_else(failed)?);
+        let larger = |max: &f32, value: &f32| {
+            if max.is_nan() || max > value { *max } else { *value }
+        };
+        let max = x.fold_axis(axis, f32::NEG_INFINITY, larger).insert_axis(axis);
+        Ok(vec![Tensor::F32(max.into_shared())])
+    }
+}
+
+/// A standard reduction of the last axis.
+fn reduction(op_type: &'static str) -> OnnxForm {
+    OnnxForm::Node {
+        domain: "",
+        op_type,
+        attributes: Attributes::none()
+            .with("axes", Attribute::Ints(vec![-1]))
+            .with("keepdims", Attribute::Int(1)),
+        extra_inputs: Vec::new(),
+    }
+}
+
+/// Facts with a last axis of size 1.
+fn reduced(inputs: &[Fact]) -> Result<Vec<Fact>, OpError> {
+    let mut fact = last_axis(inputs)?.clone();
+    fact.shape.pop();
+    fact.shape.push(Dim::from(1));
+    Ok(vec![fact])
 }
 
 #[cfg(test)]

@@ -25,6 +25,14 @@ pub(crate) enum Source {
     MediaIndex,
     /// Truth values.
     Truth,
+    /// bf16 in −1..1, known at build time.
+    Bf16Weight,
+    /// f16 in −1..1, known at build time.
+    F16Weight,
+    /// i8, known at build time.
+    I8Weight,
+    /// u8, known at build time.
+    U8Weight,
 }
 
 use Source::*;
@@ -42,6 +50,10 @@ fn case(name: &'static str, op: impl Into<Op>, inputs: &[(&'static str, Source, 
             Noise | Positive | Weight => DType::F32,
             Positions | KeyPositions | MediaTime | MediaIndex => DType::I64,
             Truth => DType::Bool,
+            Bf16Weight => DType::BF16,
+            F16Weight => DType::F16,
+            I8Weight => DType::I8,
+            U8Weight => DType::U8,
         };
         Fact::new(dtype, dims(shape))
     };
@@ -77,6 +89,18 @@ fn tensor(source: Source, fact: &Fact, bindings: &Bindings, seed: usize) -> Tens
         Truth => {
             let bytes: Vec<u8> = (0..n).map(|i| u8::from(i % 3 == 1)).collect();
             Tensor::from_le_bytes(DType::Bool, &shape, &bytes).unwrap()
+        }
+        Bf16Weight | F16Weight => {
+            let half = |i: usize| match source {
+                Bf16Weight => half::bf16::from_f32(noise(i)).to_le_bytes(),
+                _ => half::f16::from_f32(noise(i)).to_le_bytes(),
+            };
+            let bytes: Vec<u8> = (0..n).flat_map(half).collect();
+            Tensor::from_stored_bytes(fact.dtype, &shape, &bytes).unwrap()
+        }
+        I8Weight | U8Weight => {
+            let bytes: Vec<u8> = (0..n).map(|i| (i * 151 + seed).to_le_bytes()[0]).collect();
+            Tensor::from_stored_bytes(fact.dtype, &shape, &bytes).unwrap()
         }
     }
 }
@@ -122,7 +146,7 @@ pub(crate) fn build(name: &str, cases: &[Case]) -> Built {
         for (role, source, fact) in &case.inputs {
             let name = format!("{}.{role}", case.name);
             ids.push(match source {
-                Weight => {
+                Weight | Bf16Weight | F16Weight | I8Weight | U8Weight => {
                     let seed = 1000 + weights.0.len();
                     weights.0.insert(name.clone(), tensor(*source, fact, &Bindings::new(), seed));
                     let id = graph.weight(&name, fact.clone());
@@ -161,7 +185,11 @@ pub(crate) fn standard_cases() -> Vec<Case> {
         case("sub", Sub, &pair),
         case("mul", Mul, &pair),
         case("div", Div, &pair),
+        case("max", Max, &pair),
         case("neg", Neg, &[X]),
+        case("abs", Abs, &[X]),
+        case("floor", Floor, &[X]),
+        case("round", Round, &[X]),
         case("sqrt", Sqrt, &[("x", Positive, "text_len, 8")]),
         case("erf", Erf, &[X]),
         case("sigmoid", Sigmoid, &[X]),
@@ -174,9 +202,11 @@ pub(crate) fn standard_cases() -> Vec<Case> {
         case("and", And, &[("a", Truth, "text_len, 1"), ("b", Truth, "4")]),
         case("where", Where, &[("c", Truth, "text_len, 1"), X, ("no", Noise, "1")]),
         case("cast", Cast { dtype: DType::F32 }, &[("x", Positions, "text_len")]),
+        case("cast.bf16", Cast { dtype: DType::BF16 }, &[X]),
         case("matmul", MatMul, &[("a", Noise, "2, text_len, 8"), ("b", Weight, "8, 300")]),
         case("softmax", Softmax, &[X]),
         case("mean", ReduceMean, &[X]),
+        case("largest", ReduceMax, &[X]),
         case(
             "transpose",
             Transpose { permutation: vec![2, 0, 1] },
@@ -245,7 +275,8 @@ fn self_attention(name: &'static str, n_kv_heads: usize, position: Position) -> 
 }
 
 fn gated_cross_attention(name: &'static str, query_bias: bool, query_norm: Option<f32>) -> Case {
-    let op = GatedCrossAttention { n_heads: 2, scale: 0.5, query_bias, query_norm };
+    let rounding = if query_bias { Rounding::Int8 } else { Rounding::None };
+    let op = GatedCrossAttention { n_heads: 2, scale: 0.5, query_bias, query_norm, rounding };
     let media = |name| (name, Noise, "n_media, 5, 12");
     let mut inputs = vec![X, ("query", Weight, "12, 8")];
     inputs.extend(query_bias.then_some(("query_bias", Weight, "12")));
@@ -269,18 +300,41 @@ pub(crate) fn function_cases() -> Vec<Case> {
         .map(|(name, activation)| case(name, Activate { activation }, &[X]))
         .into_iter()
         .collect();
-    let linear = |activation, bias, residual| Linear { activation, bias, residual };
+    let linear = |activation, bias, residual| {
+        let rounding = Rounding::None;
+        Linear { activation, bias, residual, rounding }
+    };
+    let rounded = |rounding| Linear { rounding, ..Linear::default() };
     let feed_forward = |activation, gated, bias, residual| FeedForward {
         activation,
         gated,
         up_bias: bias,
         down_bias: bias,
         residual,
+        rounding: if gated { Rounding::Bf16 } else { Rounding::None },
     };
     let residual = ("residual", Noise, "text_len, 8");
     let media = |name, rows| (name, Noise, rows);
     cases.extend([
         case("linear", linear(None, false, false), &[X, ("weight", Weight, "5, 8")]),
+        case("linear.int8", rounded(Rounding::Int8), &[X, ("weight", Weight, "5, 8")]),
+        case("linear.bf16", rounded(Rounding::Bf16), &[X, ("weight", Weight, "5, 8")]),
+        case("unpack.f16", unpack("f16", 21, 7), &[("data", F16Weight, "2, 7, 16")]),
+        case("unpack.bf16", unpack("bf16", 21, 7), &[("data", Bf16Weight, "2, 4, 16, 2")]),
+        case(
+            "unpack.int8",
+            unpack("int8", 21, 7),
+            &[("data", I8Weight, "2, 2, 16, 4"), ("row_scales", Weight, "2, 16")],
+        ),
+        case(
+            "unpack.int4",
+            unpack("int4/16", 32, 37),
+            &[
+                ("data", U8Weight, "2, 6, 16, 4"),
+                ("row_scales", Weight, "2, 16"),
+                ("block_scales", U8Weight, "2, 3, 16"),
+            ],
+        ),
         case(
             "linear.all",
             linear(Some(Activation::Gelu), true, true),
@@ -397,7 +451,20 @@ pub(crate) fn function_cases() -> Vec<Case> {
     cases
 }
 
-/// All cases.
+fn unpack(format: &str, n: usize, k: usize) -> UnpackPanels {
+    UnpackPanels { format: PanelFormat::from_name(format).unwrap(), n, k }
+}
+
+/// Ops that only build-time graphs have, and no file.
+pub(crate) fn build_time_cases() -> Vec<Case> {
+    let pack = |name, format| {
+        let format = PanelFormat::from_name(format).unwrap();
+        case(name, PackPanels { format }, &[("weight", Weight, "19, 70")])
+    };
+    vec![pack("pack.bf16", "bf16"), pack("pack.int8", "int8"), pack("pack.int4", "int4/32")]
+}
+
+/// All cases of ops that files may have.
 pub(crate) fn all_cases() -> Vec<Case> {
     standard_cases().into_iter().chain(contrib_cases()).chain(function_cases()).collect()
 }

@@ -2,13 +2,13 @@
 
 use std::collections::BTreeSet;
 
-use crate::cases::{all_bindings, all_cases, build};
+use crate::cases::{all_bindings, all_cases, build, build_time_cases};
 use flamingo_ir::onnx::{
     Functions, OnnxError, ReadLimits, ReadModel, WeightEntry, WeightLayout, WriteOptions,
     inline_functions, read_onnx, write_onnx,
 };
 use flamingo_ir::op::{Flavour, Op};
-use flamingo_ir::{Constant, Fact, Graph, Tensor, evaluate_with, verify};
+use flamingo_ir::{Constant, Fact, Graph, Tensor, evaluate_with, fold, verify};
 
 use crate::cases::Built;
 
@@ -28,7 +28,8 @@ fn assert_close(name: &str, left: &[Tensor], right: &[Tensor]) {
 
 #[test]
 fn the_cases_have_every_op() {
-    let used: BTreeSet<&str> = all_cases().iter().map(|case| case.op.name()).collect();
+    let cases = || all_cases().into_iter().chain(build_time_cases());
+    let used: BTreeSet<&str> = cases().map(|case| case.op.name()).collect();
     assert_eq!(used, Op::NAMES.iter().copied().collect());
 }
 
@@ -149,6 +150,52 @@ fn target_shapes_use_values_computed_before() {
         let bytes = write_onnx(&verified, options, &WeightLayout::default()).unwrap();
         assert_eq!(read(&bytes).unwrap().graph.outputs()[0].0, "y");
     }
+}
+
+/// What is packed at build time is stored; what unpacks it stays in the file.
+#[test]
+fn panels_are_stored_and_unpacked_on_the_device() {
+    use flamingo_ir::op::{Linear, PackPanels, PanelFormat, UnpackPanels};
+    let format = PanelFormat::Int4 { block: 32 };
+    let mut graph = Graph::new("panels");
+    let x = graph.input("x", Fact::f32([3, 40]));
+    let weight = graph.weight("w", Fact::f32([17, 40]));
+    let packed = graph.add_many("packed", PackPanels { format }, &[weight]).unwrap();
+    let unpacked = graph.add("w", UnpackPanels { format, n: 17, k: 40 }, &packed).unwrap();
+    let y =
+        graph.add("y", Linear { rounding: format.rounding(), ..Linear::default() }, &[x, unpacked]);
+    graph.output("y", y.unwrap());
+    let tensor =
+        Tensor::f32(&[17, 40], (0..680).map(|i| (i % 97) as f32 - 40.0).collect()).unwrap();
+    let weights = crate::cases::CaseWeights([("w".to_owned(), tensor)].into());
+    let (mut layout, mut stored) = (WeightLayout::default(), crate::cases::CaseWeights::default());
+    layout.location = "weights.bin".into();
+    for (name, id) in ["data", "row_scales", "block_scales"].into_iter().zip(&packed) {
+        let tensor = fold(&graph, *id, &weights).unwrap();
+        let length = u64::try_from(tensor.to_le_bytes().len()).unwrap();
+        layout.entries.insert(*id, WeightEntry { name: name.into(), offset: 0, length });
+        stored.0.insert(name.into(), tensor);
+    }
+    let bytes = write_onnx(&verify(graph.clone()).unwrap(), Flavour::Portable, &layout).unwrap();
+    let model = read(&bytes).unwrap();
+    let names: Vec<&str> = model.graph.nodes().iter().map(|node| node.op.name()).collect();
+    assert_eq!(names, ["UnpackPanels", "Linear"]);
+    assert_eq!(model.weights["block_scales"].dtype, flamingo_ir::DType::U8);
+    let x = Tensor::f32(&[3, 40], (0..120).map(|i| i as f32 / 50.0 - 1.0).collect()).unwrap();
+    let expected = evaluate_with(&graph, &[x.clone()], &weights).unwrap();
+    assert_eq!(evaluate_with(&model.graph, &[x], &stored).unwrap(), expected);
+}
+
+/// An op of build time that reads an input of the graph cannot be written.
+#[test]
+fn packing_on_the_device_is_refused() {
+    let format = flamingo_ir::op::PanelFormat::Int8;
+    let mut graph = Graph::new("late");
+    let x = graph.input("x", Fact::f32([16, 16]));
+    let packed = graph.add_many("packed", flamingo_ir::op::PackPanels { format }, &[x]).unwrap();
+    graph.output("y", packed[1]);
+    let refused = write_onnx(&verify(graph).unwrap(), Flavour::Portable, &WeightLayout::default());
+    assert!(matches!(refused, Err(OnnxError::BuildTime { .. })), "{refused:?}");
 }
 
 /// Constants, folded values and inputs as outputs, and one value under two names.

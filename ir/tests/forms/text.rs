@@ -4,13 +4,14 @@ use flamingo_ir::Graph;
 use flamingo_ir::onnx::inline_functions;
 use flamingo_ir::op::Flavour;
 
-use crate::cases::{all_cases, build};
+use crate::cases::{all_cases, build, build_time_cases};
 
 #[test]
 fn parsing_what_is_printed_gives_the_same_graph() {
     let built = build("all", &all_cases());
     let inlined = inline_functions(&built.graph, Flavour::Portable).unwrap();
-    for graph in [built.graph, inlined] {
+    let at_build_time = build("build_time", &build_time_cases()).graph;
+    for graph in [built.graph, inlined, at_build_time] {
         let text = graph.to_string();
         let parsed = Graph::parse(&text).unwrap();
         assert_eq!(parsed.to_string(), text);

@@ -4,9 +4,11 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use flamingo_kernels::{Activation, Kernels, KvCache, Matrix, MatrixMut, SelfAttention};
+use flamingo_kernels::{
+    Activation, Kernels, KvCache, Matrix, MatrixMut, Panels, SelfAttention, Weight,
+};
 
-use super::plan::{Action, MediaInput, Part, Plan, Source, View};
+use super::plan::{Action, MediaInput, PanelPlaces, Part, Plan, Source, View, WeightOperand};
 use super::size::{Size, Sizes};
 use crate::backend::Media;
 
@@ -18,13 +20,38 @@ const MIN_GAP: usize = 16;
 #[derive(Debug, PartialEq)]
 pub(super) struct Unresolved;
 
+/// A tensor of the weight file.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Stored<'a> {
+    /// f32 numbers.
+    Numbers(&'a [f32]),
+    /// Anything else.
+    Bytes(&'a [u8]),
+}
+
+impl<'a> Stored<'a> {
+    fn numbers(self) -> Option<&'a [f32]> {
+        match self {
+            Stored::Numbers(numbers) => Some(numbers),
+            Stored::Bytes(_) => None,
+        }
+    }
+
+    fn bytes(self) -> Option<&'a [u8]> {
+        match self {
+            Stored::Numbers(_) => None,
+            Stored::Bytes(bytes) => Some(bytes),
+        }
+    }
+}
+
 /// What instructions read.
 #[derive(Clone, Copy)]
 pub(super) struct Context<'a> {
     pub(super) kernels: &'a Kernels,
     pub(super) plan: &'a Plan,
     pub(super) sizes: &'a Sizes,
-    pub(super) weights: &'a [&'a [f32]],
+    pub(super) weights: &'a [Stored<'a>],
     /// By input; empty where an input is not of numbers.
     pub(super) numbers: &'a [&'a [f32]],
     /// By input; empty where an input is not of indices.
@@ -85,7 +112,7 @@ impl<'a> Context<'a> {
             Action::Linear { x, weight, bias, activation, residual, only_seen } => {
                 let linear = Linear {
                     x: self.rows(x)?,
-                    weight: self.rows(weight)?.matrix(),
+                    weight: self.weight(weight)?,
                     bias: self.vector(bias.as_ref())?,
                     activation: *activation,
                     residual: residual.as_ref().map(|view| self.rows(view)).transpose()?,
@@ -93,9 +120,9 @@ impl<'a> Context<'a> {
                 self.linear(&linear, *only_seen, out, shape);
             }
             Action::GatedLinear { x, weight, bias, activation } => {
-                let (x, weight) = (self.rows(x)?.matrix(), self.rows(weight)?.matrix());
+                let (x, weight) = (self.rows(x)?.matrix(), self.weight(weight)?);
                 let (bias, out) = (self.vector(bias.as_ref())?, dense(out, shape));
-                self.kernels.gated_linear(x, weight.into(), bias, *activation, out);
+                self.kernels.gated_linear(x, weight, bias, *activation, out);
             }
             Action::Activate { x, activation } => {
                 self.kernels.activate(*activation, self.rows(x)?.matrix(), dense(out, shape));
@@ -138,7 +165,7 @@ impl<'a> Context<'a> {
             Action::Product { a, b } => product(self.rows(a)?, self.rows(b)?, out, shape.1),
             Action::Gather { table, indices } => {
                 let input = self.indices.get(indices.input).ok_or(Unresolved)?;
-                gather(self.rows(table)?, input, indices.offset, out, shape.1)?;
+                gather(self.weight(table)?, input, indices.offset, out, shape.1)?;
             }
             Action::Copy { n_blocks, parts } => self.copy(*n_blocks, parts, out)?,
         }
@@ -155,7 +182,7 @@ impl<'a> Context<'a> {
 
     fn rows(&self, view: &View) -> Result<Rows<'a>, Unresolved> {
         let data: &'a [f32] = match view.source {
-            Source::Weight(place) => self.weights.get(place).copied(),
+            Source::Weight(place) => self.weights.get(place).and_then(|stored| stored.numbers()),
             Source::Literal(place) => self.plan.literals.get(place).map(Vec::as_slice),
             Source::Input(place) => self.numbers.get(place).copied(),
             Source::Buffer(buffer) => {
@@ -172,6 +199,28 @@ impl<'a> Context<'a> {
         let len = (rows - 1).checked_mul(stride).and_then(|start| start.checked_add(cols));
         let end = len.and_then(|len| len.checked_add(offset)).ok_or(Unresolved)?;
         Ok(Rows { data: data.get(offset..end).ok_or(Unresolved)?, rows, cols, stride })
+    }
+
+    fn weight(&self, operand: &WeightOperand) -> Result<Weight<'a>, Unresolved> {
+        match operand {
+            WeightOperand::Numbers(view) => Ok(self.rows(view)?.matrix().into()),
+            WeightOperand::Panels(places) => Ok(self.panels(places)?.into()),
+        }
+    }
+
+    fn panels(&self, places: &PanelPlaces) -> Result<Panels<'a>, Unresolved> {
+        let stored = |place: usize| self.weights.get(place).copied().ok_or(Unresolved);
+        let data = stored(places.data)?.bytes().ok_or(Unresolved)?;
+        let row_scales = match places.row_scales {
+            Some(place) => stored(place)?.numbers().ok_or(Unresolved)?,
+            None => &[],
+        };
+        let block_scales = match places.block_scales {
+            Some(place) => stored(place)?.bytes().ok_or(Unresolved)?,
+            None => &[],
+        };
+        let (n, k) = (places.n, places.k);
+        Panels::new(places.format, n, k, data, row_scales, block_scales).ok_or(Unresolved)
     }
 
     /// A bias or scale.
@@ -205,7 +254,7 @@ impl<'a> Context<'a> {
             let residual = op.residual.map(|residual| residual.range(rows.clone()).matrix());
             let out =
                 MatrixMut::new(&mut out[rows.start * cols..rows.end * cols], rows.len(), cols);
-            self.kernels.linear(x, op.weight.into(), op.bias, op.activation, residual, out);
+            self.kernels.linear(x, op.weight, op.bias, op.activation, residual, out);
         }
     }
 
@@ -320,7 +369,7 @@ impl<'a> Context<'a> {
 /// Operands of a linear layer.
 struct Linear<'a> {
     x: Rows<'a>,
-    weight: Matrix<'a>,
+    weight: Weight<'a>,
     bias: Option<&'a [f32]>,
     activation: Option<Activation>,
     residual: Option<Rows<'a>>,
@@ -404,7 +453,7 @@ fn product(a: Rows<'_>, b: Rows<'_>, out: &mut [f32], cols: usize) {
 }
 
 fn gather(
-    table: Rows<'_>,
+    table: Weight<'_>,
     indices: &[i64],
     offset: i64,
     out: &mut [f32],
@@ -412,8 +461,8 @@ fn gather(
 ) -> Result<(), Unresolved> {
     for (row, index) in out.chunks_exact_mut(cols).zip(indices) {
         let index = index.checked_add(offset).and_then(|index| usize::try_from(index).ok());
-        let index = index.filter(|index| *index < table.rows);
-        row.copy_from_slice(table.row(index.ok_or(Unresolved)?));
+        let index = index.filter(|index| *index < table.rows());
+        table.read_row(index.ok_or(Unresolved)?, row);
     }
     Ok(())
 }

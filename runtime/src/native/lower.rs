@@ -1,13 +1,13 @@
 //! From nodes to instructions: which kernel each op becomes.
 #![forbid(unsafe_code)]
 
-use flamingo_ir::op::{self, Op, alibi_slopes, rotary_frequencies};
+use flamingo_ir::op::{self, Op, PANEL_ROWS, Rounding, alibi_slopes, rotary_frequencies};
 use flamingo_ir::{Constant, DType, Dim, Fact, Node, Tensor, ValueId};
-use flamingo_kernels::{Activation, Position, SelfAttention};
+use flamingo_kernels::{Activation, PanelFormat, Position, SelfAttention};
 
 use super::plan::{
-    Action, Bound, CacheShape, Indices, MediaInput, Part, Planner, Refusal, Role, View, product,
-    refuse, rows_and_cols,
+    Action, Bound, CacheShape, Indices, MediaInput, PanelPlaces, Part, Planner, Refusal, Role,
+    View, WeightOperand, product, refuse, rows_and_cols,
 };
 
 type Lowered = Result<(), Refusal>;
@@ -31,6 +31,8 @@ impl Planner<'_> {
         match &node.op {
             Op::Linear(op) => self.linear(node, op),
             Op::FeedForward(op) => self.feed_forward(node, op),
+            Op::UnpackPanels(op) => self.unpack_panels(node, op),
+            Op::PackPanels(_) => Err(refuse("weights are packed when an artifact is made")),
             Op::Activate(op) => self.activate(node, op),
             Op::LayerNorm(op) => self.layer_norm(node, op),
             Op::RmsNorm(op) => self.rms_norm(node, op),
@@ -63,6 +65,9 @@ impl Planner<'_> {
                 Err(no_kernel("`Attention`, `SelfAttention` or `CrossAttention`"))
             }
             Op::Expand(_) => Err(no_kernel("`ExpandBatch`")),
+            Op::Max(_) | Op::Abs(_) | Op::Floor(_) | Op::Round(_) | Op::ReduceMax(_) => {
+                Err(no_kernel("`Linear` with `rounding`, or `UnpackPanels`"))
+            }
             Op::Sub(_)
             | Op::Div(_)
             | Op::Neg(_)
@@ -81,6 +86,48 @@ impl Planner<'_> {
         Ok(Operands(views.into_iter()))
     }
 
+    /// The weight of a linear whose activations are rounded as `rounding` says.
+    fn weight(&mut self, id: ValueId, rounding: Rounding) -> Result<WeightOperand, Refusal> {
+        let (operand, stored, needed) = match self.bound(id)? {
+            Bound::Panels(panels) => {
+                let needed = rounding_of(panels.format);
+                (WeightOperand::Panels(panels), panels.format.to_string(), needed)
+            }
+            _ => (WeightOperand::Numbers(self.view(id)?), "f32".to_owned(), Rounding::None),
+        };
+        match rounding == needed {
+            true => Ok(operand),
+            false => Err(refuse(format!(
+                "a weight of {stored} meets activations with `rounding` {}, not {}",
+                needed.name(),
+                rounding.name()
+            ))),
+        }
+    }
+
+    /// A weight in panels: no instruction, but an operand of those that read it.
+    fn unpack_panels(&mut self, node: &Node, op: &op::UnpackPanels) -> Lowered {
+        let format = match op.format {
+            op::PanelFormat::F16 => PanelFormat::F16,
+            op::PanelFormat::Bf16 => PanelFormat::Bf16,
+            op::PanelFormat::Int8 => PanelFormat::Int8,
+            op::PanelFormat::Int4 { block } => PanelFormat::Int4 { block },
+        };
+        let places = node.inputs.iter().map(|id| self.stored(*id));
+        let places = places.collect::<Result<Vec<usize>, Refusal>>()?;
+        let [data, ref scales @ ..] = places[..] else { return Err(refuse("no operands")) };
+        let panels = PanelPlaces {
+            format,
+            n: op.n,
+            k: op.k,
+            data,
+            row_scales: scales.first().copied(),
+            block_scales: scales.get(1).copied(),
+        };
+        self.bind(node.outputs[0], Bound::Panels(panels));
+        Ok(())
+    }
+
     fn fact(&self, node: &Node, input: usize) -> Result<Fact, Refusal> {
         let id = node.inputs.get(input).ok_or_else(|| refuse("an operand is missing"))?;
         Ok(self.graph.fact(*id).clone())
@@ -96,10 +143,11 @@ impl Planner<'_> {
     }
 
     fn linear(&mut self, node: &Node, op: &op::Linear) -> Lowered {
-        let mut operands = self.operands(&node.inputs)?;
+        let [x, weight, rest @ ..] = &node.inputs[..] else { return Err(refuse("no operands")) };
+        let mut operands = self.operands(rest)?;
         let action = Action::Linear {
-            x: operands.next()?,
-            weight: operands.next()?,
+            x: self.view(*x)?,
+            weight: self.weight(*weight, op.rounding)?,
             bias: operands.next_if(op.bias)?,
             activation: op.activation.map(activation),
             residual: operands.next_if(op.residual)?,
@@ -109,17 +157,26 @@ impl Planner<'_> {
     }
 
     fn feed_forward(&mut self, node: &Node, op: &op::FeedForward) -> Lowered {
-        let mut operands = self.operands(&node.inputs)?;
-        let (x, up) = (operands.next()?, operands.next()?);
-        let up_bias = operands.next_if(op.up_bias)?;
-        let (down, down_bias) = (operands.next()?, operands.next_if(op.down_bias)?);
-        let residual = operands.next_if(op.residual)?;
+        let n_up = 2 + usize::from(op.up_bias);
+        let [x, up, ..] = node.inputs[..] else { return Err(refuse("no operands")) };
+        let Some((down, rest)) = node.inputs[n_up..].split_first() else {
+            return Err(refuse("an operand is missing"));
+        };
+        let (x, up) = (self.view(x)?, self.weight(up, op.rounding)?);
+        let up_bias = self.operands(&node.inputs[2..n_up])?.next_if(op.up_bias)?;
+        let down = self.weight(*down, op.rounding)?;
+        let mut operands = self.operands(rest)?;
+        let (down_bias, residual) =
+            (operands.next_if(op.down_bias)?, operands.next_if(op.residual)?);
         let activation = activation(op.activation);
         let mut hidden_fact = self.fact(node, 0)?;
         hidden_fact.shape.pop();
         let width = self.fact(node, 1)?.shape.first().and_then(Dim::known);
         let width = width.ok_or_else(|| refuse("the width of the weight is not known"))?;
         hidden_fact.shape.push(Dim::from(if op.gated { width / 2 } else { width }));
+        if op.gated && matches!(up, WeightOperand::Panels(_)) && width % (2 * PANEL_ROWS) != 0 {
+            return Err(refuse(format!("panels whose halves are not whole: {width} rows")));
+        }
         let (weight, bias) = (up, up_bias);
         let first = match op.gated {
             true => Action::GatedLinear { x, weight, bias, activation },
@@ -258,9 +315,9 @@ impl Planner<'_> {
         let (query, rest) = node.inputs.split_at(n_query);
         let (media, output) = rest.split_at(4);
         let (k, v) = self.media_inputs(media)?;
-        let mut operands = self.operands(query)?;
-        let mut output = self.operands(output)?;
-        let (x, weight) = (operands.next()?, operands.next()?);
+        let mut operands = self.operands(&query[2..])?;
+        let (x, weight) = (self.view(query[0])?, self.weight(query[1], op.rounding)?);
+        let (output, residual) = (self.weight(output[0], op.rounding)?, self.view(output[1])?);
         let bias = operands.next_if(op.query_bias)?;
         let text_len = self.fact(node, 0)?.shape.first().cloned().unwrap_or_default();
         let fact = Fact::f32([text_len, Dim::from(k.width)]);
@@ -281,10 +338,9 @@ impl Planner<'_> {
         }
         let action = Action::CrossAttention { q, k, v, n_heads: op.n_heads, scale: op.scale };
         let mixed = self.emit(&node.name, action, &fact);
-        let (weight, residual) = (output.next()?, output.next()?);
         let action = Action::Linear {
             x: mixed,
-            weight,
+            weight: output,
             bias: None,
             activation: None,
             residual: Some(residual),
@@ -370,10 +426,18 @@ impl Planner<'_> {
         if self.graph.fact(table).rank() != 2 {
             return Err(refuse("only rows of a table of rank 2 can be picked"));
         }
-        let table = self.view(table)?;
+        let (table, n_rows) = match self.bound(table)? {
+            Bound::Panels(panels) => {
+                (WeightOperand::Panels(panels), self.plan.sizes.place(Dim::from(panels.n)))
+            }
+            _ => {
+                let view = self.view(table)?;
+                (WeightOperand::Numbers(view), view.rows)
+            }
+        };
         let indices = self.indices(indices)?;
         self.plan.inputs[indices.input].is_read = true;
-        self.plan.limits.push((indices, table.rows));
+        self.plan.limits.push((indices, n_rows));
         self.finish(node, Action::Gather { table, indices })
     }
 
@@ -498,6 +562,15 @@ impl Planner<'_> {
 
 fn no_kernel(fused: &str) -> Refusal {
     refuse(format!("no kernel; fuse it into {fused}"))
+}
+
+/// What the kernels do to activations that meet a weight of this format.
+fn rounding_of(format: PanelFormat) -> Rounding {
+    match format {
+        PanelFormat::F16 => Rounding::None,
+        PanelFormat::Bf16 => Rounding::Bf16,
+        PanelFormat::Int8 | PanelFormat::Int4 { .. } => Rounding::Int8,
+    }
 }
 
 /// Consecutive ranges of the given sizes.

@@ -10,7 +10,7 @@
 use std::collections::BTreeMap;
 
 use flamingo_ir::{Bindings, Constant, DType, Dim, Fact, Graph, ValueId};
-use flamingo_kernels::{Activation, SelfAttention};
+use flamingo_kernels::{Activation, PanelFormat, SelfAttention};
 
 use super::size::{Size, SizeTable};
 use crate::backend::{BackendError, UnsupportedNode};
@@ -48,6 +48,45 @@ pub(super) struct View {
     pub(super) row_stride: Size,
 }
 
+/// A weight in panels; numbers are places in [`Plan::weights`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct PanelPlaces {
+    pub(super) format: PanelFormat,
+    /// Output features.
+    pub(super) n: usize,
+    /// Input features.
+    pub(super) k: usize,
+    pub(super) data: usize,
+    pub(super) row_scales: Option<usize>,
+    pub(super) block_scales: Option<usize>,
+}
+
+/// The weight of a linear, or a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum WeightOperand {
+    /// f32 numbers somewhere.
+    Numbers(View),
+    /// Panels in the weight file.
+    Panels(PanelPlaces),
+}
+
+impl WeightOperand {
+    fn view(&self) -> Option<View> {
+        match self {
+            WeightOperand::Numbers(view) => Some(*view),
+            WeightOperand::Panels(_) => None,
+        }
+    }
+}
+
+/// A tensor of the weight file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct PlanWeight {
+    pub(super) name: String,
+    pub(super) dtype: DType,
+    pub(super) n_elements: usize,
+}
+
 /// Rows of a view that go to the output together.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Part {
@@ -76,14 +115,14 @@ pub(super) enum Action {
     /// alone, or stay unwritten if there is none.
     Linear {
         x: View,
-        weight: View,
+        weight: WeightOperand,
         bias: Option<View>,
         activation: Option<Activation>,
         residual: Option<View>,
         only_seen: bool,
     },
     /// act(x Gᵀ) · x Uᵀ with the weight [G; U].
-    GatedLinear { x: View, weight: View, bias: Option<View>, activation: Activation },
+    GatedLinear { x: View, weight: WeightOperand, bias: Option<View>, activation: Activation },
     /// act(x).
     Activate { x: View, activation: Activation },
     /// Layer (centred) or root-mean-square normalisation of each of `n_heads` parts of a row.
@@ -111,7 +150,7 @@ pub(super) enum Action {
     /// a b, for small matrices.
     Product { a: View, b: View },
     /// Rows of a table by an index input.
-    Gather { table: View, indices: Indices },
+    Gather { table: WeightOperand, indices: Indices },
     /// For each of `n_blocks` blocks, the rows of each part.
     Copy { n_blocks: Size, parts: Vec<Part> },
 }
@@ -122,10 +161,10 @@ impl Action {
         let optional = |views: &[Option<View>]| views.iter().flatten().copied().collect::<Vec<_>>();
         match self {
             Action::Linear { x, weight, bias, residual, .. } => {
-                optional(&[Some(*x), Some(*weight), *bias, *residual])
+                optional(&[Some(*x), weight.view(), *bias, *residual])
             }
             Action::GatedLinear { x, weight, bias, .. } => {
-                optional(&[Some(*x), Some(*weight), *bias])
+                optional(&[Some(*x), weight.view(), *bias])
             }
             Action::Activate { x, .. } | Action::Patches { x, .. } => vec![*x],
             Action::Norm { x, scale, bias, .. } => optional(&[Some(*x), *scale, *bias]),
@@ -135,7 +174,7 @@ impl Action {
             Action::Add { a, b, .. } | Action::Mul { a, b } | Action::Product { a, b } => {
                 vec![*a, *b]
             }
-            Action::Gather { table, .. } => vec![*table],
+            Action::Gather { table, .. } => table.view().into_iter().collect(),
             Action::Copy { parts, .. } => parts.iter().map(|part| part.view).collect(),
         }
     }
@@ -202,8 +241,7 @@ pub(super) struct CacheShape {
 pub(super) struct Plan {
     pub(super) graph: String,
     pub(super) sizes: SizeTable,
-    /// Names and numbers of elements.
-    pub(super) weights: Vec<(String, usize)>,
+    pub(super) weights: Vec<PlanWeight>,
     pub(super) literals: Vec<Vec<f32>>,
     pub(super) inputs: Vec<PlanInput>,
     pub(super) instructions: Vec<Instruction>,
@@ -243,6 +281,8 @@ impl Plan {
 pub(super) enum Bound {
     /// Numbers somewhere.
     View(View),
+    /// A weight in panels, which only linears and `Gather` know.
+    Panels(PanelPlaces),
     /// An input that is not a view, by its place in [`Plan::inputs`].
     Input(usize),
     /// An index input with an offset.
@@ -376,7 +416,7 @@ impl<'g> Planner<'g> {
                 }
                 Ok(Bound::PresentK(layer)) => format!("present_k.{layer}"),
                 Ok(Bound::PresentV(layer)) => format!("present_v.{layer}"),
-                Ok(Bound::Input(_) | Bound::Shifted(_)) | Err(_) => {
+                Ok(Bound::Input(_) | Bound::Shifted(_) | Bound::Panels(_)) | Err(_) => {
                     "a computed f32 value".to_owned()
                 }
             };
@@ -399,7 +439,12 @@ impl<'g> Planner<'g> {
         }
         let value = self.graph.value(id);
         let source = match &value.constant {
-            Some(Constant::Weight(name)) => self.weight(name, &value.fact)?,
+            Some(Constant::Weight(name)) if value.fact.dtype == DType::F32 => {
+                Source::Weight(self.weight_place(name, &value.fact)?)
+            }
+            Some(Constant::Weight(name)) => {
+                return Err(refuse(format!("weight `{name}` is {}, not plain f32", value.fact)));
+            }
             Some(Constant::Literal(tensor)) => {
                 let data =
                     tensor.to_f32_vec().ok_or_else(|| refuse("a literal that is not f32"))?;
@@ -413,16 +458,28 @@ impl<'g> Planner<'g> {
         Ok(bound)
     }
 
-    fn weight(&mut self, name: &'g str, fact: &Fact) -> Result<Source, Refusal> {
-        let n_elements = fact.n_elements().known().filter(|_| fact.dtype == DType::F32);
+    fn weight_place(&mut self, name: &'g str, fact: &Fact) -> Result<usize, Refusal> {
+        let n_elements = fact.n_elements().known();
         let n_elements = n_elements
-            .ok_or_else(|| refuse(format!("weight `{name}` is {fact}, not plain f32")))?;
+            .ok_or_else(|| refuse(format!("weight `{name}` is {fact}, not of one size")))?;
         let next = self.plan.weights.len();
         let place = *self.weights.entry(name).or_insert(next);
         if place == next {
-            self.plan.weights.push((name.to_owned(), n_elements));
+            let weight = PlanWeight { name: name.to_owned(), dtype: fact.dtype, n_elements };
+            self.plan.weights.push(weight);
         }
-        Ok(Source::Weight(place))
+        Ok(place)
+    }
+
+    /// The place of a value that must be a tensor of the weight file.
+    pub(super) fn stored(&mut self, id: ValueId) -> Result<usize, Refusal> {
+        let value = self.graph.value(id);
+        match &value.constant {
+            Some(Constant::Weight(name)) => self.weight_place(name, &value.fact),
+            Some(Constant::Literal(_)) | None => {
+                Err(refuse("panels must lie in the weight file, and not be computed"))
+            }
+        }
     }
 
     /// The view of an f32 value.
@@ -433,6 +490,9 @@ impl<'g> Planner<'g> {
                 let name = &self.plan.inputs[place].name;
                 Err(refuse(format!("input `{name}` is only known to attention and `Gather`")))
             }
+            Bound::Panels(_) => Err(refuse(
+                "panels are only known to `Linear`, `FeedForward`, `GatedCrossAttention` and `Gather`",
+            )),
             Bound::Shifted(_) => Err(refuse("indices are only known to `Gather`")),
             Bound::PresentK(_) | Bound::PresentV(_) => {
                 Err(refuse("present keys and values can only be outputs of the graph"))
@@ -448,7 +508,11 @@ impl<'g> Planner<'g> {
                 input.is_read = true;
                 Ok(input)
             }
-            Bound::View(_) | Bound::Shifted(_) | Bound::PresentK(_) | Bound::PresentV(_) => {
+            Bound::View(_)
+            | Bound::Panels(_)
+            | Bound::Shifted(_)
+            | Bound::PresentK(_)
+            | Bound::PresentV(_) => {
                 Err(refuse("expected an input of the graph, found a computed value"))
             }
         }
@@ -461,7 +525,11 @@ impl<'g> Planner<'g> {
                 Ok(Indices { input, offset: 0 })
             }
             Bound::Shifted(indices) => Ok(indices),
-            Bound::Input(_) | Bound::View(_) | Bound::PresentK(_) | Bound::PresentV(_) => {
+            Bound::Input(_)
+            | Bound::View(_)
+            | Bound::Panels(_)
+            | Bound::PresentK(_)
+            | Bound::PresentV(_) => {
                 Err(refuse("expected indices that are an i64 input of the graph"))
             }
         }

@@ -4,11 +4,13 @@
 use std::fmt;
 use std::sync::Arc;
 
-use flamingo_ir::{Bindings, Graph};
+use flamingo_ir::{Bindings, DType, Graph};
 use flamingo_kernels::{Kernels, KvCache};
 
-use super::execute::{Context, Unresolved};
-use super::plan::{CacheShape, Indices, Instruction, MediaInput, Plan, PlanInput, Role, View};
+use super::execute::{Context, Stored, Unresolved};
+use super::plan::{
+    CacheShape, Indices, Instruction, MediaInput, Plan, PlanInput, PlanWeight, Role, View,
+};
 use super::size::Sizes;
 use crate::backend::{BackendError, Media, WeightBytes, WeightMismatch};
 use crate::contract;
@@ -75,6 +77,17 @@ impl fmt::Debug for NativeStage {
     }
 }
 
+/// The tensor that a plan reads, if it is there and of that type.
+fn stored<'a>(weights: &'a dyn WeightBytes, weight: &PlanWeight) -> Option<Stored<'a>> {
+    match weight.dtype {
+        DType::F32 => weights.f32(&weight.name).map(Stored::Numbers),
+        dtype => {
+            let (found, bytes) = weights.bytes(&weight.name)?;
+            (found == dtype).then_some(Stored::Bytes(bytes))
+        }
+    }
+}
+
 impl NativeStage {
     /// Plans `graph` and checks that `weights` has what it needs.
     ///
@@ -87,10 +100,12 @@ impl NativeStage {
         kernels: Arc<Kernels>,
     ) -> Result<NativeStage, BackendError> {
         let plan = Plan::new(graph)?;
-        let mismatch = |(name, expected): &(String, usize)| {
-            let found = weights.f32(name).map(<[f32]>::len);
-            let (name, expected) = (name.clone(), *expected);
-            (found != Some(expected)).then_some(WeightMismatch { name, expected, found })
+        let mismatch = |weight: &PlanWeight| {
+            let found = weights.bytes(&weight.name);
+            let found = found.map(|(dtype, bytes)| (dtype, bytes.len() / dtype.size()));
+            let expected = (weight.dtype, weight.n_elements);
+            let fits = found == Some(expected) && stored(weights.as_ref(), weight).is_some();
+            (!fits).then(|| WeightMismatch { name: weight.name.clone(), expected, found })
         };
         let mismatches: Vec<WeightMismatch> = plan.weights.iter().filter_map(mismatch).collect();
         match mismatches.is_empty() {
@@ -117,11 +132,14 @@ impl NativeStage {
     pub fn memory(&self, bindings: &Bindings) -> Result<StageMemory, BackendError> {
         let sizes = self.sizes(bindings)?;
         let bytes = |n_elements: usize| n_elements.saturating_mul(size_of::<f32>());
+        let weight_bytes = |total: usize, weight: &PlanWeight| {
+            total.saturating_add(weight.n_elements.saturating_mul(weight.dtype.size()))
+        };
         let sum = |total: usize, n_elements| total.saturating_add(bytes(n_elements));
         let buffers = self.plan.instructions.iter();
         let unshared = buffers.map(|i| sizes.get(i.rows).saturating_mul(sizes.get(i.cols)));
         Ok(StageMemory {
-            weight_bytes: self.plan.weights.iter().map(|(_, n_elements)| *n_elements).fold(0, sum),
+            weight_bytes: self.plan.weights.iter().fold(0, weight_bytes),
             literal_bytes: self.plan.literals.iter().map(Vec::len).fold(0, sum),
             buffer_bytes: self.slot_sizes(&sizes).fold(0, sum),
             unshared_bytes: unshared.fold(0, sum),
@@ -168,8 +186,9 @@ impl NativeStage {
         let inputs = self.check_inputs(call, &sizes)?;
         self.check_caches(call, caches)?;
         self.grow(&sizes, buffers)?;
-        let weights: Option<Vec<&[f32]>> =
-            self.plan.weights.iter().map(|(name, _)| self.weights.f32(name)).collect();
+        let weights = self.plan.weights.iter();
+        let weights: Option<Vec<Stored<'_>>> =
+            weights.map(|weight| stored(self.weights.as_ref(), weight)).collect();
         let weights = weights.ok_or_else(|| self.unresolved("a weight that was there"))?;
         let context = Context {
             kernels: &self.kernels,

@@ -3,17 +3,19 @@
 mod errors;
 mod model;
 mod ops;
+mod panels;
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
-use flamingo_ir::{Bindings, Fact, Graph, Tensor, ValueId, Weights, evaluate_with};
+use flamingo_ir::op::{Operator, PackPanels, PanelFormat, UnpackPanels};
+use flamingo_ir::{Bindings, DType, Fact, Graph, Tensor, ValueId, Weights, evaluate_with};
 use flamingo_kernels::{Kernels, KvCache};
 
 use super::plan::Role;
 use super::stage::{Buffers, Call, NativeStage};
-use crate::backend::Media;
+use crate::backend::{Media, WeightBytes};
 
 /// A small deterministic generator (splitmix64), so that tests need no seed file.
 pub(super) struct Noise(u64);
@@ -75,13 +77,47 @@ impl Model {
         self.graph.add(name, op, inputs).unwrap()
     }
 
-    pub(super) fn bytes(&self) -> BTreeMap<String, Vec<f32>> {
-        let data = |tensor: &Tensor| tensor.to_f32_vec().unwrap();
-        self.weights.iter().map(|(name, tensor)| (name.clone(), data(tensor))).collect()
+    /// A weight in panels, filled as [`Model::weight`]: the value that unpacks it.
+    pub(super) fn packed(
+        &mut self,
+        name: &str,
+        format: PanelFormat,
+        [n, k]: [usize; 2],
+    ) -> ValueId {
+        self.weight(name, &[n, k]);
+        let weight = self.weights.remove(name).unwrap();
+        let parts = PackPanels { format }.evaluate(&[weight]).unwrap();
+        let mut ids = Vec::new();
+        for (i, part) in parts.into_iter().enumerate() {
+            let name = format!("{name}.{i}");
+            ids.push(self.graph.weight(&name, part.fact()));
+            self.weights.insert(name, part);
+        }
+        self.add(name, UnpackPanels { format, n, k }, &ids)
+    }
+
+    pub(super) fn bytes(&self) -> Stored {
+        let stored = |tensor: &Tensor| {
+            let bytes = tensor.to_le_bytes();
+            let mut words = vec![0u64; bytes.len().div_ceil(8)];
+            bytemuck::cast_slice_mut(&mut words)[..bytes.len()].copy_from_slice(&bytes);
+            (tensor.dtype(), words, bytes.len())
+        };
+        Stored(self.weights.iter().map(|(name, tensor)| (name.clone(), stored(tensor))).collect())
     }
 
     pub(super) fn stage(&self, n_threads: usize) -> NativeStage {
         NativeStage::new(&self.graph, Arc::new(self.bytes()), kernels(n_threads)).unwrap()
+    }
+}
+
+/// Tensors in memory: element type, aligned words, and how many of their bytes count.
+pub(super) struct Stored(pub(super) BTreeMap<String, (DType, Vec<u64>, usize)>);
+
+impl WeightBytes for Stored {
+    fn bytes(&self, name: &str) -> Option<(DType, &[u8])> {
+        let (dtype, words, len) = self.0.get(name)?;
+        Some((*dtype, &bytemuck::cast_slice(words)[..*len]))
     }
 }
 
@@ -193,7 +229,7 @@ pub(super) fn run_native(
             Tensor::I64(array) => {
                 indices.push((name.as_str(), array.iter().copied().collect::<Vec<_>>()))
             }
-            Tensor::Bool(_) => unreachable!("no graph takes truth values"),
+            other => unreachable!("no graph takes {}", other.dtype()),
         }
     }
     let numbers: Vec<_> = numbers.iter().map(|(name, data)| (*name, data.as_slice())).collect();

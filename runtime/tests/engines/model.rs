@@ -8,7 +8,7 @@ use flamingo_ir::onnx::{WeightEntry, WeightLayout, write_onnx};
 use flamingo_ir::op::{
     Activation, Add, Attention, ClassEmbedding, ExpandBatch, FeedForward, Flavour, FrameEmbedding,
     GatedCrossAttention, Gather, LayerNorm, Linear, MergeFrames, Mul, Op, Patches, Position,
-    ResamplerAttention, Reshape, RmsNorm, SelfAttention, Split,
+    ResamplerAttention, Reshape, RmsNorm, Rounding, SelfAttention, Split,
 };
 use flamingo_ir::{Constant, Dim, Fact, Graph, ValueId, Verified, verify};
 
@@ -126,8 +126,14 @@ impl Builder {
         let up = self.weight(&format!("{name}.up"), &[if gated { 38 } else { 19 }, width]);
         let down = self.weight(&format!("{name}.down"), &[width, 19]);
         let normed = self.norm(&format!("{name}.norm"), x, width);
-        let op =
-            FeedForward { activation, gated, up_bias: false, down_bias: false, residual: true };
+        let op = FeedForward {
+            activation,
+            gated,
+            up_bias: false,
+            down_bias: false,
+            residual: true,
+            rounding: Rounding::None,
+        };
         self.add(name, op, &[normed, up, down, x])
     }
 
@@ -270,8 +276,13 @@ fn gated(b: &mut Builder, x: ValueId, media: [ValueId; 4]) -> ValueId {
     let out = b.weight("gated.out", &[WIDTH, INNER]);
     let normed =
         b.add("gated.norm", RmsNorm { epsilon: 1e-6, n_heads: 1, scale: true }, &[x, scale]);
-    let op =
-        GatedCrossAttention { n_heads: 2, scale: 0.7, query_bias: false, query_norm: Some(1e-6) };
+    let op = GatedCrossAttention {
+        n_heads: 2,
+        scale: 0.7,
+        query_bias: false,
+        query_norm: Some(1e-6),
+        rounding: Rounding::None,
+    };
     let [k, v, time, index] = media;
     let x = b.add("gated.attention", op, &[normed, q, head_scale, k, v, time, index, out, x]);
     let gate = b.weight("gated.gate", &[WIDTH]);

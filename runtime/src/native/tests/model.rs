@@ -6,7 +6,7 @@ use std::sync::Arc;
 use flamingo_ir::op::{
     Activation, Add, Attention, ClassEmbedding, ExpandBatch, FeedForward, FrameEmbedding,
     GatedCrossAttention, Gather, LayerNorm, Linear, MergeFrames, Patches, Position,
-    ResamplerAttention, Reshape, RmsNorm, SelfAttention, Slice, Split,
+    ResamplerAttention, Reshape, RmsNorm, Rounding, SelfAttention, Slice, Split,
 };
 use flamingo_ir::{Bindings, Dim, Fact, Tensor, ValueId, evaluate_with};
 
@@ -24,11 +24,20 @@ const HEAD_DIM: usize = 10;
 const N_MAX_FRAMES: usize = 3;
 
 const FULL: LayerNorm = LayerNorm { epsilon: 1e-5, n_heads: 1, scale: true, bias: true };
-const BIAS: Linear = Linear { activation: None, bias: true, residual: false };
-const RESIDUAL: Linear = Linear { activation: None, bias: false, residual: true };
+const BIAS: Linear =
+    Linear { activation: None, bias: true, residual: false, rounding: Rounding::None };
+const RESIDUAL: Linear =
+    Linear { activation: None, bias: false, residual: true, rounding: Rounding::None };
 
 fn feed_forward(activation: Activation, gated: bool) -> FeedForward {
-    FeedForward { activation, gated, up_bias: false, down_bias: false, residual: true }
+    FeedForward {
+        activation,
+        gated,
+        up_bias: false,
+        down_bias: false,
+        residual: true,
+        rounding: Rounding::None,
+    }
 }
 
 /// Scaled-down CLIP and resampler: pictures of 8 x 8 pixels in patches of 4.
@@ -168,6 +177,7 @@ fn gated_block(m: &mut Model, layer: usize, x: ValueId, media: [ValueId; 2]) -> 
         scale: 0.3,
         query_bias: !is_idefics,
         query_norm: is_idefics.then_some(1e-6),
+        rounding: Rounding::None,
     };
     let x = m.add(&name("attention"), op, &inputs);
     let f = 28;
@@ -215,7 +225,7 @@ const POSITIONS: [Position; 4] = [
 
 pub(super) fn backend(media: &Model, decoder: &Model, n_threads: usize) -> NativeBackend {
     let mut weights = media.bytes();
-    weights.extend(decoder.bytes());
+    weights.0.extend(decoder.bytes().0);
     let weights = Arc::new(weights);
     NativeBackend::with_kernels(&media.graph, &decoder.graph, weights, kernels(n_threads)).unwrap()
 }
@@ -434,7 +444,7 @@ fn buffers_grow_and_stay() {
     let memory = stage.memory(&bindings).unwrap();
     assert_eq!(memory.buffer_bytes, buffers.bytes());
     assert!(2 * memory.buffer_bytes < memory.unshared_bytes, "{memory:?}");
-    let n_weights: usize = model.bytes().values().map(Vec::len).sum();
+    let n_weights: usize = model.weights.values().map(Tensor::n_elements).sum();
     assert_eq!((memory.weight_bytes, memory.literal_bytes), (4 * n_weights, 0));
 }
 

@@ -3,7 +3,8 @@
 use flamingo_ir::op::{
     Activate, Activation, Add, Attention, ClassEmbedding, Concat, CrossAttention, ExpandBatch,
     FeedForward, FrameEmbedding, GatedCrossAttention, Gather, LayerNorm, Linear, MergeFrames, Mul,
-    Op, Patches, Position, ResamplerAttention, Reshape, RmsNorm, SelfAttention, Slice, Split,
+    Op, Patches, Position, ResamplerAttention, Reshape, RmsNorm, Rounding, SelfAttention, Slice,
+    Split,
 };
 use flamingo_ir::{Dim, Fact, Tensor, ValueId};
 
@@ -48,10 +49,15 @@ fn finish(model: &mut Model, op: Op, ids: &[ValueId]) {
 fn linear() {
     for (m, k, n) in [(1, 1, 1), (1, 33, 70), (3, 17, 9), (7, 64, 65)] {
         check_op(Linear::default(), &[&[m, k], &[n, k]]);
-        let op = Linear { activation: None, bias: false, residual: true };
+        let op = Linear { residual: true, ..Linear::default() };
         check_op(op, &[&[m, k], &[n, k], &[m, n]]);
         for activation in ACTIVATIONS {
-            let op = Linear { activation: Some(activation), bias: true, residual: true };
+            let op = Linear {
+                activation: Some(activation),
+                bias: true,
+                residual: true,
+                ..Linear::default()
+            };
             check_op(op, &[&[2, m, k], &[n, k], &[n], &[2, m, n]]);
         }
     }
@@ -73,6 +79,7 @@ fn feed_forward() {
             up_bias: bias,
             down_bias: bias,
             residual,
+            rounding: Rounding::None,
         };
         let (m, d, f) = (5, 13, 37);
         for gated in [false, true] {
@@ -255,7 +262,9 @@ fn cross_attention() {
         for (query_bias, query_norm) in
             [(false, None), (true, None), (false, Some(1e-6)), (true, Some(1e-6))]
         {
-            let op = GatedCrossAttention { n_heads: 2, scale: 0.5, query_bias, query_norm };
+            let rounding = Rounding::None;
+            let op =
+                GatedCrossAttention { n_heads: 2, scale: 0.5, query_bias, query_norm, rounding };
             let all: [(bool, &[usize]); 4] = [
                 (true, &[0, 13]),
                 (true, &[20, 13]),

@@ -1,0 +1,177 @@
+//! How weights are stored: from `--precision` to a format for each layer group.
+
+use std::fmt;
+
+use clap::ValueEnum;
+use flamingo_ir::op::PanelFormat;
+
+/// Columns that share a scale in int4, unless said otherwise.
+pub const INT4_BLOCK: usize = 32;
+
+/// What `--precision` says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Precision {
+    /// 32-bit floats.
+    #[default]
+    F32,
+    /// Half-precision weights; activations stay f32.
+    F16,
+    /// bfloat16 weights and activations.
+    Bf16,
+    /// Weights and activations of 8 bits.
+    Int8,
+    /// Weights of 4 bits in the language model, of 8 elsewhere; activations of 8.
+    Int4,
+}
+
+impl Precision {
+    /// Name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Precision::F32 => "f32",
+            Precision::F16 => "f16",
+            Precision::Bf16 => "bf16",
+            Precision::Int8 => "int8",
+            Precision::Int4 => "int4",
+        }
+    }
+}
+
+/// Layers that share a format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum LayerGroup {
+    /// The vision encoder.
+    Vision,
+    /// The resampler.
+    Resampler,
+    /// Keys and values of the media for every gated block.
+    Media,
+    /// The language model's own layers.
+    Language,
+    /// The gated blocks between them.
+    Gated,
+    /// The token embedding.
+    Embedding,
+    /// The language model's head.
+    Head,
+}
+
+impl LayerGroup {
+    /// Name in manifests and tables.
+    pub fn name(self) -> &'static str {
+        match self {
+            LayerGroup::Vision => "vision",
+            LayerGroup::Resampler => "resampler",
+            LayerGroup::Media => "media",
+            LayerGroup::Language => "language",
+            LayerGroup::Gated => "gated",
+            LayerGroup::Embedding => "embedding",
+            LayerGroup::Head => "head",
+        }
+    }
+
+    /// The group of the node `name` of the graph `stage`; none for positions, which are added and
+    /// not multiplied.
+    pub fn of(stage: &str, name: &str) -> Option<LayerGroup> {
+        let mut parts = name.split('.');
+        Some(match (parts.next()?, parts.next(), parts.next()) {
+            ("vision", _, _) => LayerGroup::Vision,
+            ("resampler", _, _) => LayerGroup::Resampler,
+            ("media", _, _) => LayerGroup::Media,
+            ("decoder", Some("embedding"), _) => LayerGroup::Embedding,
+            ("decoder", Some("position_embedding"), _) => return None,
+            ("decoder", Some("head"), _) => LayerGroup::Head,
+            ("decoder", _, Some("cross_attention" | "cross_mlp")) => LayerGroup::Gated,
+            _ if stage == "media" => LayerGroup::Media,
+            _ => LayerGroup::Language,
+        })
+    }
+}
+
+/// A format for each layer group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Scheme {
+    /// What the user asked for.
+    pub precision: Precision,
+    /// Columns that share a scale in int4: a multiple of 8.
+    pub int4_block: usize,
+}
+
+impl Default for Scheme {
+    fn default() -> Scheme {
+        Scheme::from(Precision::F32)
+    }
+}
+
+impl From<Precision> for Scheme {
+    fn from(precision: Precision) -> Scheme {
+        Scheme { precision, int4_block: INT4_BLOCK }
+    }
+}
+
+impl Scheme {
+    /// How the weights of a group are stored; none for f32.
+    ///
+    /// int4 is for what every token reads whole. The picture side runs once a picture, and the
+    /// head decides between tokens: there 4 bits would lose more than they save.
+    pub fn format(&self, group: LayerGroup) -> Option<PanelFormat> {
+        match (self.precision, group) {
+            (Precision::F32, _) => None,
+            (Precision::F16, _) => Some(PanelFormat::F16),
+            (Precision::Bf16, _) => Some(PanelFormat::Bf16),
+            (Precision::Int8, _) => Some(PanelFormat::Int8),
+            (Precision::Int4, LayerGroup::Language | LayerGroup::Gated) => {
+                Some(PanelFormat::Int4 { block: self.int4_block })
+            }
+            (
+                Precision::Int4,
+                LayerGroup::Vision
+                | LayerGroup::Resampler
+                | LayerGroup::Media
+                | LayerGroup::Embedding
+                | LayerGroup::Head,
+            ) => Some(PanelFormat::Int8),
+        }
+    }
+}
+
+impl fmt::Display for Scheme {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.precision {
+            Precision::Int4 => write!(f, "int4/{}", self.int4_block),
+            precision => f.write_str(precision.name()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn node_names_say_their_group() {
+        let cases = [
+            ("media", "vision.3.attention.merged_3", Some(LayerGroup::Vision)),
+            ("media", "resampler.0.mlp", Some(LayerGroup::Resampler)),
+            ("media", "media.merged_8", Some(LayerGroup::Media)),
+            ("media", "merged_2", Some(LayerGroup::Media)),
+            ("decoder", "decoder.2.attention.output", Some(LayerGroup::Language)),
+            ("decoder", "decoder.2.cross_attention", Some(LayerGroup::Gated)),
+            ("decoder", "decoder.2.cross_mlp", Some(LayerGroup::Gated)),
+            ("decoder", "decoder.embedding", Some(LayerGroup::Embedding)),
+            ("decoder", "decoder.position_embedding", None),
+            ("decoder", "decoder.head", Some(LayerGroup::Head)),
+        ];
+        for (stage, name, group) in cases {
+            assert_eq!(LayerGroup::of(stage, name), group, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_tied_table_has_one_format() {
+        for precision in Precision::value_variants() {
+            let scheme = Scheme::from(*precision);
+            assert_eq!(scheme.format(LayerGroup::Embedding), scheme.format(LayerGroup::Head));
+        }
+    }
+}

@@ -1,0 +1,227 @@
+//! Numbers of weights in panels: rounding to nearest, and how much that loses.
+
+use half::{bf16, f16};
+use ndarray::{Array, ArrayView2, Ix2, IxDyn};
+
+use super::{PANEL_ROWS, PanelFormat};
+use crate::Tensor;
+use crate::op::OpError;
+
+/// Divisors of a block's largest magnitude that its scale is chosen from: 8 levels below zero and
+/// 7 above have no divisor that suits every block.
+const INT4_DIVISORS: [f32; 3] = [8.0, 7.5, 7.0];
+
+/// Data and scales of a weight f32 [n, k].
+pub(super) fn pack(format: PanelFormat, weight: &Tensor) -> Result<Vec<Tensor>, OpError> {
+    let rows = rows(weight)?;
+    let packed = match format {
+        PanelFormat::F16 => pack_f16(rows)?,
+        PanelFormat::Bf16 => pack_bf16(rows),
+        PanelFormat::Int8 => pack_int8(rows),
+        PanelFormat::Int4 { block } => pack_int4(rows, block)?,
+    };
+    packed.into_iter().collect::<Option<Vec<Tensor>>>().ok_or_else(|| failed("other shapes"))
+}
+
+fn failed(reason: &str) -> OpError {
+    OpError::Evaluation(format!("PackPanels: {reason}"))
+}
+
+fn rows(weight: &Tensor) -> Result<ArrayView2<'_, f32>, OpError> {
+    let array = weight.as_f32().and_then(|array| array.view().into_dimensionality::<Ix2>().ok());
+    array.ok_or_else(|| failed("expected f32 [n, k]"))
+}
+
+macro_rules! tensor {
+    ($variant:ident, $shape:expr, $data:expr) => {
+        Array::from_shape_vec(IxDyn(&$shape), $data)
+            .ok()
+            .map(|array| Tensor::$variant(array.into_shared()))
+    };
+}
+
+fn n_panels(rows: ArrayView2<'_, f32>) -> usize {
+    rows.nrows().div_ceil(PANEL_ROWS)
+}
+
+fn pack_f16(rows: ArrayView2<'_, f32>) -> Result<Vec<Option<Tensor>>, OpError> {
+    let (panels, k) = (n_panels(rows), rows.ncols());
+    let mut data = vec![f16::ZERO; panels * k * PANEL_ROWS];
+    for ((row, col), value) in rows.indexed_iter() {
+        let half = f16::from_f32(*value);
+        if value.is_finite() && half.is_infinite() {
+            let reason = format!("{value:e} is too large for f16\n\nhint: pass `--precision bf16`");
+            return Err(failed(&reason));
+        }
+        data[(row / PANEL_ROWS * k + col) * PANEL_ROWS + row % PANEL_ROWS] = half;
+    }
+    Ok(vec![tensor!(F16, [panels, k, PANEL_ROWS], data)])
+}
+
+/// Place of a number where `group` columns of a row lie together.
+fn place((row, col): (usize, usize), n_groups: usize, group: usize) -> usize {
+    let panel_group = row / PANEL_ROWS * n_groups + col / group;
+    (panel_group * PANEL_ROWS + row % PANEL_ROWS) * group + col % group
+}
+
+fn pack_bf16(rows: ArrayView2<'_, f32>) -> Vec<Option<Tensor>> {
+    let (panels, n_groups) = (n_panels(rows), rows.ncols().div_ceil(2));
+    let mut data = vec![bf16::ZERO; panels * n_groups * PANEL_ROWS * 2];
+    for (at, value) in rows.indexed_iter() {
+        data[place(at, n_groups, 2)] = bf16::from_f32(*value);
+    }
+    vec![tensor!(BF16, [panels, n_groups, PANEL_ROWS, 2], data)]
+}
+
+fn largest<'a>(values: impl IntoIterator<Item = &'a f32>) -> f32 {
+    values.into_iter().fold(0.0f32, |max, value| max.max(value.abs()))
+}
+
+/// The level of `value` at `scale`; 0 where there is no scale.
+fn level(value: f32, scale: f32, min: f32, max: f32) -> f32 {
+    match scale > 0.0 {
+        true => (value / scale).round_ties_even().clamp(min, max),
+        false => 0.0,
+    }
+}
+
+fn pack_int8(rows: ArrayView2<'_, f32>) -> Vec<Option<Tensor>> {
+    let (panels, n_groups) = (n_panels(rows), rows.ncols().div_ceil(4));
+    let mut data = vec![0i8; panels * n_groups * PANEL_ROWS * 4];
+    let mut scales = vec![0.0f32; panels * PANEL_ROWS];
+    for (row, values) in rows.rows().into_iter().enumerate() {
+        let scale = largest(values) / 127.0;
+        scales[row] = scale;
+        for (col, value) in values.iter().enumerate() {
+            data[place((row, col), n_groups, 4)] = level(*value, scale, -127.0, 127.0) as i8;
+        }
+    }
+    vec![
+        tensor!(I8, [panels, n_groups, PANEL_ROWS, 4], data),
+        tensor!(F32, [panels, PANEL_ROWS], scales),
+    ]
+}
+
+/// Largest scale of a block: products with activations within ±127 of a whole row must not leave
+/// 32 bits (127 · 8 = 1016).
+fn max_block_scale(padded_cols: usize) -> Result<f32, OpError> {
+    let limit = (i32::MAX as usize) / padded_cols.saturating_mul(1016);
+    match limit {
+        0 => Err(failed("the rows are too long for int4\n\nhint: pass `--precision int8`")),
+        limit => Ok(limit.min(255) as f32),
+    }
+}
+
+fn pack_int4(rows: ArrayView2<'_, f32>, block: usize) -> Result<Vec<Option<Tensor>>, OpError> {
+    let (panels, n_blocks) = (n_panels(rows), rows.ncols().div_ceil(block));
+    let n_groups = n_blocks * block / 8;
+    let max_scale = max_block_scale(n_blocks * block)?;
+    let mut data = vec![0x88u8; panels * n_groups * PANEL_ROWS * 4];
+    let mut row_scales = vec![0.0f32; panels * PANEL_ROWS];
+    let mut block_scales = vec![0u8; panels * n_blocks * PANEL_ROWS];
+    for (row, values) in rows.rows().into_iter().enumerate() {
+        let values = values.to_vec();
+        let scales: Vec<f32> = values.chunks(block).map(int4_scale).collect();
+        let row_scale = largest(&scales) / max_scale;
+        row_scales[row] = row_scale;
+        for (index, (values, scale)) in values.chunks(block).zip(&scales).enumerate() {
+            let steps = match *scale > 0.0 && row_scale > 0.0 {
+                true => (scale / row_scale).round_ties_even().clamp(1.0, max_scale),
+                false => 0.0,
+            };
+            let at = row / PANEL_ROWS * n_blocks + index;
+            block_scales[at * PANEL_ROWS + row % PANEL_ROWS] = steps as u8;
+            for (col, value) in values.iter().enumerate() {
+                let col = index * block + col;
+                let nibble = level(*value, steps * row_scale, -8.0, 7.0) as i8 + 8;
+                let byte = place((row, col / 8 * 4 + col % 4), n_groups, 4);
+                let shift = if col % 8 < 4 { 0 } else { 4 };
+                data[byte] = data[byte] & !(15 << shift) | nibble.cast_unsigned() << shift;
+            }
+        }
+    }
+    Ok(vec![
+        tensor!(U8, [panels, n_groups, PANEL_ROWS, 4], data),
+        tensor!(F32, [panels, PANEL_ROWS], row_scales),
+        tensor!(U8, [panels, n_blocks, PANEL_ROWS], block_scales),
+    ])
+}
+
+/// The scale with the smallest squared error.
+fn int4_scale(values: &[f32]) -> f32 {
+    let magnitude = largest(values);
+    let error = |scale: f32| -> f32 {
+        let of = |value: &f32| (value - scale * level(*value, scale, -8.0, 7.0)).powi(2);
+        values.iter().map(of).sum()
+    };
+    let scales = INT4_DIVISORS.map(|divisor| magnitude / divisor);
+    scales.into_iter().min_by(|a, b| error(*a).total_cmp(&error(*b))).unwrap_or(0.0)
+}
+
+/// Data and scales as slices.
+enum Packed<'a> {
+    F16(&'a [f16]),
+    Bf16(&'a [bf16]),
+    Int8 { data: &'a [i8], row_scales: &'a [f32] },
+    Int4 { data: &'a [u8], row_scales: &'a [f32], block_scales: &'a [u8], block: usize },
+}
+
+impl<'a> Packed<'a> {
+    fn new(format: PanelFormat, tensors: &'a [Tensor]) -> Option<Packed<'a>> {
+        Some(match (format, tensors) {
+            (PanelFormat::F16, [Tensor::F16(data)]) => Packed::F16(data.as_slice()?),
+            (PanelFormat::Bf16, [Tensor::BF16(data)]) => Packed::Bf16(data.as_slice()?),
+            (PanelFormat::Int8, [Tensor::I8(data), Tensor::F32(scales)]) => {
+                Packed::Int8 { data: data.as_slice()?, row_scales: scales.as_slice()? }
+            }
+            (
+                PanelFormat::Int4 { block },
+                [Tensor::U8(data), Tensor::F32(row_scales), Tensor::U8(block_scales)],
+            ) => Packed::Int4 {
+                data: data.as_slice()?,
+                row_scales: row_scales.as_slice()?,
+                block_scales: block_scales.as_slice()?,
+                block,
+            },
+            _ => return None,
+        })
+    }
+
+    fn value(&self, (row, col): (usize, usize), k: usize) -> f32 {
+        let (panel, lane) = (row / PANEL_ROWS, row % PANEL_ROWS);
+        match self {
+            Packed::F16(data) => data[(panel * k + col) * PANEL_ROWS + lane].to_f32(),
+            Packed::Bf16(data) => data[place((row, col), k.div_ceil(2), 2)].to_f32(),
+            Packed::Int8 { data, row_scales } => {
+                f32::from(data[place((row, col), k.div_ceil(4), 4)]) * row_scales[row]
+            }
+            Packed::Int4 { data, row_scales, block_scales, block } => {
+                let n_blocks = k.div_ceil(*block);
+                let byte = data[place((row, col / 8 * 4 + col % 4), n_blocks * block / 8, 4)];
+                let nibble = if col % 8 < 4 { byte & 15 } else { byte >> 4 };
+                let at = (panel * n_blocks + col / block) * PANEL_ROWS + lane;
+                (f32::from(nibble) - 8.0) * f32::from(block_scales[at]) * row_scales[row]
+            }
+        }
+    }
+}
+
+/// Signal-to-noise ratio of the packed weight, in dB: 10 log₁₀(Σ w² / Σ (w − packed)²). Infinite
+/// where nothing was lost.
+///
+/// # Errors
+/// If `packed` is not what `PackPanels` makes of `weight`.
+pub fn sqnr_db(format: PanelFormat, weight: &Tensor, packed: &[Tensor]) -> Result<f64, OpError> {
+    let rows = rows(weight)?;
+    let expected = format.facts(rows.nrows(), rows.ncols());
+    let fits = packed.iter().map(Tensor::fact).eq(expected);
+    let packed = Packed::new(format, packed).filter(|_| fits);
+    let packed = packed.ok_or_else(|| failed("expected the panels of the weight"))?;
+    let (mut signal, mut noise) = (0.0f64, 0.0f64);
+    for (at, value) in rows.indexed_iter() {
+        let error = f64::from(*value) - f64::from(packed.value(at, rows.ncols()));
+        signal += f64::from(*value).powi(2);
+        noise += error.powi(2);
+    }
+    Ok(if noise > 0.0 { 10.0 * (signal / noise).log10() } else { f64::INFINITY })
+}
