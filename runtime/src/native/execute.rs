@@ -180,7 +180,7 @@ impl<'a> Context<'a> {
     }
 
     /// The rows that an action runs over: all, or stretches in which rows see a medium.
-    fn stretches(&self, only_seen: bool, n_rows: usize) -> Vec<Range<usize>> {
+    pub(super) fn stretches(&self, only_seen: bool, n_rows: usize) -> Vec<Range<usize>> {
         match only_seen {
             false => std::iter::once(0..n_rows).collect(),
             true => seen_stretches(self.media_time),
