@@ -208,7 +208,7 @@ impl<'a> Context<'a> {
         }
     }
 
-    fn panels(&self, places: &PanelPlaces) -> Result<Panels<'a>, Unresolved> {
+    pub(super) fn panels(&self, places: &PanelPlaces) -> Result<Panels<'a>, Unresolved> {
         let stored = |place: usize| self.weights.get(place).copied().ok_or(Unresolved);
         let data = stored(places.data)?.bytes().ok_or(Unresolved)?;
         let row_scales = match places.row_scales {
@@ -229,7 +229,7 @@ impl<'a> Context<'a> {
     }
 
     /// The rows that an action runs over: all, or stretches in which rows see a medium.
-    fn stretches(&self, only_seen: bool, n_rows: usize) -> Vec<Range<usize>> {
+    pub(super) fn stretches(&self, only_seen: bool, n_rows: usize) -> Vec<Range<usize>> {
         match only_seen {
             false => std::iter::once(0..n_rows).collect(),
             true => seen_stretches(self.media_time),
