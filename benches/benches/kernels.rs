@@ -31,7 +31,7 @@ fn kernels() -> Kernels {
 fn limits(_: &mut Criterion) {
     let kernels = kernels();
     eprintln!(
-        "{kernels:?}: reads {:.1} GB/s, multiplies and adds {:.1} GFLOP/s",
+        "{kernels:?}: reads {:.1} GB/s, multiplies and adds {:.1} GOP/s",
         probe::read_bandwidth(&kernels),
         probe::fma_peak(&kernels)
     );

@@ -1,12 +1,14 @@
 //! The command line: one file a verb. Results go to stdout, progress to stderr; exit status 0 is
 //! success, 1 a failed check, 2 an error.
 
+mod bench;
 mod check;
 mod compile;
 mod demo;
 mod doctor;
 mod inspect;
 mod output;
+mod profile;
 mod run;
 mod synth;
 mod trace;
@@ -47,6 +49,7 @@ enum Verb {
     Trace(trace::Trace),
     Check(check::Check),
     Inspect(inspect::Inspect),
+    Bench(bench::Bench),
     Synth(synth::Synth),
     Doctor(doctor::Doctor),
 }
@@ -137,6 +140,7 @@ fn dispatch(verb: Verb, output: &mut Output) -> Result<Outcome> {
         Verb::Trace(trace) => trace.run(output),
         Verb::Check(check) => check.run(output),
         Verb::Inspect(inspect) => inspect.run(output),
+        Verb::Bench(bench) => bench.run(output),
         Verb::Synth(synth) => synth.run(output),
         Verb::Doctor(doctor) => doctor.run(output),
     }

@@ -1,6 +1,8 @@
 //! A user's walk through the command line: each verb, its exit status, and the JSON that scripts
 //! rely on.
 
+#[path = "cli/bench.rs"]
+mod bench;
 mod common;
 
 use std::ffi::OsStr;
@@ -14,7 +16,8 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-const VERBS: [&str; 8] = ["demo", "compile", "run", "trace", "check", "inspect", "synth", "doctor"];
+const VERBS: [&str; 9] =
+    ["demo", "compile", "run", "trace", "check", "inspect", "bench", "synth", "doctor"];
 
 /// The value at a JSON pointer.
 #[track_caller]
@@ -34,8 +37,13 @@ struct Demo {
 
 impl Demo {
     fn new() -> Demo {
+        Demo::in_precision("f32")
+    }
+
+    fn in_precision(name: &str) -> Demo {
         let demo = Demo { scratch: tempfile::tempdir().unwrap() };
-        flamingoc!("compile", repository("models/demo/recipe.toml"), "-o", demo.path()).ok();
+        let recipe = repository("models/demo/recipe.toml");
+        flamingoc!("compile", recipe, "-o", demo.path(), "--precision", name).ok();
         demo
     }
 
@@ -354,7 +362,15 @@ fn doctor_says_what_this_machine_has() {
     let isa = at(&found, "/isa").as_str().unwrap();
     assert_eq!(at(&found, &format!("/isa_available/{isa}")), true, "{found:#}");
     assert!(at(&found, "/threads").as_u64().unwrap() > 0);
-    assert!(at(&found, "/read_gb_per_s").as_f64().unwrap() > 0.0);
+    for ceiling in ["read_gb_per_s", "f32_gop_per_s"] {
+        assert!(at(&found, &format!("/{ceiling}")).as_f64().unwrap() > 0.0, "{ceiling}");
+    }
+    let features = at(&found, "/features").as_object().unwrap();
+    let has = |name: &str| features.get(name).is_some_and(|has| has == true);
+    let is_best = isa == "avx512";
+    let rate = |name: &str| at(&found, &format!("/{name}_gop_per_s")).is_number();
+    assert_eq!(rate("bf16"), is_best && has("avx512bf16"), "{found:#}");
+    assert_eq!(rate("int8"), (is_best && has("avx512vnni")) || isa == "avx2", "{found:#}");
     assert!(at(&found, "/onnx_runtime").is_string());
 }
 

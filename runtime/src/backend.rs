@@ -11,6 +11,8 @@ use std::sync::Arc;
 use flamingo_ir::DType;
 use flamingo_kernels::KernelError;
 
+use crate::profile::Record;
+
 /// What is known of one medium (a picture, or the frames of a video) after it was encoded: its
 /// visual tokens, and the keys and values of every gated block. Shared between sequences.
 #[derive(Clone, Debug, PartialEq, Default)]
@@ -67,6 +69,16 @@ pub trait Backend: Send + Sync {
     /// # Errors
     /// If the memory for its keys and values cannot be had.
     fn new_sequence(&self, max_context: usize) -> Result<Box<dyn Sequence>, BackendError>;
+
+    /// Starts or stops recording what each instruction does; whether this engine can.
+    fn set_profiling(&self, _is_on: bool) -> bool {
+        false
+    }
+
+    /// The instructions recorded since the last call, by their start.
+    fn take_profile(&self) -> Vec<Record> {
+        Vec::new()
+    }
 }
 
 /// The keys and values of one sequence's tokens.

@@ -15,11 +15,13 @@ mod artifact;
 pub mod backend;
 mod contract;
 pub mod image;
+pub mod machine;
 pub mod native;
 #[cfg(any(feature = "ort", feature = "tract"))]
 mod onnx_graph;
 #[cfg(feature = "ort")]
 pub mod ort;
+pub mod profile;
 mod prompt;
 mod sampling;
 mod session;

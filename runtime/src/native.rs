@@ -13,6 +13,7 @@ mod size;
 mod stage;
 #[cfg(test)]
 mod tests;
+mod work;
 
 use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -22,6 +23,7 @@ use flamingo_kernels::{Kernels, KvCache};
 
 use crate::backend::{Backend, BackendError, Media, Sequence, Step, WeightBytes, frame_weights};
 use crate::contract::{Contract, check_step, full, indices};
+use crate::profile::Record;
 
 pub use stage::{Buffers, Call, NativeStage, StageMemory};
 
@@ -118,6 +120,19 @@ impl Backend for NativeBackend {
             Ok(self.shared.contract.media_from_outputs(outputs))
         };
         pixel_values.chunks_exact(medium_elements).map(encode).collect()
+    }
+
+    fn set_profiling(&self, is_on: bool) -> bool {
+        self.shared.media.set_profiling(is_on);
+        self.shared.decoder.set_profiling(is_on);
+        true
+    }
+
+    fn take_profile(&self) -> Vec<Record> {
+        let mut records = self.shared.media.take_profile();
+        records.extend(self.shared.decoder.take_profile());
+        records.sort_by_key(|record| record.start);
+        records
     }
 
     fn new_sequence(&self, max_context: usize) -> Result<Box<dyn Sequence>, BackendError> {

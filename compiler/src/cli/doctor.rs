@@ -1,10 +1,11 @@
 //! `flamingoc doctor`.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
-use flamingo_kernels::{Isa, Kernels, probe};
+use flamingo_runtime::machine::{Machine, features, instruction_sets};
 use serde_json::json;
 
 use super::Outcome;
@@ -24,33 +25,24 @@ pub(super) struct Doctor {
 
 impl Doctor {
     pub(super) fn run(self, output: &mut Output) -> Result<Outcome> {
-        let kernels = Kernels::new(None)?;
-        let sets = Isa::ALL.map(|isa| (isa.name(), isa.is_available()));
-        let read = probe::read_bandwidth(&kernels);
-        let peak = probe::fma_peak(&kernels);
+        let machine = Machine::measure(None)?;
         let (ort, providers) = ort_report(self.ort_lib.as_deref());
         if self.json {
-            let sets: serde_json::Map<String, serde_json::Value> = sets
-                .iter()
-                .map(|(name, available)| ((*name).to_owned(), json!(available)))
-                .collect();
+            let flags = |flags: Vec<(&'static str, bool)>| -> BTreeMap<&str, bool> {
+                flags.into_iter().collect()
+            };
             output.json(&json!({
-                "isa": kernels.isa().name(), "isa_available": sets, "threads": kernels.n_threads(),
-                "read_gb_per_s": read, "f32_gflop_per_s": peak, "onnx_runtime": ort,
+                "cpu": machine.cpu, "isa": machine.isa,
+                "isa_available": flags(instruction_sets()), "features": flags(features()),
+                "threads": machine.threads,
+                "read_gb_per_s": machine.read_gb_per_s, "f32_gop_per_s": machine.f32_gop_per_s,
+                "bf16_gop_per_s": machine.bf16_gop_per_s,
+                "int8_gop_per_s": machine.int8_gop_per_s, "onnx_runtime": ort,
                 "execution_providers": providers, "tract": cfg!(feature = "tract"),
             }))?;
             return Ok(Outcome::Ok);
         }
-        let available: Vec<&str> =
-            sets.iter().filter(|(_, yes)| *yes).map(|(name, _)| *name).collect();
-        output.line(&format!(
-            "instruction set   {} (available: {})",
-            kernels.isa().name(),
-            available.join(", ")
-        ))?;
-        output.line(&format!("threads           {}", kernels.n_threads()))?;
-        output.line(&format!("read bandwidth    {read:.0} GB/s, measured now"))?;
-        output.line(&format!("f32 peak          {peak:.0} GFLOP/s, measured now"))?;
+        show(&machine, output)?;
         output.line(&format!("ONNX Runtime      {ort}"))?;
         for (name, state) in providers {
             output.line(&format!("  {name:<15} {state}"))?;
@@ -60,6 +52,36 @@ impl Doctor {
         output.line(&format!("tract             {tract}"))?;
         Ok(Outcome::Ok)
     }
+}
+
+fn show(machine: &Machine, output: &mut Output) -> Result<()> {
+    let names = |flags: Vec<(&'static str, bool)>, wanted: bool| {
+        let names = flags.into_iter().filter(|(_, has)| *has == wanted).map(|(name, _)| name);
+        names.collect::<Vec<_>>().join(", ")
+    };
+    let available = names(instruction_sets(), true);
+    output.line(&format!("processor         {}", machine.cpu))?;
+    output.line(&format!("instruction set   {} (available: {available})", machine.isa))?;
+    output.line(&format!("features          {}", names(features(), true)))?;
+    let missing = names(features(), false);
+    if !missing.is_empty() {
+        output.line(&format!("  not there       {missing}"))?;
+    }
+    output.line(&format!("threads           {}", machine.threads))?;
+    output.line(&format!("read bandwidth    {:.1} GB/s, measured now", machine.read_gb_per_s))?;
+    let peaks = [
+        ("f32", Some(machine.f32_gop_per_s)),
+        ("bf16", machine.bf16_gop_per_s),
+        ("int8", machine.int8_gop_per_s),
+    ];
+    for (name, peak) in peaks {
+        let name = format!("{name} peak");
+        match peak {
+            Some(peak) => output.line(&format!("{name:<17} {peak:.0} GOP/s, measured now"))?,
+            None => output.line(&format!("{name:<17} no instructions for it"))?,
+        }
+    }
+    Ok(())
 }
 
 #[cfg(feature = "ort")]

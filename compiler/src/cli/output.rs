@@ -37,14 +37,12 @@ impl Output {
 
     /// A table: the first column to the left, the others, numbers, to the right.
     pub(super) fn table(&mut self, header: &[&str], rows: &[Vec<String>]) -> Result<()> {
-        let mut table = Table::new();
-        table.load_preset(presets::NOTHING).set_header(header).add_rows(rows);
-        for (index, column) in table.column_iter_mut().enumerate() {
-            if index > 0 {
-                column.set_cell_alignment(CellAlignment::Right);
-            }
-        }
-        self.line(&table.trim_fmt())
+        self.line(&table(header, rows))
+    }
+
+    /// As [`Output::table`], for the person who watches.
+    pub(super) fn note_table(&mut self, header: &[&str], rows: &[Vec<String>]) {
+        self.note(&table(header, rows));
     }
 
     /// A line for the person who watches.
@@ -52,6 +50,17 @@ impl Output {
         // A closed stderr must not end the work.
         let _ = writeln!(self.stderr, "{text}");
     }
+}
+
+fn table(header: &[&str], rows: &[Vec<String>]) -> String {
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING).set_header(header).add_rows(rows);
+    for (index, column) in table.column_iter_mut().enumerate() {
+        if index > 0 {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    table.trim_fmt()
 }
 
 /// Whether the reader of stdout went away, which is its right.
@@ -68,6 +77,19 @@ pub(super) fn byte_bar(label: &str) -> ProgressBar {
     let bar = ProgressBar::new(0).with_message(label.to_owned());
     let template = "{msg} {bar:30} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
     if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style);
+    }
+    bar.enable_steady_tick(Duration::from_millis(200));
+    bar
+}
+
+/// A progress bar over samples; silent without a terminal.
+pub(super) fn count_bar() -> ProgressBar {
+    if !io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::new(0);
+    if let Ok(style) = ProgressStyle::with_template("{msg} {bar:30} {pos}/{len} {eta}") {
         bar.set_style(style);
     }
     bar.enable_steady_tick(Duration::from_millis(200));

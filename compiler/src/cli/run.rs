@@ -7,6 +7,7 @@ use clap::Args;
 use flamingo_runtime::{GenerateOptions, Model, PromptFile, SamplingOptions, Stop};
 
 use super::output::Output;
+use super::profile::Profiling;
 use super::{Opening, Outcome};
 
 /// Answer a prompt with pictures; the text streams to stdout
@@ -50,6 +51,8 @@ pub(super) struct Run {
     seed: u64,
     #[command(flatten)]
     opening: Opening,
+    #[command(flatten)]
+    profiling: Profiling,
     /// Print text, token ids, timings and cache counts as JSON at the end
     #[arg(long)]
     json: bool,
@@ -66,6 +69,7 @@ impl Run {
         };
         let options = self.options(&prompt)?;
         let model = Model::open(&self.artifact, &self.opening.options())?;
+        self.profiling.start(model.backend())?;
         let mut shown = Ok(());
         let answer = model.generate(&prompt, &options, &mut |piece| {
             if !self.json && shown.is_ok() {
@@ -76,6 +80,9 @@ impl Run {
         match self.json {
             true => output.json(&answer.to_json())?,
             false => output.line("")?,
+        }
+        if self.profiling.is_on() {
+            self.profiling.finish(model.backend(), self.opening.threads, output)?;
         }
         if answer.stop == Stop::Context {
             output.note("note: stopped at the context limit");

@@ -1,8 +1,8 @@
 //! AVX-512 vectors: sixteen f32 lanes, 32 registers.
 
-use std::arch::x86_64::*;
+use std::{arch::x86_64::*, hint::black_box};
 
-use super::{DotBf16, DotBf16Task, DotI8, DotI8Task, Simd, Task, avx2::Avx2};
+use super::{Dot, DotBf16, DotBf16Task, DotI8, DotI8Task, Simd, Task, avx2::Avx2};
 use crate::math::Unary;
 
 const LANES: usize = 16;
@@ -51,6 +51,51 @@ impl Avx512 {
     pub(crate) fn bf16(self) -> Option<Bf16> {
         self.has_bf16.then_some(Bf16(self))
     }
+
+    /// Runs `n_rounds` of independent dot products in registers; returns the multiply-adds of a round, none if the
+    /// processor lacks the instruction.
+    pub(super) fn dot_rounds(self, dot: Dot, n_rounds: usize) -> Option<usize> {
+        match dot {
+            Dot::Bf16 => self.has_bf16.then(|| {
+                // SAFETY: the token proves the instructions.
+                unsafe { bf16_rounds(n_rounds) }
+            }),
+            Dot::Int8 => self.has_vnni.then(|| {
+                // SAFETY: the token proves the instructions.
+                unsafe { int8_rounds(n_rounds) }
+            }),
+        }
+    }
+}
+
+/// Chains of [`Avx512::dot_rounds`]: more than latency times ports, few enough for 32 registers.
+const N_CHAINS: usize = 24;
+
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn bf16_rounds(n_rounds: usize) -> usize {
+    let ones = _mm512_set1_ps(black_box(1.0));
+    let (a, b) = (_mm512_cvtne2ps_pbh(ones, ones), _mm512_cvtne2ps_pbh(ones, ones));
+    let mut chains = [_mm512_setzero_ps(); N_CHAINS];
+    for _ in 0..n_rounds {
+        for chain in &mut chains {
+            *chain = _mm512_dpbf16_ps(*chain, a, b);
+        }
+    }
+    black_box(chains);
+    N_CHAINS * LANES * 2
+}
+
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn int8_rounds(n_rounds: usize) -> usize {
+    let (a, b) = (_mm512_set1_epi8(black_box(1)), _mm512_set1_epi8(black_box(1)));
+    let mut chains = [_mm512_setzero_si512(); N_CHAINS];
+    for _ in 0..n_rounds {
+        for chain in &mut chains {
+            *chain = _mm512_dpbusd_epi32(*chain, a, b);
+        }
+    }
+    black_box(chains);
+    N_CHAINS * LANES * 4
 }
 
 /// Evaluates a register-only intrinsic.

@@ -243,6 +243,15 @@ impl<T: DotBf16Task> Task for Widened<T> {
 /// Upper bound of [`Simd::X_ROWS`].
 pub(crate) const MAX_X_ROWS: usize = 6;
 
+/// A dot product of narrow numbers that some instruction sets have an instruction for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Dot {
+    /// Pairs of bfloat16 into f32.
+    Bf16,
+    /// Fours of unsigned times signed bytes into i32.
+    Int8,
+}
+
 /// The token in use, chosen once at start-up.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Token {
@@ -301,6 +310,18 @@ impl Token {
             Token::Avx2(simd) => Simd::run(simd, task),
             #[cfg(target_arch = "x86_64")]
             Token::Avx512(simd) => simd.run(task),
+        }
+    }
+
+    /// Runs `n_rounds` of independent dot products in registers; returns the multiply-adds of a round, none if there is
+    /// no instruction for them.
+    pub(crate) fn dot_rounds(self, dot: Dot, n_rounds: usize) -> Option<usize> {
+        match self {
+            Token::Scalar(_) => None,
+            #[cfg(target_arch = "x86_64")]
+            Token::Avx2(simd) => simd.dot_rounds(dot, n_rounds),
+            #[cfg(target_arch = "x86_64")]
+            Token::Avx512(simd) => simd.dot_rounds(dot, n_rounds),
         }
     }
 }

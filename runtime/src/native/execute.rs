@@ -201,7 +201,7 @@ impl<'a> Context<'a> {
         Ok(Rows { data: data.get(offset..end).ok_or(Unresolved)?, rows, cols, stride })
     }
 
-    fn weight(&self, operand: &WeightOperand) -> Result<Weight<'a>, Unresolved> {
+    pub(super) fn weight(&self, operand: &WeightOperand) -> Result<Weight<'a>, Unresolved> {
         match operand {
             WeightOperand::Numbers(view) => Ok(self.rows(view)?.matrix().into()),
             WeightOperand::Panels(places) => Ok(self.panels(places)?.into()),
@@ -229,7 +229,7 @@ impl<'a> Context<'a> {
     }
 
     /// The rows that an action runs over: all, or stretches in which rows see a medium.
-    fn stretches(&self, only_seen: bool, n_rows: usize) -> Vec<Range<usize>> {
+    pub(super) fn stretches(&self, only_seen: bool, n_rows: usize) -> Vec<Range<usize>> {
         match only_seen {
             false => std::iter::once(0..n_rows).collect(),
             true => seen_stretches(self.media_time),

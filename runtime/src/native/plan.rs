@@ -157,7 +157,7 @@ pub(super) enum Action {
 
 impl Action {
     /// All views that the action reads.
-    fn views(&self) -> Vec<View> {
+    pub(super) fn views(&self) -> Vec<View> {
         let optional = |views: &[Option<View>]| views.iter().flatten().copied().collect::<Vec<_>>();
         match self {
             Action::Linear { x, weight, bias, residual, .. } => {

@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Instant;
 
 use flamingo_ir::{Bindings, DType, Graph};
 use flamingo_kernels::{Kernels, KvCache};
@@ -14,6 +15,7 @@ use super::plan::{
 use super::size::Sizes;
 use crate::backend::{BackendError, Media, WeightBytes, WeightMismatch};
 use crate::contract;
+use crate::profile::{Record, Recorder};
 
 /// A graph as a static plan over mapped weights. Running it allocates nothing but the outputs
 /// once its buffers have grown to the largest call.
@@ -21,6 +23,7 @@ pub struct NativeStage {
     plan: Plan,
     weights: Arc<dyn WeightBytes>,
     kernels: Arc<Kernels>,
+    recorder: Recorder,
 }
 
 /// Buffers of a stage; they grow when a call needs more, and one set serves one call at a time.
@@ -109,9 +112,19 @@ impl NativeStage {
         };
         let mismatches: Vec<WeightMismatch> = plan.weights.iter().filter_map(mismatch).collect();
         match mismatches.is_empty() {
-            true => Ok(NativeStage { plan, weights, kernels }),
+            true => Ok(NativeStage { plan, weights, kernels, recorder: Recorder::default() }),
             false => Err(BackendError::Weights { graph: plan.graph, weights: mismatches }),
         }
+    }
+
+    /// Starts or stops recording what each instruction does.
+    pub fn set_profiling(&self, is_on: bool) {
+        self.recorder.set(is_on);
+    }
+
+    /// The instructions recorded since the last call, in the order in which they ended.
+    pub fn take_profile(&self) -> Vec<Record> {
+        self.recorder.take()
     }
 
     /// Names of the outputs of [`NativeStage::run`]: the graph's, without `present_k` and
@@ -225,14 +238,36 @@ impl NativeStage {
         if rows == 0 || cols == 0 {
             return Ok(());
         }
+        let started = self.recorder.start();
         let slot = self.plan.slot_of[instruction.buffer];
         let mut out = std::mem::take(&mut buffers.slots[slot]);
-        let context = Context { slots: &buffers.slots, ..context };
+        let with_slots = Context { slots: &buffers.slots, ..context };
         let target = out.get_mut(..rows * cols).ok_or(Unresolved);
-        let run = |target| context.execute(&instruction.action, caches, target, (rows, cols));
+        let run = |target| with_slots.execute(&instruction.action, caches, target, (rows, cols));
         let result = target.and_then(run);
         buffers.slots[slot] = out;
+        if let Some(start) = started {
+            self.record(instruction, context, (rows, cols), start);
+        }
         result
+    }
+
+    fn record(
+        &self,
+        instruction: &Instruction,
+        context: Context<'_>,
+        shape: (usize, usize),
+        start: Instant,
+    ) {
+        let duration = start.elapsed();
+        self.recorder.add(Record {
+            graph: self.plan.graph.clone(),
+            node: instruction.node.clone(),
+            op: instruction.action.name(),
+            start,
+            duration,
+            work: context.work(&instruction.action, shape),
+        });
     }
 
     fn unresolved(&self, place: &str) -> BackendError {

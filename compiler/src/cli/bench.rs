@@ -1,0 +1,177 @@
+//! `flamingoc bench`.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use clap::Args;
+use flamingo_runtime::Artifact;
+use flamingo_runtime::profile::Record;
+
+use super::output::{Output, bytes, count_bar};
+use super::profile::{Profiling, write_trace};
+use super::{Opening, Outcome};
+use crate::bench::{BenchOptions, Report, StageResult, bench};
+
+/// Time the stages of an artifact and compare them with what the machine can do
+#[derive(Args)]
+#[command(after_help = "Examples:
+  flamingoc bench of-3b.flamingo --images 1,32 --context 128
+  flamingoc bench of-3b.flamingo --profile --trace trace.json --json
+
+Stages: load, encode (one picture), resample (the resampler's part of it), prefill,
+decode (one token, pictures encoded before), first_token (pictures and prompt, nothing
+encoded before). `% of ceiling` is the share of the measured read bandwidth for
+decode, and of the measured peak arithmetic for encode, resample and prefill.")]
+pub(super) struct Bench {
+    /// The artifact
+    artifact: PathBuf,
+    /// Numbers of pictures in the text [default: 1, and 32 or as many as fit]
+    #[arg(long, value_name = "N,…", value_delimiter = ',')]
+    images: Option<Vec<usize>>,
+    /// Tokens before the decoded one [default: 128 or as many as fit]
+    #[arg(long, value_name = "N")]
+    context: Option<usize>,
+    /// Tokens of the prefilled prompt [default: 128 or as many as fit]
+    #[arg(long, value_name = "N")]
+    prompt_tokens: Option<usize>,
+    /// Most samples of a stage
+    #[arg(long, value_name = "N", default_value = "40")]
+    reps: usize,
+    /// Seconds after which a stage gets no further sample
+    #[arg(long, value_name = "S", default_value = "4")]
+    budget_s: f64,
+    /// Seed of inputs and order
+    #[arg(long, value_name = "N", default_value = "0")]
+    seed: u64,
+    #[command(flatten)]
+    opening: Opening,
+    #[command(flatten)]
+    profiling: Profiling,
+    /// Print as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Bench {
+    pub(super) fn run(self, output: &mut Output) -> Result<Outcome> {
+        let options = self.options()?;
+        let bar = count_bar();
+        let report = bench(&self.artifact, &options, &mut |what, done, all| {
+            bar.set_message(what);
+            bar.set_length(u64::try_from(all).unwrap_or(0));
+            bar.set_position(u64::try_from(done).unwrap_or(0));
+        })?;
+        bar.finish_and_clear();
+        self.show_profiles(&report, output)?;
+        match self.json {
+            true => output.json(&report)?,
+            false => show(&report, output)?,
+        }
+        Ok(Outcome::Ok)
+    }
+
+    fn options(&self) -> Result<BenchOptions> {
+        let budget = Duration::try_from_secs_f64(self.budget_s).ok();
+        let Some(budget) = budget.filter(|budget| !budget.is_zero()) else {
+            bail!("`--budget-s`: expected seconds above 0, found {}", self.budget_s);
+        };
+        let limits = Artifact::open(&self.artifact, false)?.manifest.limits;
+        let mut images = match &self.images {
+            Some(images) => images.clone(),
+            None => vec![1.min(limits.max_images), 32.min(limits.max_images)],
+        };
+        images.sort_unstable();
+        images.dedup();
+        let tokens = |given: Option<usize>, room: usize| given.unwrap_or(128.min(room));
+        Ok(BenchOptions {
+            images,
+            context: tokens(self.context, limits.max_context.saturating_sub(1)),
+            prompt_tokens: tokens(self.prompt_tokens, limits.max_context),
+            reps: self.reps,
+            budget,
+            seed: self.seed,
+            opening: self.opening.options(),
+            profile: self.profiling.is_on(),
+        })
+    }
+
+    /// Profiles go to stderr and to a file: stdout is for the result.
+    fn show_profiles(&self, report: &Report, output: &mut Output) -> Result<()> {
+        for profile in &report.profiles {
+            if self.profiling.profile {
+                let (stage, images, context) =
+                    (profile.stage.name(), profile.images, profile.context);
+                output.note(&format!("\n{stage}, {images} images, {context} tokens"));
+                super::profile::show(&profile.records, &report.machine, output);
+            }
+        }
+        match &self.profiling.trace {
+            Some(path) => {
+                let records: Vec<Record> =
+                    report.profiles.iter().flat_map(|p| p.records.clone()).collect();
+                write_trace(&records, path)
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+fn show(report: &Report, output: &mut Output) -> Result<()> {
+    let machine = &report.machine;
+    let rate = |rate: Option<f64>| rate.map_or("none".to_owned(), |rate| format!("{rate:.0}"));
+    output.line(&format!(
+        "{}, {}, {} threads, backend {}; measured now: read {:.1} GB/s, f32 {:.0} GOP/s, bf16 {}, \
+         int8 {}\n",
+        machine.cpu,
+        machine.isa,
+        machine.threads,
+        report.backend,
+        machine.read_gb_per_s,
+        machine.f32_gop_per_s,
+        rate(machine.bf16_gop_per_s),
+        rate(machine.int8_gop_per_s),
+    ))?;
+    let header = [
+        "",
+        "images",
+        "tokens",
+        "ms",
+        "p10",
+        "p90",
+        "tokens/s",
+        "GB/s",
+        "GOP/s",
+        "% of ceiling",
+        "others",
+    ];
+    output.table(&header, &report.results.iter().map(row).collect::<Vec<_>>())?;
+    let known = |size: Option<u64>| size.map_or("unknown".to_owned(), bytes);
+    let size = |size: usize| bytes(u64::try_from(size).unwrap_or(u64::MAX));
+    output.line(&format!(
+        "\nmemory: peak {}, steady {}, mapped weights included; keys and values {}, a picture {}",
+        known(report.peak_rss_bytes),
+        known(report.steady_rss_bytes),
+        size(report.cache_bytes.kv),
+        size(report.cache_bytes.media_per_image),
+    ))
+}
+
+fn row(result: &StageResult) -> Vec<String> {
+    let number = |value: Option<f64>, digits: usize| {
+        value.map_or(String::new(), |value| format!("{value:.digits$}"))
+    };
+    vec![
+        result.stage.name().to_owned(),
+        result.images.to_string(),
+        result.context.to_string(),
+        format!("{:.2}", result.ms.median),
+        format!("{:.2}", result.ms.p10),
+        format!("{:.2}", result.ms.p90),
+        number(result.tokens_per_s, 1),
+        number(result.weight_gb_per_s, 1),
+        number(result.gop_per_s, 1),
+        number(result.of_ceiling.map(|share| 100.0 * share), 0),
+        number(result.others, 2),
+    ]
+}

@@ -1,0 +1,262 @@
+//! `bench`, and the profiles that it and `run` show: the JSON that scripts rely on, counts against
+//! the model's configuration, and times against the clock.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use flamingo_models::config::ModelConfig;
+use flamingo_runtime::Artifact;
+use flamingo_runtime::backend::{Backend, Step};
+use flamingo_runtime::native::NativeBackend;
+use flamingo_runtime::profile::{Arithmetic, Record};
+use serde_json::{Value, json};
+
+use super::common::{self, Ran, flamingoc, repository};
+use super::{Demo, at, parse};
+
+impl Demo {
+    fn bench(&self, arguments: &[&str]) -> Ran {
+        let path = self.path().display().to_string();
+        let fixed = ["bench", &path, "--reps", "3", "--budget-s", "0.5"];
+        let all: Vec<_> = fixed.iter().chain(arguments).map(AsRef::as_ref).collect();
+        common::run(&all)
+    }
+}
+
+fn number(value: &Value, pointer: &str) -> f64 {
+    at(value, pointer).as_f64().unwrap_or_else(|| panic!("{pointer} in {value:#}"))
+}
+
+/// Operations of a decode step over one picture after `context` tokens, by hand: matrices of all
+/// layers, head, attention over tokens and latents; a multiply-add is two.
+fn decode_operations(config: &ModelConfig, context: usize) -> usize {
+    let language = &config.language;
+    let (width, inner) = (language.width, language.n_heads * language.head_dim);
+    let kv = language.n_kv_heads * language.head_dim;
+    let up = if language.gated_mlp { 2 } else { 1 };
+    let layer = width * (2 * inner + 2 * kv) + (up + 1) * width * language.mlp_width;
+    let cross = &config.cross_attention;
+    let gated_inner = cross.n_heads * cross.head_dim;
+    let gated = 2 * width * gated_inner + 2 * width * (4 * width);
+    let attention = 2 * (context + 1) * inner;
+    let gated_attention = 2 * config.n_latents() * gated_inner;
+    2 * (language.n_layers * (layer + attention)
+        + cross.layers.len() * (gated + gated_attention)
+        + width * language.vocabulary)
+}
+
+#[test]
+fn the_json_keeps_its_contract() {
+    let demo = Demo::new();
+    let ran =
+        demo.bench(&["--images", "2,1", "--context", "16", "--prompt-tokens", "12", "--json"]);
+    assert_eq!(ran.stderr, "", "nothing to say");
+    let found = parse(&ran.ok());
+    for ceiling in ["read_gb_per_s", "f32_gop_per_s", "threads"] {
+        assert!(number(&found, &format!("/machine/{ceiling}")) > 0.0, "{ceiling}");
+    }
+    assert!(at(&found, "/machine/cpu").is_string() && at(&found, "/machine/isa").is_string());
+    for narrow in ["bf16_gop_per_s", "int8_gop_per_s"] {
+        let rate = at(&found, &format!("/machine/{narrow}"));
+        assert!(rate.is_null() || rate.as_f64().unwrap() > 0.0, "{narrow}");
+    }
+    let results = at(&found, "/results").as_array().unwrap();
+    let places: Vec<Value> = results
+        .iter()
+        .map(|r| json!([at(r, "/stage"), at(r, "/images"), at(r, "/context")]))
+        .collect();
+    let expected = json!([
+        ["load", 0, 0],
+        ["encode", 1, 0],
+        ["resample", 1, 0],
+        ["prefill", 1, 12],
+        ["decode", 1, 16],
+        ["first_token", 1, 12],
+        ["prefill", 2, 12],
+        ["decode", 2, 16],
+        ["first_token", 2, 12],
+    ]);
+    assert_eq!(Value::from(places), expected);
+    for result in results {
+        let [p10, median, p90] =
+            ["p10", "median", "p90"].map(|part| number(result, &format!("/ms/{part}")));
+        assert!(0.0 < p10 && p10 <= median && median <= p90, "{result:#}");
+        assert_eq!(at(result, "/ms/n"), 3, "{result:#}");
+        assert_eq!(at(result, "/precision"), "f32");
+        let is_counted = at(result, "/stage") != "load";
+        for rate in ["weight_bytes", "weight_gb_per_s", "gop", "gop_per_s"] {
+            let rate = at(result, &format!("/{rate}"));
+            assert_eq!(rate.as_f64().is_some_and(|rate| rate > 0.0), is_counted, "{result:#}");
+        }
+        let has_ceiling = !["load", "first_token"].map(Value::from).contains(at(result, "/stage"));
+        assert_eq!(at(result, "/of_ceiling").is_number(), has_ceiling, "{result:#}");
+        assert!(result.get("others").is_some(), "{result:#}");
+    }
+    let [peak, steady] = ["/peak_rss_bytes", "/steady_rss_bytes"].map(|key| number(&found, key));
+    assert!(peak >= steady && steady > 1e6, "{peak} {steady}");
+    assert!(number(&found, "/cache_bytes/media_per_image") > 0.0);
+
+    let config = Artifact::open(&demo.path(), false).unwrap().manifest.config;
+    let language = &config.language;
+    let kv = 2 * 4 * 16 * language.n_layers * language.n_kv_heads * language.head_dim;
+    assert_eq!(at(&found, "/cache_bytes/kv"), kv);
+    let expected = decode_operations(&config, 16) as f64 / 1e9;
+    let gop = number(&results[4], "/gop");
+    assert!((gop / expected - 1.0).abs() < 1e-9, "expected {expected}, found {gop}");
+    assert_eq!(at(&results[7], "/gop"), gop, "a token looks at one picture");
+    let first = 2.0 * number(&results[1], "/gop") + number(&results[6], "/gop");
+    assert!((number(&results[8], "/gop") / first - 1.0).abs() < 1e-9);
+    assert!(number(&results[2], "/gop") < number(&results[1], "/gop"));
+}
+
+#[test]
+fn the_table_has_a_row_for_each_stage_and_profiles_go_to_stderr() {
+    let demo = Demo::new();
+    let trace = demo.scratch.path().join("t.json");
+    let trace_argument = trace.display().to_string();
+    let ran = demo.bench(&["--images", "1", "--profile", "--trace", &trace_argument]);
+    assert!(ran.stderr.contains("decode, 1 images") && ran.stderr.contains("self_attention"));
+    let table = ran.ok();
+    let stages = ["load", "encode", "resample", "prefill", "decode", "first_token"];
+    for stage in stages {
+        assert!(table.lines().any(|line| line.trim_start().starts_with(stage)), "{stage}: {table}");
+    }
+    check_trace(&fs::read_to_string(&trace).unwrap());
+}
+
+/// Whether a file is a Chrome trace with instructions of both graphs.
+#[track_caller]
+fn check_trace(text: &str) {
+    let trace = parse(text);
+    let events = at(&trace, "/traceEvents").as_array().unwrap();
+    for graph in ["media", "decoder"] {
+        assert!(events.iter().any(|event| at(event, "/tid") == graph), "{graph}");
+    }
+    for event in events {
+        assert_eq!(at(event, "/ph"), "X");
+        assert!(number(event, "/ts") >= 0.0 && number(event, "/dur") >= 0.0);
+        assert!(at(event, "/args/weight_bytes").is_u64() && at(event, "/name").is_string());
+    }
+}
+
+#[test]
+fn run_shows_a_profile_beside_its_answer() {
+    let demo = Demo::new();
+    let image = repository("models/demo/images/single-000.png");
+    let trace = demo.scratch.path().join("t.json");
+    let prompt = ["--prompt", "<image>what color ?", "--image"];
+    let [flag, text, image_flag] = prompt;
+    let plain = flamingoc!("run", demo.path(), flag, text, image_flag, image).ok();
+    let path = demo.path();
+    let ran = flamingoc!("run", path, flag, text, image_flag, image, "--profile", "--trace", trace);
+    assert!(ran.stderr.contains("% of ceiling") && ran.stderr.contains("total"), "{}", ran.stderr);
+    assert_eq!(ran.ok(), plain);
+    check_trace(&fs::read_to_string(&trace).unwrap());
+}
+
+#[test]
+fn options_without_room_are_listed_together() {
+    let demo = Demo::new();
+    let ran = demo.bench(&["--images", "9999", "--context", "999999", "--prompt-tokens", "0"]);
+    assert_eq!((ran.status, ran.stdout.as_str()), (Some(2), ""));
+    for flag in ["`--images`", "`--context`", "`--prompt-tokens`", "hint: "] {
+        assert!(ran.stderr.contains(flag), "{flag}: {}", ran.stderr);
+    }
+    for arguments in
+        [["--budget-s", "0"], ["--budget-s", "nan"], ["--reps", "x"], ["--images", "a"]]
+    {
+        let ran = demo.bench(&arguments);
+        assert_eq!((ran.status, ran.stdout.as_str()), (Some(2), ""), "{arguments:?}");
+        assert!(ran.stderr.contains(arguments[0]), "{arguments:?}: {}", ran.stderr);
+    }
+    assert_eq!(flamingoc!("bench", "no/such.flamingo").status, Some(2));
+}
+
+/// The demo's native backend, and its configuration.
+fn native(demo: &Demo) -> (NativeBackend, ModelConfig) {
+    let artifact = Artifact::open(&demo.path(), false).unwrap();
+    let graphs = artifact.load().unwrap();
+    let backend =
+        NativeBackend::new(&graphs.media, &graphs.decoder, graphs.weights.clone(), None).unwrap();
+    (backend, artifact.manifest.config)
+}
+
+fn weight_bytes(records: &[Record]) -> usize {
+    records.iter().map(|record| record.work.weight_bytes).sum()
+}
+
+#[test]
+fn profiles_count_every_weight_once_and_cover_the_time() {
+    let demo = Demo::new();
+    let (backend, config) = native(&demo);
+    let size = config.vision.image_size;
+    let pixels = vec![0.25; 3 * size * size];
+    let media = backend.encode(&pixels, 1, 1).unwrap();
+    assert!(backend.take_profile().is_empty(), "off unless asked for");
+    assert!(backend.set_profiling(true));
+
+    backend.encode(&pixels, 1, 1).unwrap();
+    let bindings = [("n_media", 1), ("n_frames", 1)].map(|(name, n)| (name.to_owned(), n));
+    let memory = backend.media_stage().memory(&bindings.into()).unwrap();
+    assert_eq!(weight_bytes(&backend.take_profile()), memory.weight_bytes);
+
+    let media: Vec<_> = media.into_iter().map(std::sync::Arc::new).collect();
+    let mut sequence = backend.new_sequence(8).unwrap();
+    let mut best_share = 0.0f64;
+    for _ in 0..50 {
+        sequence.truncate(0);
+        let step = Step { input_ids: &[1], media_time: &[1], media: &media, logit_rows: &[0] };
+        let start = Instant::now();
+        sequence.advance(&step).unwrap();
+        let wall = start.elapsed();
+        let records = backend.take_profile();
+        let sum: Duration = records.iter().map(|record| record.duration).sum();
+        assert!(sum <= wall, "{sum:?} of {wall:?}");
+        best_share = best_share.max(sum.as_secs_f64() / wall.as_secs_f64());
+        let names = ["text_len", "past_len", "n_media", "n_latents", "n_logits"].map(str::to_owned);
+        let bindings = names.into_iter().zip([1, 0, 1, config.n_latents(), 1]).collect();
+        let memory = backend.decoder_stage().memory(&bindings).unwrap();
+        let language = &config.language;
+        let table = 4 * language.vocabulary * language.width;
+        let unread = if language.tied_head { 0 } else { table };
+        let row = 4 * language.width;
+        assert_eq!(weight_bytes(&records), memory.weight_bytes - unread + row);
+    }
+    assert!(best_share >= 0.8, "{best_share}");
+
+    assert!(backend.set_profiling(false));
+    sequence.truncate(0);
+    let step = Step { input_ids: &[1], media_time: &[0], media: &[], logit_rows: &[0] };
+    sequence.advance(&step).unwrap();
+    assert!(backend.take_profile().is_empty());
+}
+
+#[test]
+fn profiles_count_small_formats_in_their_own_bytes_and_arithmetic() {
+    let step = Step { input_ids: &[1], media_time: &[0], media: &[], logit_rows: &[0] };
+    let decode = |precision: &str| {
+        let (backend, _) = native(&Demo::in_precision(precision));
+        assert!(backend.set_profiling(true));
+        backend.new_sequence(1).unwrap().advance(&step).unwrap();
+        backend.take_profile()
+    };
+    let operations =
+        |records: &[Record]| records.iter().map(|record| record.work.operations).sum::<u64>();
+    let f32 = decode("f32");
+    for (precision, arithmetic, share) in [
+        ("f16", Arithmetic::F32, 0.5),
+        ("bf16", Arithmetic::Bf16, 0.5),
+        ("int8", Arithmetic::Int8, 0.25),
+    ] {
+        let records = decode(precision);
+        assert_eq!(operations(&records), operations(&f32), "{precision}");
+        let mlp = |records: &[Record]| -> Vec<Record> {
+            records.iter().filter(|record| record.node.ends_with(".mlp")).cloned().collect()
+        };
+        let (own, whole) = (mlp(&records), mlp(&f32));
+        assert!(own.iter().all(|record| record.work.arithmetic == arithmetic), "{precision}");
+        // Scales and biases stay f32, and panels are filled up to 16 rows.
+        let found = weight_bytes(&own) as f64 / weight_bytes(&whole) as f64;
+        assert!((share..share * 1.2).contains(&found), "{precision}: {found}");
+    }
+}
