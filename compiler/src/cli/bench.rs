@@ -63,6 +63,7 @@ impl Bench {
             bar.set_position(u64::try_from(done).unwrap_or(0));
         })?;
         bar.finish_and_clear();
+        warn_of_others(&report, output);
         self.show_profiles(&report, output)?;
         match self.json {
             true => output.json(&report)?,
@@ -114,6 +115,18 @@ impl Bench {
             }
             None => Ok(()),
         }
+    }
+}
+
+/// Cores of others from which on figures say little.
+const MUCH_OF_OTHERS: f64 = 0.3;
+
+fn warn_of_others(report: &Report, output: &mut Output) {
+    let most = report.results.iter().filter_map(|result| result.others).fold(0.0, f64::max);
+    if most > MUCH_OF_OTHERS {
+        output.note(&format!(
+            "note: other processes kept up to {most:.1} cores busy: times are long, and ceilings low"
+        ));
     }
 }
 

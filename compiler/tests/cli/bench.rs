@@ -50,7 +50,8 @@ fn the_json_keeps_its_contract() {
     let demo = Demo::new();
     let ran =
         demo.bench(&["--images", "2,1", "--context", "16", "--prompt-tokens", "12", "--json"]);
-    assert_eq!(ran.stderr, "", "nothing to say");
+    let is_quiet = ran.stderr.is_empty() || ran.stderr.starts_with("note: other processes");
+    assert!(is_quiet, "{}", ran.stderr);
     let found = parse(&ran.ok());
     for ceiling in ["read_gb_per_s", "f32_gop_per_s", "threads"] {
         assert!(number(&found, &format!("/machine/{ceiling}")) > 0.0, "{ceiling}");
