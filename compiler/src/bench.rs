@@ -17,7 +17,7 @@ mod measure;
 mod process;
 mod stages;
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Duration;
 
@@ -384,11 +384,9 @@ fn precision(manifest: &Manifest, stage: Stage) -> String {
         Stage::Prefill | Stage::Decode => &["decoder"],
         Stage::Load | Stage::FirstToken => &["vision", "resampler", "media", "decoder"],
     };
-    let mut known: BTreeMap<&str, ()> = BTreeMap::new();
-    known.extend(
-        groups.iter().filter_map(|group| Some((manifest.precision.get(*group)?.as_str(), ()))),
-    );
-    known.into_keys().collect::<Vec<_>>().join("+")
+    let stored = groups.iter().filter_map(|group| manifest.precision.get(*group));
+    let formats: BTreeSet<&str> = stored.flat_map(|formats| formats.split('+')).collect();
+    formats.into_iter().collect::<Vec<_>>().join("+")
 }
 
 /// Bytes of the keys and values of `n_tokens` tokens, f32.

@@ -1,6 +1,8 @@
 //! A user's walk through the command line: each verb, its exit status, and the JSON that scripts
 //! rely on.
 
+#[path = "cli/bench.rs"]
+mod bench;
 mod common;
 
 use std::ffi::OsStr;
@@ -35,8 +37,13 @@ struct Demo {
 
 impl Demo {
     fn new() -> Demo {
+        Demo::in_precision("f32")
+    }
+
+    fn in_precision(name: &str) -> Demo {
         let demo = Demo { scratch: tempfile::tempdir().unwrap() };
-        flamingoc!("compile", repository("models/demo/recipe.toml"), "-o", demo.path()).ok();
+        let recipe = repository("models/demo/recipe.toml");
+        flamingoc!("compile", recipe, "-o", demo.path(), "--precision", name).ok();
         demo
     }
 

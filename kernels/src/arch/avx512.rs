@@ -56,12 +56,12 @@ impl Avx512 {
     /// processor lacks the instruction.
     pub(super) fn dot_rounds(self, dot: Dot, n_rounds: usize) -> Option<usize> {
         match dot {
-            Dot::Bf16 => is_x86_feature_detected!("avx512bf16").then(|| {
-                // SAFETY: the token and the check prove the instructions.
+            Dot::Bf16 => self.has_bf16.then(|| {
+                // SAFETY: the token proves the instructions.
                 unsafe { bf16_rounds(n_rounds) }
             }),
-            Dot::Int8 => is_x86_feature_detected!("avx512vnni").then(|| {
-                // SAFETY: the token and the check prove the instructions.
+            Dot::Int8 => self.has_vnni.then(|| {
+                // SAFETY: the token proves the instructions.
                 unsafe { int8_rounds(n_rounds) }
             }),
         }

@@ -201,7 +201,7 @@ impl<'a> Context<'a> {
         Ok(Rows { data: data.get(offset..end).ok_or(Unresolved)?, rows, cols, stride })
     }
 
-    fn weight(&self, operand: &WeightOperand) -> Result<Weight<'a>, Unresolved> {
+    pub(super) fn weight(&self, operand: &WeightOperand) -> Result<Weight<'a>, Unresolved> {
         match operand {
             WeightOperand::Numbers(view) => Ok(self.rows(view)?.matrix().into()),
             WeightOperand::Panels(places) => Ok(self.panels(places)?.into()),

@@ -156,24 +156,6 @@ pub(super) enum Action {
 }
 
 impl Action {
-    /// The weight or table of the action.
-    pub(super) fn weight(&self) -> Option<&WeightOperand> {
-        match self {
-            Action::Linear { weight, .. } | Action::GatedLinear { weight, .. } => Some(weight),
-            Action::Gather { table, .. } => Some(table),
-            Action::Activate { .. }
-            | Action::Norm { .. }
-            | Action::Attention { .. }
-            | Action::SelfAttention { .. }
-            | Action::CrossAttention { .. }
-            | Action::Patches { .. }
-            | Action::Add { .. }
-            | Action::Mul { .. }
-            | Action::Product { .. }
-            | Action::Copy { .. } => None,
-        }
-    }
-
     /// All views that the action reads.
     pub(super) fn views(&self) -> Vec<View> {
         let optional = |views: &[Option<View>]| views.iter().flatten().copied().collect::<Vec<_>>();

@@ -27,15 +27,33 @@ impl Action {
             Action::Copy { .. } => "copy",
         }
     }
+
+    /// The weight that it multiplies with, or picks rows of.
+    fn weight(&self) -> Option<&WeightOperand> {
+        match self {
+            Action::Linear { weight, .. } | Action::GatedLinear { weight, .. } => Some(weight),
+            Action::Gather { table, .. } => Some(table),
+            Action::Activate { .. }
+            | Action::Norm { .. }
+            | Action::Attention { .. }
+            | Action::SelfAttention { .. }
+            | Action::CrossAttention { .. }
+            | Action::Patches { .. }
+            | Action::Add { .. }
+            | Action::Mul { .. }
+            | Action::Product { .. }
+            | Action::Copy { .. } => None,
+        }
+    }
 }
 
 impl Context<'_> {
     /// What `action` reads and computes to give `[n_rows, n_cols]`.
     pub(super) fn work(&self, action: &Action, (n_rows, n_cols): (usize, usize)) -> Work {
         let cols = |view: &View| self.sizes.get(view.cols);
-        let weight = action.weight();
-        let others: usize = action.views().iter().map(|view| self.weight_bytes(view)).sum();
-        let all = others + weight.map_or(0, |weight| self.panel_bytes(weight));
+        let views: usize = action.views().iter().map(|view| self.weight_bytes(view)).sum();
+        let panels = action.weight().map_or(0, |weight| self.panel_bytes(weight));
+        let all = views.saturating_add(panels);
         let (weight_bytes, multiply_adds) = match action {
             Action::Linear { x, weight, only_seen, .. } => {
                 let stretches = self.stretches(*only_seen, n_rows);
@@ -58,9 +76,12 @@ impl Context<'_> {
             }
             Action::Product { a, .. } => (all, product([n_rows, n_cols, cols(a)])),
             // Only the rows that are picked are read.
-            Action::Gather { .. } => {
-                let picked = product([n_rows, n_cols, size_of::<f32>()]);
-                (all.min(usize::try_from(picked).unwrap_or(all)), 0)
+            Action::Gather { table, .. } => {
+                let n_table_rows = match table {
+                    WeightOperand::Numbers(view) => self.sizes.get(view.rows),
+                    WeightOperand::Panels(places) => places.n,
+                };
+                ((all / n_table_rows.max(1)).saturating_mul(n_rows).min(all), 0)
             }
             Action::Activate { .. }
             | Action::Norm { .. }
@@ -69,11 +90,10 @@ impl Context<'_> {
             | Action::Mul { .. }
             | Action::Copy { .. } => (all, 0),
         };
-        let arithmetic = weight.map_or(Arithmetic::F32, arithmetic);
+        let arithmetic = action.weight().map_or(Arithmetic::F32, arithmetic);
         Work { weight_bytes, operations: 2 * multiply_adds, arithmetic }
     }
 
-    /// Bytes of a weight.
     fn operand_bytes(&self, weight: &WeightOperand) -> usize {
         match weight {
             WeightOperand::Numbers(view) => self.weight_bytes(view),
@@ -81,11 +101,11 @@ impl Context<'_> {
         }
     }
 
-    /// Bytes of a weight in panels, 0 of another.
+    /// Bytes of panels, scales included; 0 of f32 numbers, which are views.
     fn panel_bytes(&self, weight: &WeightOperand) -> usize {
         match weight {
             WeightOperand::Numbers(_) => 0,
-            WeightOperand::Panels(places) => self.panels(places).map_or(0, |panels| panels.bytes()),
+            WeightOperand::Panels(_) => self.weight(weight).map_or(0, |weight| weight.bytes()),
         }
     }
 
@@ -112,7 +132,7 @@ impl Context<'_> {
     }
 }
 
-/// What a product with a weight is computed in.
+/// What products with a weight are done in.
 fn arithmetic(weight: &WeightOperand) -> Arithmetic {
     match weight {
         WeightOperand::Numbers(_) => Arithmetic::F32,

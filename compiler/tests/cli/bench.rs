@@ -1,49 +1,26 @@
 //! `bench`, and the profiles that it and `run` show: the JSON that scripts rely on, counts against
 //! the model's configuration, and times against the clock.
 
-#[expect(dead_code, reason = "copies of checkpoints are for tests that damage them")]
-mod common;
-
 use std::fs;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use common::{Ran, flamingoc, repository};
 use flamingo_models::config::ModelConfig;
+use flamingo_runtime::Artifact;
 use flamingo_runtime::backend::{Backend, Step};
 use flamingo_runtime::native::NativeBackend;
-use flamingo_runtime::profile::Record;
-use flamingo_runtime::{Artifact, LoadedGraphs};
+use flamingo_runtime::profile::{Arithmetic, Record};
 use serde_json::{Value, json};
-use tempfile::TempDir;
 
-/// The demo model, compiled.
-struct Demo {
-    scratch: TempDir,
-}
+use super::common::{self, Ran, flamingoc, repository};
+use super::{Demo, at, parse};
 
 impl Demo {
-    fn new() -> Demo {
-        let demo = Demo { scratch: tempfile::tempdir().unwrap() };
-        flamingoc!("compile", repository("models/demo/recipe.toml"), "-o", demo.path()).ok();
-        demo
-    }
-
-    fn path(&self) -> PathBuf {
-        self.scratch.path().join("demo.flamingo")
-    }
-
     fn bench(&self, arguments: &[&str]) -> Ran {
         let path = self.path().display().to_string();
         let fixed = ["bench", &path, "--reps", "3", "--budget-s", "0.5"];
         let all: Vec<_> = fixed.iter().chain(arguments).map(AsRef::as_ref).collect();
         common::run(&all)
     }
-}
-
-#[track_caller]
-fn at<'a>(value: &'a Value, pointer: &str) -> &'a Value {
-    value.pointer(pointer).unwrap_or_else(|| panic!("no {pointer} in {value:#}"))
 }
 
 fn number(value: &Value, pointer: &str) -> f64 {
@@ -75,7 +52,7 @@ fn the_json_keeps_its_contract() {
         demo.bench(&["--images", "2,1", "--context", "16", "--prompt-tokens", "12", "--json"]);
     let is_quiet = ran.stderr.is_empty() || ran.stderr.starts_with("note: other processes");
     assert!(is_quiet, "{}", ran.stderr);
-    let found: Value = serde_json::from_str(&ran.ok()).unwrap();
+    let found = parse(&ran.ok());
     for ceiling in ["read_gb_per_s", "f32_gop_per_s", "threads"] {
         assert!(number(&found, &format!("/machine/{ceiling}")) > 0.0, "{ceiling}");
     }
@@ -151,7 +128,7 @@ fn the_table_has_a_row_for_each_stage_and_profiles_go_to_stderr() {
 /// Whether a file is a Chrome trace with instructions of both graphs.
 #[track_caller]
 fn check_trace(text: &str) {
-    let trace: Value = serde_json::from_str(text).unwrap();
+    let trace = parse(text);
     let events = at(&trace, "/traceEvents").as_array().unwrap();
     for graph in ["media", "decoder"] {
         assert!(events.iter().any(|event| at(event, "/tid") == graph), "{graph}");
@@ -196,13 +173,13 @@ fn options_without_room_are_listed_together() {
     assert_eq!(flamingoc!("bench", "no/such.flamingo").status, Some(2));
 }
 
-/// The demo's native backend, its graphs, and its configuration.
-fn native(demo: &Demo) -> (NativeBackend, LoadedGraphs, ModelConfig) {
+/// The demo's native backend, and its configuration.
+fn native(demo: &Demo) -> (NativeBackend, ModelConfig) {
     let artifact = Artifact::open(&demo.path(), false).unwrap();
     let graphs = artifact.load().unwrap();
     let backend =
         NativeBackend::new(&graphs.media, &graphs.decoder, graphs.weights.clone(), None).unwrap();
-    (backend, graphs, artifact.manifest.config)
+    (backend, artifact.manifest.config)
 }
 
 fn weight_bytes(records: &[Record]) -> usize {
@@ -212,7 +189,7 @@ fn weight_bytes(records: &[Record]) -> usize {
 #[test]
 fn profiles_count_every_weight_once_and_cover_the_time() {
     let demo = Demo::new();
-    let (backend, _, config) = native(&demo);
+    let (backend, config) = native(&demo);
     let size = config.vision.image_size;
     let pixels = vec![0.25; 3 * size * size];
     let media = backend.encode(&pixels, 1, 1).unwrap();
@@ -253,4 +230,34 @@ fn profiles_count_every_weight_once_and_cover_the_time() {
     let step = Step { input_ids: &[1], media_time: &[0], media: &[], logit_rows: &[0] };
     sequence.advance(&step).unwrap();
     assert!(backend.take_profile().is_empty());
+}
+
+#[test]
+fn profiles_count_small_formats_in_their_own_bytes_and_arithmetic() {
+    let step = Step { input_ids: &[1], media_time: &[0], media: &[], logit_rows: &[0] };
+    let decode = |precision: &str| {
+        let (backend, _) = native(&Demo::in_precision(precision));
+        assert!(backend.set_profiling(true));
+        backend.new_sequence(1).unwrap().advance(&step).unwrap();
+        backend.take_profile()
+    };
+    let operations =
+        |records: &[Record]| records.iter().map(|record| record.work.operations).sum::<u64>();
+    let f32 = decode("f32");
+    for (precision, arithmetic, share) in [
+        ("f16", Arithmetic::F32, 0.5),
+        ("bf16", Arithmetic::Bf16, 0.5),
+        ("int8", Arithmetic::Int8, 0.25),
+    ] {
+        let records = decode(precision);
+        assert_eq!(operations(&records), operations(&f32), "{precision}");
+        let mlp = |records: &[Record]| -> Vec<Record> {
+            records.iter().filter(|record| record.node.ends_with(".mlp")).cloned().collect()
+        };
+        let (own, whole) = (mlp(&records), mlp(&f32));
+        assert!(own.iter().all(|record| record.work.arithmetic == arithmetic), "{precision}");
+        // Scales and biases stay f32, and panels are filled up to 16 rows.
+        let found = weight_bytes(&own) as f64 / weight_bytes(&whole) as f64;
+        assert!((share..share * 1.2).contains(&found), "{precision}: {found}");
+    }
 }
