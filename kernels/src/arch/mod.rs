@@ -6,6 +6,8 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod matrix_mut;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod pool;
 mod scalar;
 
@@ -260,6 +262,8 @@ pub(crate) enum Token {
     Avx2(avx2::Avx2),
     #[cfg(target_arch = "x86_64")]
     Avx512(avx512::Avx512),
+    #[cfg(target_arch = "aarch64")]
+    Neon(neon::Neon),
 }
 
 impl Token {
@@ -273,6 +277,10 @@ impl Token {
             Isa::Avx512 => avx512::Avx512::new().map(Token::Avx512),
             #[cfg(not(target_arch = "x86_64"))]
             Isa::Avx2 | Isa::Avx512 => None,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => neon::Neon::new().map(Token::Neon),
+            #[cfg(not(target_arch = "aarch64"))]
+            Isa::Neon => None,
         }
     }
 
@@ -310,6 +318,19 @@ impl Token {
             Token::Avx2(simd) => Simd::run(simd, task),
             #[cfg(target_arch = "x86_64")]
             Token::Avx512(simd) => simd.run(task),
+            #[cfg(target_arch = "aarch64")]
+            Token::Neon(simd) => simd.run(task),
+        }
+    }
+
+    /// Names of the instructions beyond its set that the token found and kernels may use.
+    pub(crate) fn extensions(self) -> Vec<&'static str> {
+        match self {
+            Token::Scalar(_) => Vec::new(),
+            #[cfg(target_arch = "x86_64")]
+            Token::Avx2(_) | Token::Avx512(_) => Vec::new(),
+            #[cfg(target_arch = "aarch64")]
+            Token::Neon(simd) => simd.extensions(),
         }
     }
 
