@@ -63,6 +63,9 @@ impl Sanitizer {
                 let mut cargo = Command::new(process::cargo());
                 let runner = "valgrind --quiet --error-exitcode=9";
                 cargo.env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER", runner);
+                if has_avx2() {
+                    cargo.env("FLAMINGO_TEST_ISAS", "scalar avx2");
+                }
                 cargo
             }
         };
@@ -73,6 +76,19 @@ impl Sanitizer {
         }
         process::run(&mut cargo)
     }
+}
+
+/// Whether the kernels have an AVX2 version for this machine, which valgrind then must not hide from them.
+#[cfg(target_arch = "x86_64")]
+fn has_avx2() -> bool {
+    is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma")
+        && is_x86_feature_detected!("f16c")
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn has_avx2() -> bool {
+    false
 }
 
 /// A program of the nightly toolchain, without what the running cargo tells its children.

@@ -295,6 +295,11 @@ impl Token {
                 Some(vnni) => vnni.run(task),
                 None => DotI8::run(simd.avx2(), task),
             },
+            #[cfg(target_arch = "aarch64")]
+            Token::Neon(simd) => match simd.sdot() {
+                Some(sdot) => DotI8::run(neon::Bytes(sdot), task),
+                None => DotI8::run(neon::Bytes(simd), task),
+            },
         }
     }
 
@@ -323,15 +328,20 @@ impl Token {
         }
     }
 
-    /// Names of the instructions beyond its set that the token found and kernels may use.
+    /// Names of the instructions beyond its set that the token found and kernels use.
     pub(crate) fn extensions(self) -> Vec<&'static str> {
-        match self {
-            Token::Scalar(_) => Vec::new(),
+        let found: &[(bool, &str)] = match self {
+            Token::Scalar(_) => &[],
             #[cfg(target_arch = "x86_64")]
-            Token::Avx2(_) | Token::Avx512(_) => Vec::new(),
+            Token::Avx2(_) => &[],
+            #[cfg(target_arch = "x86_64")]
+            Token::Avx512(simd) => {
+                &[(simd.vnni().is_some(), "vnni"), (simd.bf16().is_some(), "bf16")]
+            }
             #[cfg(target_arch = "aarch64")]
-            Token::Neon(simd) => simd.extensions(),
-        }
+            Token::Neon(simd) => &[(simd.sdot().is_some(), "dotprod")],
+        };
+        found.iter().filter(|(found, _)| *found).map(|(_, name)| *name).collect()
     }
 
     /// Runs `n_rounds` of independent dot products in registers; returns the multiply-adds of a round, none if there is

@@ -1,44 +1,41 @@
 //! NEON vectors of aarch64: four f32 lanes, 32 registers.
+//!
+//! The standard library's intrinsic for `sdot` is not stable yet, so the instruction is written as assembly.
 
-use std::arch::{aarch64::*, is_aarch64_feature_detected};
+use std::arch::{aarch64::*, asm, is_aarch64_feature_detected};
 
-use super::{Simd, Task};
+use super::{DotI8, DotI8Task, Simd, Task};
 
 const LANES: usize = 4;
 
-/// Proof that the processor has NEON, and which of its later instructions.
+/// Proof that the processor has NEON.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Neon {
-    /// Products of four signed bytes summed in a lane (`sdot`).
-    dotprod: bool,
-    /// Products of 2×8 by 8×2 signed bytes (`smmla`).
-    i8mm: bool,
-    /// Arithmetic on half precision.
-    fp16: bool,
+    has_dotprod: bool,
 }
+
+/// Proof that the processor has `sdot` too.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sdot(Neon);
 
 impl Neon {
     /// The token, if the processor has the instructions.
     pub(crate) fn new() -> Option<Neon> {
-        is_aarch64_feature_detected!("neon").then(|| Neon {
-            dotprod: is_aarch64_feature_detected!("dotprod"),
-            i8mm: is_aarch64_feature_detected!("i8mm"),
-            fp16: is_aarch64_feature_detected!("fp16"),
-        })
+        let has_dotprod = is_aarch64_feature_detected!("dotprod");
+        is_aarch64_feature_detected!("neon").then_some(Neon { has_dotprod })
     }
 
-    /// Names of the later instructions found.
-    pub(crate) fn extensions(self) -> Vec<&'static str> {
-        let names = [(self.dotprod, "dotprod"), (self.i8mm, "i8mm"), (self.fp16, "fp16")];
-        names.into_iter().filter(|(found, _)| *found).map(|(_, name)| name).collect()
+    /// Sums of four products of bytes in one instruction, if the processor has it.
+    pub(crate) fn sdot(self) -> Option<Sdot> {
+        self.has_dotprod.then_some(Sdot(self))
     }
 }
 
 /// Evaluates register-only intrinsics.
 macro_rules! proven {
     ($($intrinsic:tt)*) => {{
-        // SAFETY: `self` is a `Neon`, whose only constructor found the instructions on this processor; the intrinsics
-        // work on registers and touch no memory.
+        // SAFETY: `self` is a token of this module, whose only constructor found the instructions on this processor;
+        // the intrinsics work on registers and touch no memory.
         unsafe { $($intrinsic)* }
     }};
 }
@@ -46,6 +43,34 @@ macro_rules! proven {
 #[target_feature(enable = "neon")]
 fn run<T: Task>(simd: Neon, task: T) -> T::Output {
     task.run(simd)
+}
+
+#[target_feature(enable = "neon")]
+fn run_i8<T: DotI8Task>(simd: Neon, task: T) {
+    task.run(Bytes(simd));
+}
+
+#[target_feature(enable = "neon,dotprod")]
+fn run_i8_sdot<T: DotI8Task>(sdot: Sdot, task: T) {
+    task.run(Bytes(sdot));
+}
+
+/// Sixteen bytes for each of four rows of a panel.
+type Line = [int8x16_t; 4];
+
+/// Sixty-four bytes.
+#[inline(always)]
+fn load_line(_: Neon, from: &[u8; 64]) -> Line {
+    let quarters = from.as_chunks::<16>().0;
+    // SAFETY: the token proves the instruction; each load reads the sixteen bytes of a quarter, unaligned.
+    unsafe {
+        [
+            vreinterpretq_s8_u8(vld1q_u8(quarters[0].as_ptr())),
+            vreinterpretq_s8_u8(vld1q_u8(quarters[1].as_ptr())),
+            vreinterpretq_s8_u8(vld1q_u8(quarters[2].as_ptr())),
+            vreinterpretq_s8_u8(vld1q_u8(quarters[3].as_ptr())),
+        ]
+    }
 }
 
 impl Simd for Neon {
@@ -175,5 +200,204 @@ impl Simd for Neon {
     #[inline(always)]
     fn reduce_max(self, vector: Self::F) -> f32 {
         proven!(vmaxnmvq_f32(vector))
+    }
+
+    type Wide = [float32x4_t; 4];
+    const IS_WIDE: bool = false;
+
+    #[inline(always)]
+    fn wide_splat(self, value: f32) -> Self::Wide {
+        [self.splat(value); 4]
+    }
+
+    #[inline(always)]
+    fn wide_load(self, from: &[f32; 16]) -> Self::Wide {
+        let quarters = from.as_chunks::<4>().0;
+        let quarter = |i: usize| self.load(&quarters[i]);
+        [quarter(0), quarter(1), quarter(2), quarter(3)]
+    }
+
+    #[inline(always)]
+    fn wide_from_f16(self, from: &[u8; 32]) -> Self::Wide {
+        // SAFETY: the token proves the instructions; each load reads half of the 32 bytes, unaligned.
+        unsafe {
+            let a = vreinterpretq_f16_u8(vld1q_u8(from.as_ptr()));
+            let b = vreinterpretq_f16_u8(vld1q_u8(from[16..].as_ptr()));
+            [
+                vcvt_f32_f16(vget_low_f16(a)),
+                vcvt_high_f32_f16(a),
+                vcvt_f32_f16(vget_low_f16(b)),
+                vcvt_high_f32_f16(b),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn wide_from_bf16_pairs(self, from: &[u8; 64]) -> [Self::Wide; 2] {
+        let [a, b, c, d] = load_line(self, from);
+        proven! {
+            let first = |pairs| vreinterpretq_f32_u32(vshlq_n_u32::<16>(vreinterpretq_u32_s8(pairs)));
+            let mask = vdupq_n_u32(0xFFFF_0000);
+            let second = |pairs| vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_s8(pairs), mask));
+            [[first(a), first(b), first(c), first(d)], [second(a), second(b), second(c), second(d)]]
+        }
+    }
+
+    #[inline(always)]
+    fn wide_mul_add(self, a: Self::Wide, b: Self::Wide, c: Self::Wide) -> Self::Wide {
+        let quarter = |i: usize| self.mul_add(a[i], b[i], c[i]);
+        [quarter(0), quarter(1), quarter(2), quarter(3)]
+    }
+
+    #[inline(always)]
+    fn wide_array(self, value: Self::Wide) -> [f32; 16] {
+        let mut array = [0.0; 16];
+        for (quarter, to) in value.into_iter().zip(array.as_chunks_mut().0) {
+            self.store(quarter, to);
+        }
+        array
+    }
+}
+
+/// Sums of four products of signed bytes, and what runs work made of them.
+pub(crate) trait DotFour: Copy + Send + Sync {
+    /// The vectors beside it.
+    fn neon(self) -> Neon;
+    /// Runs a task inside a function compiled for this set.
+    fn run<T: DotI8Task>(self, task: T);
+    /// `sums + Σ w[4 i + j] x[4 i + j]` in lane `i`.
+    fn dot_four(self, sums: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t;
+}
+
+impl DotFour for Neon {
+    #[inline(always)]
+    fn neon(self) -> Neon {
+        self
+    }
+
+    #[inline(always)]
+    fn run<T: DotI8Task>(self, task: T) {
+        // SAFETY: the token proves that the processor has every feature `run_i8` is compiled for.
+        unsafe { run_i8(self, task) }
+    }
+
+    #[inline(always)]
+    fn dot_four(self, sums: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {
+        proven! {
+            let low = vpaddlq_s16(vmull_s8(vget_low_s8(w), vget_low_s8(x)));
+            let high = vpaddlq_s16(vmull_high_s8(w, x));
+            vaddq_s32(sums, vpaddq_s32(low, high))
+        }
+    }
+}
+
+impl DotFour for Sdot {
+    #[inline(always)]
+    fn neon(self) -> Neon {
+        self.0
+    }
+
+    #[inline(always)]
+    fn run<T: DotI8Task>(self, task: T) {
+        // SAFETY: the token proves that the processor has every feature `run_i8_sdot` is compiled for.
+        unsafe { run_i8_sdot(self, task) }
+    }
+
+    #[inline(always)]
+    fn dot_four(self, mut sums: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {
+        // SAFETY: the token proves the instruction, which works on registers; the directive is for the assembler.
+        unsafe {
+            asm!(
+                ".arch_extension dotprod",
+                "sdot {sums:v}.4s, {w:v}.16b, {x:v}.16b",
+                sums = inout(vreg) sums,
+                w = in(vreg) w,
+                x = in(vreg) x,
+                options(pure, nomem, nostack, preserves_flags),
+            );
+        }
+        sums
+    }
+}
+
+/// Products of bytes: four sums of [`DotFour`] for the sixteen rows of a panel.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Bytes<D>(pub(crate) D);
+
+impl<D: DotFour> DotI8 for Bytes<D> {
+    type S = Neon;
+    type Sums = [int32x4_t; 4];
+    type W = Line;
+    type X = int8x16_t;
+    const OFFSET: i32 = 0;
+
+    #[inline(always)]
+    fn simd(self) -> Neon {
+        self.0.neon()
+    }
+
+    #[inline(always)]
+    fn run<T: DotI8Task>(self, task: T) {
+        self.0.run(task);
+    }
+
+    #[inline(always)]
+    fn start(self, value: i32) -> Self::Sums {
+        [proven!(vdupq_n_s32(value)); 4]
+    }
+
+    #[inline(always)]
+    fn weights(self, from: &[u8; 64]) -> Self::W {
+        load_line(self.simd(), from)
+    }
+
+    #[inline(always)]
+    fn nibbles(self, from: &[u8; 64]) -> [Self::W; 2] {
+        let [a, b, c, d] = load_line(self.simd(), from);
+        proven! {
+            let mask = vdupq_n_s8(15);
+            let low = |bytes| vandq_s8(bytes, mask);
+            let high = |bytes| vreinterpretq_s8_u8(vshrq_n_u8::<4>(vreinterpretq_u8_s8(bytes)));
+            [[low(a), low(b), low(c), low(d)], [high(a), high(b), high(c), high(d)]]
+        }
+    }
+
+    #[inline(always)]
+    fn broadcast(self, x: u32) -> Self::X {
+        proven!(vreinterpretq_s8_u32(vdupq_n_u32(x)))
+    }
+
+    #[inline(always)]
+    fn dot(self, sums: Self::Sums, w: Self::W, x: Self::X) -> Self::Sums {
+        let quarter = |i: usize| self.0.dot_four(sums[i], w[i], x);
+        [quarter(0), quarter(1), quarter(2), quarter(3)]
+    }
+
+    #[inline(always)]
+    fn dot_nibbles(self, sums: Self::Sums, w: Self::W, x: Self::X) -> Self::Sums {
+        self.dot(sums, w, x)
+    }
+
+    #[inline(always)]
+    fn add_scaled(self, total: Self::Sums, sums: Self::Sums, scales: &[u8; 16]) -> Self::Sums {
+        // SAFETY: the token proves the instructions; the load reads the sixteen bytes of `scales`.
+        let scales = unsafe {
+            let scales = vld1q_u8(scales.as_ptr());
+            let (low, high) = (vmovl_u8(vget_low_u8(scales)), vmovl_high_u8(scales));
+            [
+                vmovl_u16(vget_low_u16(low)),
+                vmovl_high_u16(low),
+                vmovl_u16(vget_low_u16(high)),
+                vmovl_high_u16(high),
+            ]
+        };
+        let quarter =
+            |i: usize| proven!(vmlaq_s32(total[i], sums[i], vreinterpretq_s32_u32(scales[i])));
+        [quarter(0), quarter(1), quarter(2), quarter(3)]
+    }
+
+    #[inline(always)]
+    fn to_f32(self, sums: Self::Sums) -> [f32; 16] {
+        self.simd().wide_array(sums.map(|sums| proven!(vcvtq_f32_s32(sums))))
     }
 }
