@@ -7,7 +7,7 @@ use anyhow::Result;
 
 use crate::aarch64::{self, Toolchain};
 use crate::process;
-use crate::sanitizers::Sanitizer;
+use crate::sanitizers::{self, Build};
 use crate::setup::TestDeps;
 
 /// One cargo call: its arguments and the variables it needs.
@@ -57,9 +57,9 @@ pub(crate) fn run_all(root: &Path, deps: &TestDeps) -> Result<()> {
         process::run(&mut command)?;
     }
     if_installed(Toolchain::find(), |toolchain| aarch64::test(root, &toolchain))?;
-    for sanitizer in Sanitizer::ALL {
-        if_installed(sanitizer.find(), |()| sanitizer.test(root))?;
-    }
+    if_installed(sanitizers::find_valgrind(), |()| {
+        sanitizers::test_valgrind(root, Build::Workspace)
+    })?;
     process::say("\nall checks passed");
     Ok(())
 }

@@ -15,7 +15,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
 
-use sanitizers::Sanitizer;
+use sanitizers::Build;
 
 const HELP: &str = "\
 Development tasks of flamingoc.
@@ -23,8 +23,9 @@ Development tasks of flamingoc.
 Usage: cargo xtask <TASK>
 
   test             install what the tests need, then run every check: formatting, clippy,
-                   documentation, feature builds, all tests, and the tasks `test-…` whose
-                   tools are installed; stops at the first failure
+                   documentation, feature builds, all tests, and, where the tools are
+                   installed, the kernels' tests for aarch64 and under valgrind; stops
+                   at the first failure
   setup            only install what the tests need, under target/test-deps: a Python with
                    `onnx` and `numpy`, and the ONNX Runtime shared library
   setup-aarch64    install a cross compiler and qemu from Debian 12's packages, as root
@@ -66,11 +67,10 @@ fn run(args: &[String]) -> Result<()> {
 }
 
 fn test_sanitizers(root: &Path) -> Result<()> {
-    for sanitizer in Sanitizer::ALL {
-        sanitizer.find()?;
-        sanitizer.test(root)?;
-    }
-    Ok(())
+    sanitizers::find_valgrind()?;
+    sanitizers::find_address_sanitizer()?;
+    sanitizers::test_valgrind(root, Build::Kernels)?;
+    sanitizers::test_address_sanitizer(root)
 }
 
 /// The folder that holds the workspace's `Cargo.toml`: the parent of this crate's.

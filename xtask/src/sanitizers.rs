@@ -1,81 +1,92 @@
 //! The kernels' tests under tools that see what a passing test does not: reads and writes outside of an allocation,
 //! and uses of memory that was never written.
 //!
-//! AddressSanitizer runs all instruction sets of this machine, so AVX-512 too, and sees the stack; it needs a nightly
-//! compiler. valgrind knows no AVX-512 and hides it from the tests, which then run up to AVX2; it sees values that
-//! were never written.
+//! valgrind runs the tests as they are; it knows no AVX-512 and hides it, so that they go up to AVX2. AddressSanitizer
+//! runs every instruction set of this machine and sees the stack too; it needs a nightly compiler and a build of its
+//! own.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 
 use crate::process;
 
-const TARGET: &str = "x86_64-unknown-linux-gnu";
-
-/// A tool and what it takes to run the tests under it.
+/// Which tests a build covers: what the other checks have built already, or the kernels' alone.
 #[derive(Clone, Copy)]
-pub(crate) enum Sanitizer {
-    /// Instruments the code when it is compiled.
-    Address,
-    /// Runs the tests that the other checks run.
-    Valgrind,
+pub(crate) enum Build {
+    /// The build of all other tests.
+    Workspace,
+    /// The least that has the kernels.
+    Kernels,
 }
 
-impl Sanitizer {
-    /// All of them.
-    pub(crate) const ALL: [Sanitizer; 2] = [Sanitizer::Valgrind, Sanitizer::Address];
+/// valgrind, or an error that says that it is missing.
+pub(crate) fn find_valgrind() -> Result<()> {
+    check_machine()?;
+    check_runs(Command::new("valgrind").arg("--version"))
+        .context("no `valgrind`\n\nhint: install the package `valgrind`")
+}
 
-    /// An error that says what is missing.
-    pub(crate) fn find(self) -> Result<()> {
-        if !cfg!(all(target_arch = "x86_64", target_os = "linux")) {
-            bail!("sanitizers: run on Linux on x86-64 only");
-        }
-        let (mut probe, missing) = match self {
-            Sanitizer::Address => (
-                nightly(&["rustc", "--version"]),
-                "AddressSanitizer: no nightly compiler\n\nhint: `rustup toolchain install nightly --profile minimal`",
-            ),
-            Sanitizer::Valgrind => {
-                let mut valgrind = Command::new("valgrind");
-                valgrind.arg("--version");
-                (valgrind, "no `valgrind`\n\nhint: install the package `valgrind`")
-            }
-        };
-        let found = probe.stdout(Stdio::null()).stderr(Stdio::null()).status();
-        if !found.is_ok_and(|status| status.success()) {
-            bail!("{missing}");
-        }
-        Ok(())
-    }
+/// A nightly compiler, or an error that says that it is missing.
+pub(crate) fn find_address_sanitizer() -> Result<()> {
+    check_machine()?;
+    check_runs(&mut nightly(&["rustc", "--version"])).context(
+        "AddressSanitizer: no nightly compiler\n\nhint: `rustup toolchain install nightly --profile minimal`",
+    )
+}
 
-    /// Runs the kernels' tests under it.
-    pub(crate) fn test(self, root: &Path) -> Result<()> {
-        let mut cargo = match self {
-            Sanitizer::Address => {
-                let mut cargo = nightly(&["cargo"]);
-                cargo.env("RUSTFLAGS", "-Zsanitizer=address");
-                cargo.env("CARGO_TARGET_DIR", root.join("target").join("sanitizers"));
-                cargo
-            }
-            Sanitizer::Valgrind => {
-                let mut cargo = Command::new(process::cargo());
-                let runner = "valgrind --quiet --error-exitcode=9";
-                cargo.env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER", runner);
-                if has_avx2() {
-                    cargo.env("FLAMINGO_TEST_ISAS", "scalar avx2");
-                }
-                cargo
-            }
-        };
-        cargo.current_dir(root).env_remove("FLAMINGO_ISA");
-        cargo.args(["test", "--locked", "-p", "flamingo-kernels", "--lib"]);
-        if matches!(self, Sanitizer::Address) {
-            cargo.args(["--target", TARGET]);
-        }
-        process::run(&mut cargo)
+/// Runs the kernels' tests under valgrind.
+pub(crate) fn test_valgrind(root: &Path, build: Build) -> Result<()> {
+    let mut valgrind = Command::new("valgrind");
+    valgrind.args(["--quiet", "--error-exitcode=9"]).arg(kernel_tests(root, build)?);
+    valgrind.current_dir(root.join("kernels")).env_remove("FLAMINGO_ISA");
+    if has_avx2() {
+        valgrind.env("FLAMINGO_TEST_ISAS", "scalar avx2");
     }
+    process::run(&mut valgrind)
+}
+
+/// Runs the kernels' tests under AddressSanitizer.
+pub(crate) fn test_address_sanitizer(root: &Path) -> Result<()> {
+    let mut cargo = nightly(&["cargo", "test", "--locked", "-p", "flamingo-kernels", "--lib"]);
+    cargo.args(["--target", "x86_64-unknown-linux-gnu"]).current_dir(root);
+    cargo.env("CARGO_TARGET_DIR", root.join("target").join("sanitizers"));
+    cargo.env("RUSTFLAGS", "-Zsanitizer=address").env_remove("FLAMINGO_ISA");
+    process::run(&mut cargo)
+}
+
+/// Builds the kernels' tests and says where cargo put the program.
+fn kernel_tests(root: &Path, build: Build) -> Result<PathBuf> {
+    let mut cargo = Command::new(process::cargo());
+    cargo.current_dir(root).args(["test", "--locked", "--no-run"]);
+    match build {
+        Build::Workspace => cargo.args(["--workspace", "--all-features"]),
+        Build::Kernels => cargo.args(["-p", "flamingo-kernels", "--lib"]),
+    };
+    let output = cargo.stderr(Stdio::piped()).output().context("could not start cargo")?;
+    let messages = String::from_utf8_lossy(&output.stderr);
+    if !output.status.success() {
+        bail!("the kernels' tests do not build:\n{messages}");
+    }
+    let program = messages.lines().find_map(|line| {
+        let (_, path) = line.split_once('(')?;
+        path.strip_suffix(')').filter(|path| path.contains("/deps/flamingo_kernels-"))
+    });
+    let program = program.with_context(|| format!("cargo names no tests of kernels:\n{messages}"));
+    program.map(|program| root.join(program))
+}
+
+fn check_machine() -> Result<()> {
+    if cfg!(all(target_arch = "x86_64", target_os = "linux")) {
+        return Ok(());
+    }
+    bail!("sanitizers: only on Linux on x86-64")
+}
+
+fn check_runs(command: &mut Command) -> Result<()> {
+    let status = command.stdout(Stdio::null()).stderr(Stdio::null()).status()?;
+    if status.success() { Ok(()) } else { bail!("{status}") }
 }
 
 /// Whether the kernels have an AVX2 version for this machine, which valgrind then must not hide from them.
