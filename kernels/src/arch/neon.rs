@@ -5,6 +5,7 @@
 use std::arch::{aarch64::*, asm, is_aarch64_feature_detected};
 
 use super::{DotI8, DotI8Task, Simd, Task};
+use crate::math::Unary;
 
 const LANES: usize = 4;
 
@@ -202,6 +203,10 @@ impl Simd for Neon {
         proven!(vmaxnmvq_f32(vector))
     }
 
+    /// The processor's own prefetching is all there is: the standard library has no stable intrinsic for it.
+    #[inline(always)]
+    fn prefetch(self, _: &f32) {}
+
     type Wide = [float32x4_t; 4];
     const IS_WIDE: bool = false;
 
@@ -218,16 +223,31 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    fn wide_from_f16(self, from: &[u8; 32]) -> Self::Wide {
+    fn wide_from_f16(self, from: &[u16; 16]) -> Self::Wide {
         // SAFETY: the token proves the instructions; each load reads half of the 32 bytes, unaligned.
         unsafe {
-            let a = vreinterpretq_f16_u8(vld1q_u8(from.as_ptr()));
-            let b = vreinterpretq_f16_u8(vld1q_u8(from[16..].as_ptr()));
+            let a = vreinterpretq_f16_u16(vld1q_u16(from.as_ptr()));
+            let b = vreinterpretq_f16_u16(vld1q_u16(from[8..].as_ptr()));
             [
                 vcvt_f32_f16(vget_low_f16(a)),
                 vcvt_high_f32_f16(a),
                 vcvt_f32_f16(vget_low_f16(b)),
                 vcvt_high_f32_f16(b),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn wide_from_i8(self, from: &[i8; 16]) -> Self::Wide {
+        // SAFETY: the token proves the instructions; the load reads the sixteen bytes.
+        unsafe {
+            let bytes = vld1q_s8(from.as_ptr());
+            let (low, high) = (vmovl_s8(vget_low_s8(bytes)), vmovl_high_s8(bytes));
+            [
+                vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))),
+                vcvtq_f32_s32(vmovl_high_s16(low)),
+                vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))),
+                vcvtq_f32_s32(vmovl_high_s16(high)),
             ]
         }
     }
@@ -250,12 +270,27 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    fn wide_array(self, value: Self::Wide) -> [f32; 16] {
-        let mut array = [0.0; 16];
-        for (quarter, to) in value.into_iter().zip(array.as_chunks_mut().0) {
+    fn wide_add(self, a: Self::Wide, b: Self::Wide) -> Self::Wide {
+        let quarter = |i: usize| self.add(a[i], b[i]);
+        [quarter(0), quarter(1), quarter(2), quarter(3)]
+    }
+
+    #[inline(always)]
+    fn wide_mul(self, a: Self::Wide, b: Self::Wide) -> Self::Wide {
+        let quarter = |i: usize| self.mul(a[i], b[i]);
+        [quarter(0), quarter(1), quarter(2), quarter(3)]
+    }
+
+    #[inline(always)]
+    fn wide_map(self, a: Self::Wide, f: &impl Unary) -> Self::Wide {
+        [f.apply(self, a[0]), f.apply(self, a[1]), f.apply(self, a[2]), f.apply(self, a[3])]
+    }
+
+    #[inline(always)]
+    fn wide_store(self, value: Self::Wide, to: &mut [f32; 16]) {
+        for (quarter, to) in value.into_iter().zip(to.as_chunks_mut().0) {
             self.store(quarter, to);
         }
-        array
     }
 }
 
@@ -397,7 +432,8 @@ impl<D: DotFour> DotI8 for Bytes<D> {
     }
 
     #[inline(always)]
-    fn to_f32(self, sums: Self::Sums) -> [f32; 16] {
-        self.simd().wide_array(sums.map(|sums| proven!(vcvtq_f32_s32(sums))))
+    fn to_f32(self, sums: Self::Sums) -> [float32x4_t; 4] {
+        let quarter = |i: usize| proven!(vcvtq_f32_s32(sums[i]));
+        [quarter(0), quarter(1), quarter(2), quarter(3)]
     }
 }
