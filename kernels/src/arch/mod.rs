@@ -329,6 +329,7 @@ impl Token {
     }
 
     /// Names of the instructions beyond its set that the token found and kernels use.
+    #[cfg(test)]
     pub(crate) fn extensions(self) -> Vec<&'static str> {
         let found: &[(bool, &str)] = match self {
             Token::Scalar(_) => &[],
@@ -353,6 +354,8 @@ impl Token {
             Token::Avx2(simd) => simd.dot_rounds(dot, n_rounds),
             #[cfg(target_arch = "x86_64")]
             Token::Avx512(simd) => simd.dot_rounds(dot, n_rounds),
+            #[cfg(target_arch = "aarch64")]
+            Token::Neon(simd) => simd.dot_rounds(dot, n_rounds),
         }
     }
 }

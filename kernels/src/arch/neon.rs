@@ -2,9 +2,12 @@
 //!
 //! The standard library's intrinsic for `sdot` is not stable yet, so the instruction is written as assembly.
 
-use std::arch::{aarch64::*, asm, is_aarch64_feature_detected};
+use std::{
+    arch::{aarch64::*, asm, is_aarch64_feature_detected},
+    hint::black_box,
+};
 
-use super::{DotI8, DotI8Task, Simd, Task};
+use super::{Dot, DotI8, DotI8Task, Simd, Task};
 use crate::math::Unary;
 
 const LANES: usize = 4;
@@ -30,6 +33,32 @@ impl Neon {
     pub(crate) fn sdot(self) -> Option<Sdot> {
         self.has_dotprod.then_some(Sdot(self))
     }
+
+    /// Runs `n_rounds` of independent dot products in registers; returns the multiply-adds of a round, none where the
+    /// processor has no instruction for them that kernels use.
+    pub(super) fn dot_rounds(self, dot: Dot, n_rounds: usize) -> Option<usize> {
+        match dot {
+            Dot::Bf16 => None,
+            // SAFETY: the token proves the instructions.
+            Dot::Int8 => self.sdot().map(|sdot| unsafe { sdot_rounds(sdot, n_rounds) }),
+        }
+    }
+}
+
+/// Chains of [`Neon::dot_rounds`]: more than latency times pipes, few enough for 32 registers.
+const N_CHAINS: usize = 24;
+
+#[target_feature(enable = "neon,dotprod")]
+fn sdot_rounds(sdot: Sdot, n_rounds: usize) -> usize {
+    let (a, b) = (vdupq_n_s8(black_box(1)), vdupq_n_s8(black_box(1)));
+    let mut chains = [vdupq_n_s32(0); N_CHAINS];
+    for _ in 0..n_rounds {
+        for chain in &mut chains {
+            *chain = sdot.dot_four(*chain, a, b);
+        }
+    }
+    black_box(chains);
+    N_CHAINS * LANES * 4
 }
 
 /// Evaluates register-only intrinsics.
