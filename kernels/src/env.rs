@@ -1,6 +1,6 @@
 //! The environment variables this crate reads. Nothing else in the crate touches the environment.
 
-/// Forces an instruction set: `scalar`, `avx2` or `avx512`. Unset: the best one the processor has.
+/// Forces an instruction set: `scalar`, `avx2`, `avx512` or `neon`. Unset: the best one the processor has.
 pub const FLAMINGO_ISA: &str = "FLAMINGO_ISA";
 
 /// Value of [`FLAMINGO_ISA`], if set and not empty; bytes that are not Unicode are replaced and so rejected later.

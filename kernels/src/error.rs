@@ -8,7 +8,7 @@ use crate::isa::Isa;
 pub enum KernelError {
     /// The environment names an instruction set this crate does not know.
     #[error(
-        "environment variable `FLAMINGO_ISA`: unknown instruction set `{found}`\n\nhint: use `scalar`, `avx2` or `avx512`, or unset it"
+        "environment variable `FLAMINGO_ISA`: unknown instruction set `{found}`\n\nhint: use `scalar`, `avx2`, `avx512` or `neon`, or unset it"
     )]
     UnknownIsa {
         /// The value found.

@@ -4,7 +4,7 @@ use std::{fmt, str::FromStr};
 
 use crate::{arch::Token, env, error::KernelError};
 
-/// An instruction set, in rising order of preference.
+/// An instruction set, in rising order of preference on each kind of processor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Isa {
     /// Plain Rust on four-lane arrays, vectorised by the compiler for the target's baseline.
@@ -13,11 +13,13 @@ pub enum Isa {
     Avx2,
     /// x86-64 with AVX-512 F, BW, DQ and VL, sixteen f32 lanes.
     Avx512,
+    /// aarch64 with NEON, four f32 lanes.
+    Neon,
 }
 
 impl Isa {
     /// Every instruction set this crate knows, in rising order of preference.
-    pub const ALL: [Isa; 3] = [Isa::Scalar, Isa::Avx2, Isa::Avx512];
+    pub const ALL: [Isa; 4] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Neon];
 
     /// The name used by the `FLAMINGO_ISA` environment variable.
     pub fn name(self) -> &'static str {
@@ -25,6 +27,7 @@ impl Isa {
             Isa::Scalar => "scalar",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
+            Isa::Neon => "neon",
         }
     }
 
@@ -68,7 +71,7 @@ mod tests {
         for isa in Isa::ALL {
             assert_eq!(isa.name().parse::<Isa>().unwrap(), isa);
         }
-        for name in ["", "AVX2", "sse", "avx512 "] {
+        for name in ["", "AVX2", "sse", "avx512 ", "NEON"] {
             let error = name.parse::<Isa>().unwrap_err().to_string();
             assert!(error.contains(&format!("`{name}`")), "{error}");
         }
@@ -78,5 +81,24 @@ mod tests {
     fn scalar_is_always_available() {
         assert!(Isa::Scalar.is_available());
         assert!(Isa::best().is_available());
+    }
+
+    /// `FLAMINGO_TEST_ISAS`, for tests alone: who emulates a processor names what must be found, so that no kernel goes
+    /// untested unseen.
+    #[test]
+    fn the_caller_of_the_tests_finds_the_sets_it_expects() {
+        let name = |isa: Isa| {
+            let extensions = Token::new(isa)?.extensions();
+            Some([vec![isa.name()], extensions].concat().join("+"))
+        };
+        let found = Isa::ALL.into_iter().filter_map(name).collect::<Vec<_>>().join(" ");
+        assert_eq!(std::env::var("FLAMINGO_TEST_ISAS").unwrap_or(found.clone()), found);
+    }
+
+    #[test]
+    fn every_aarch64_has_neon_and_nothing_of_x86() {
+        let expected: &[Isa] = &[Isa::Scalar, Isa::Neon];
+        let available: Vec<Isa> = Isa::ALL.into_iter().filter(|isa| isa.is_available()).collect();
+        assert_eq!(available == expected, cfg!(target_arch = "aarch64"), "{available:?}");
     }
 }

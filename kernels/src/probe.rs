@@ -252,11 +252,14 @@ mod tests {
         for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
             let kernels = Kernels::with_isa(isa, NonZeroUsize::new(1)).unwrap();
             let names: Vec<&str> = features().iter().filter(|f| f.1).map(|f| f.0).collect();
-            let expects = |feature: &str| isa == Isa::Avx512 && names.contains(&feature);
+            let expects = |set: Isa, feature: &str| isa == set && names.contains(&feature);
             let bf16 = kernels.token.dot_rounds(Dot::Bf16, 1);
-            assert_eq!(bf16.is_some(), expects("avx512bf16"), "{isa}");
+            assert_eq!(bf16.is_some(), expects(Isa::Avx512, "avx512bf16"), "{isa}");
             let int8 = kernels.token.dot_rounds(Dot::Int8, 1);
-            assert_eq!(int8.is_some(), expects("avx512vnni") || isa == Isa::Avx2, "{isa}");
+            let has_int8 = expects(Isa::Avx512, "avx512vnni")
+                || isa == Isa::Avx2
+                || expects(Isa::Neon, "dotprod");
+            assert_eq!(int8.is_some(), has_int8, "{isa}");
             assert!(fma_peak(&kernels) > 0.0);
         }
     }

@@ -5,7 +5,9 @@ use std::process::Command;
 
 use anyhow::Result;
 
+use crate::aarch64::{self, Toolchain};
 use crate::process;
+use crate::sanitizers::{self, Build};
 use crate::setup::TestDeps;
 
 /// One cargo call: its arguments and the variables it needs.
@@ -46,15 +48,31 @@ const CHECKS: [Check; 7] = [
 
 /// Runs every check and stops at the first that fails.
 pub(crate) fn run_all(root: &Path, deps: &TestDeps) -> Result<()> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     for check in &CHECKS {
-        let mut command = Command::new(&cargo);
+        let mut command = Command::new(process::cargo());
         command.current_dir(root).args(check.args).envs(check.env.iter().copied());
         if check.args[0] == "test" {
             command.envs(deps.variables());
         }
         process::run(&mut command)?;
     }
+    if_installed(Toolchain::find(), |toolchain| aarch64::test(root, &toolchain))?;
+    if_installed(sanitizers::find_valgrind(), |()| {
+        sanitizers::test_valgrind(root, Build::Workspace)
+    })?;
     process::say("\nall checks passed");
     Ok(())
+}
+
+/// Runs a check that needs a tool that not every machine has, or says in one line that it did not run.
+fn if_installed<T>(tool: Result<T>, check: impl FnOnce(T) -> Result<()>) -> Result<()> {
+    match tool {
+        Ok(tool) => check(tool),
+        Err(missing) => {
+            let missing = missing.to_string();
+            let line = missing.lines().next().unwrap_or_default();
+            process::say(&format!("\nNOT RUN: {line}"));
+            Ok(())
+        }
+    }
 }

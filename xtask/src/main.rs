@@ -1,10 +1,13 @@
 //! Development tasks: `cargo xtask test` is the one command that runs every check, here and in CI.
 //!
 //! [`setup`] installs what the tests need under `target/test-deps`; [`checks`] runs the checks in
-//! order and stops at the first failure; [`process`] runs one command and says what it runs.
+//! order and stops at the first failure; [`aarch64`] and [`sanitizers`] run the kernels' tests on another processor
+//! and under other eyes; [`process`] runs one command and says what it runs.
 
+mod aarch64;
 mod checks;
 mod process;
+mod sanitizers;
 mod setup;
 
 use std::path::{Path, PathBuf};
@@ -12,15 +15,23 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
 
+use sanitizers::Build;
+
 const HELP: &str = "\
 Development tasks of flamingoc.
 
 Usage: cargo xtask <TASK>
 
-  test    install what the tests need, then run every check: formatting, clippy,
-          documentation, feature builds, all tests; stops at the first failure
-  setup   only install what the tests need, under target/test-deps: a Python with
-          `onnx` and `numpy`, and the ONNX Runtime shared library
+  test             install what the tests need, then run every check: formatting, clippy,
+                   documentation, feature builds, all tests, and, where the tools are
+                   installed, the kernels' tests for aarch64 and under valgrind; stops
+                   at the first failure
+  setup            only install what the tests need, under target/test-deps: a Python with
+                   `onnx` and `numpy`, and the ONNX Runtime shared library
+  setup-aarch64    install a cross compiler and qemu from Debian 12's packages, as root
+  test-aarch64     run the kernels' tests for aarch64 on three emulated processors
+  test-sanitizers  run the kernels' tests under valgrind, and under AddressSanitizer with
+                   a nightly compiler
 
 Environment:
   FLAMINGO_TEST_ORT_LIB   use this ONNX Runtime library instead of installing one
@@ -43,6 +54,9 @@ fn run(args: &[String]) -> Result<()> {
     let root = workspace_root()?;
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["test"] => checks::run_all(&root, &setup::install(&root)?),
+        ["setup-aarch64"] => aarch64::setup(),
+        ["test-aarch64"] => aarch64::test(&root, &aarch64::Toolchain::find()?),
+        ["test-sanitizers"] => test_sanitizers(&root),
         ["setup"] => setup::install(&root).map(|deps| deps.announce()),
         [] | ["help" | "--help" | "-h"] => {
             process::print(HELP);
@@ -50,6 +64,13 @@ fn run(args: &[String]) -> Result<()> {
         }
         _ => bail!("unknown task `{}`\n\nhint: see `cargo xtask --help`", args.join(" ")),
     }
+}
+
+fn test_sanitizers(root: &Path) -> Result<()> {
+    sanitizers::find_valgrind()?;
+    sanitizers::find_address_sanitizer()?;
+    sanitizers::test_valgrind(root, Build::Kernels)?;
+    sanitizers::test_address_sanitizer(root)
 }
 
 /// The folder that holds the workspace's `Cargo.toml`: the parent of this crate's.

@@ -1,5 +1,6 @@
 //! Runs one command, prints it first, and turns a failing exit status into an error.
 
+use std::ffi::OsString;
 use std::process::Command;
 use std::time::Instant;
 
@@ -15,6 +16,11 @@ pub(crate) fn say(line: &str) {
 #[expect(clippy::print_stdout, reason = "the help text is this tool's result")]
 pub(crate) fn print(text: &str) {
     print!("{text}");
+}
+
+/// The cargo that runs this task.
+pub(crate) fn cargo() -> OsString {
+    std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
 }
 
 /// Prints and runs a command; an exit status that is not 0 is an error.

@@ -6,6 +6,8 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod matrix_mut;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod pool;
 mod scalar;
 
@@ -260,6 +262,8 @@ pub(crate) enum Token {
     Avx2(avx2::Avx2),
     #[cfg(target_arch = "x86_64")]
     Avx512(avx512::Avx512),
+    #[cfg(target_arch = "aarch64")]
+    Neon(neon::Neon),
 }
 
 impl Token {
@@ -273,6 +277,10 @@ impl Token {
             Isa::Avx512 => avx512::Avx512::new().map(Token::Avx512),
             #[cfg(not(target_arch = "x86_64"))]
             Isa::Avx2 | Isa::Avx512 => None,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => neon::Neon::new().map(Token::Neon),
+            #[cfg(not(target_arch = "aarch64"))]
+            Isa::Neon => None,
         }
     }
 
@@ -286,6 +294,11 @@ impl Token {
             Token::Avx512(simd) => match simd.vnni() {
                 Some(vnni) => vnni.run(task),
                 None => DotI8::run(simd.avx2(), task),
+            },
+            #[cfg(target_arch = "aarch64")]
+            Token::Neon(simd) => match simd.sdot() {
+                Some(sdot) => DotI8::run(neon::Bytes(sdot), task),
+                None => DotI8::run(neon::Bytes(simd), task),
             },
         }
     }
@@ -310,7 +323,26 @@ impl Token {
             Token::Avx2(simd) => Simd::run(simd, task),
             #[cfg(target_arch = "x86_64")]
             Token::Avx512(simd) => simd.run(task),
+            #[cfg(target_arch = "aarch64")]
+            Token::Neon(simd) => simd.run(task),
         }
+    }
+
+    /// Names of the instructions beyond its set that the token found and kernels use.
+    #[cfg(test)]
+    pub(crate) fn extensions(self) -> Vec<&'static str> {
+        let found: &[(bool, &str)] = match self {
+            Token::Scalar(_) => &[],
+            #[cfg(target_arch = "x86_64")]
+            Token::Avx2(_) => &[],
+            #[cfg(target_arch = "x86_64")]
+            Token::Avx512(simd) => {
+                &[(simd.vnni().is_some(), "vnni"), (simd.bf16().is_some(), "bf16")]
+            }
+            #[cfg(target_arch = "aarch64")]
+            Token::Neon(simd) => &[(simd.sdot().is_some(), "dotprod")],
+        };
+        found.iter().filter(|(found, _)| *found).map(|(_, name)| *name).collect()
     }
 
     /// Runs `n_rounds` of independent dot products in registers; returns the multiply-adds of a round, none if there is
@@ -322,6 +354,8 @@ impl Token {
             Token::Avx2(simd) => simd.dot_rounds(dot, n_rounds),
             #[cfg(target_arch = "x86_64")]
             Token::Avx512(simd) => simd.dot_rounds(dot, n_rounds),
+            #[cfg(target_arch = "aarch64")]
+            Token::Neon(simd) => simd.dot_rounds(dot, n_rounds),
         }
     }
 }
