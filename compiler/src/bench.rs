@@ -268,7 +268,11 @@ fn profiles(
     if options.profile {
         return Err(BenchError::NoProfile(model.backend().name().to_owned()));
     }
-    let opening = OpenOptions { n_threads: options.opening.n_threads, ..OpenOptions::default() };
+    let opening = OpenOptions {
+        n_threads: options.opening.n_threads,
+        kv_format: options.opening.kv_format,
+        ..OpenOptions::default()
+    };
     let Ok(native) = Model::open(path, &opening) else { return Ok(Vec::new()) };
     let most = options.images.iter().copied().max().unwrap_or(0).max(1);
     let media = encoded(&native, inputs, most)?;

@@ -19,7 +19,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
-use flamingo_runtime::OpenOptions;
+use flamingo_runtime::{KvFormat, OpenOptions};
 
 use output::Output;
 
@@ -76,6 +76,10 @@ struct Opening {
     /// Threads [default: one for each physical core]
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
+    /// How the native engine keeps keys and values, of text and of pictures [default: f32 for an
+    /// artifact in f32, f16 for others]
+    #[arg(long, value_name = "FORMAT", value_parser = ["f32", "f16", "int8"])]
+    kv: Option<String>,
     /// Check the hash of every file of the artifact first
     #[arg(long)]
     verify: bool,
@@ -88,6 +92,7 @@ impl Opening {
             execution_provider: Some(self.ep.clone()),
             ort_library: self.ort_lib.clone(),
             n_threads: self.threads,
+            kv_format: self.kv.as_deref().and_then(KvFormat::from_name),
             verify: self.verify,
         }
     }

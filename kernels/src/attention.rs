@@ -18,9 +18,9 @@ use crate::{
 /// Query rows of one task: enough to use each key from the first-level cache several times.
 pub(crate) const QUERY_ROWS: usize = 24;
 
-/// Keys whose scores are held at once. Blocks start at multiples of it, so that a row's sums do not depend on the rows
-/// beside it.
-const KEY_BLOCK: usize = 256;
+/// Keys whose scores are held at once: all of a picture's tokens, so that vision needs one block. Blocks start at
+/// multiples of it, so that a row's sums do not depend on the rows beside it.
+const KEY_BLOCK: usize = 320;
 
 impl Kernels {
     /// `softmax(scale q kᵀ) v` for each head of `n_groups` independent sequences.

@@ -4,22 +4,23 @@ use crate::{
     Kernels,
     arch::MatrixMut,
     attention::{AttendBlock, RowBlock, push_blocks},
+    kv_cache::KvCache,
     matrix::Matrix,
 };
 
 impl Kernels {
     /// `softmax(scale q kᵀ) v` where row `r` sees the latents of medium `media_time[r]` only.
     ///
-    /// q and out `[m, n_heads * head_dim]`; `media[i]` = k and v, each `[n_latents, n_heads * head_dim]`; `media_time[r]`
-    /// counts from 1, and 0 means none: an exactly zero row. Runs of equal `media_time` are processed together; a row's
-    /// bits do not depend on them.
+    /// q and out `[m, n_heads * head_dim]`; `media[i]` the keys and values of a medium, all of its latents, as
+    /// [`KvCache::from_rows`] makes them; `media_time[r]` counts from 1, and 0 means none: an exactly zero row. Runs of
+    /// equal `media_time` are processed together; a row's bits do not depend on them.
     ///
     /// # Panics
     /// If the shapes disagree or a `media_time` exceeds the number of media.
     pub fn cross_attention(
         &self,
         q: Matrix<'_>,
-        media: &[(Matrix<'_>, Matrix<'_>)],
+        media: &[&KvCache],
         media_time: &[u32],
         n_heads: usize,
         scale: f32,
@@ -33,40 +34,31 @@ impl Kernels {
         );
         assert_eq!(media_time.len(), out.rows(), "cross-attention: length of media_time");
         assert!(n_heads > 0 && width.is_multiple_of(n_heads), "cross-attention: heads");
-        for (k, v) in media {
-            assert_eq!((k.cols(), v.cols()), (width, width), "cross-attention: columns of k and v");
-            assert_eq!(k.rows(), v.rows(), "cross-attention: rows of k and v");
+        let head_dim = width / n_heads;
+        for cache in media {
+            let heads = (cache.n_kv_heads(), cache.head_dim());
+            assert_eq!(heads, (n_heads, head_dim), "cross-attention: heads of k and v");
         }
         let media_of_row = |&time: &u32| time as usize;
         assert!(
             media_time.iter().all(|time| media_of_row(time) <= media.len()),
             "cross-attention: media_time"
         );
-        let head_dim = width / n_heads;
         let blocks = blocks_of_media(media_time);
-        // Only media that a row sees are packed.
-        let groups: Vec<Vec<_>> = (1..=media.len())
-            .map(|time| {
-                let is_seen = blocks.iter().any(|block| block.group == time);
-                is_seen.then(|| media[time - 1]).into_iter().collect()
-            })
-            .collect();
-        self.with_packed_kv(&groups, n_heads, head_dim, |packed| {
-            self.attend_blocks(out, &blocks, head_dim, &|block, head, mut tile| {
-                let Some(medium) = block.group.checked_sub(1) else {
-                    return (0..tile.rows()).for_each(|i| tile.row_mut(i).fill(0.0));
-                };
-                let columns = head * head_dim..(head + 1) * head_dim;
-                self.token.run(AttendBlock {
-                    q: q.row_range(block.start..block.end).columns(columns),
-                    kv: packed.head(medium, head),
-                    n_keys: packed.n_keys(medium),
-                    scale,
-                    first_row_keys: None,
-                    alibi: None,
-                    scratch: &self.scratch,
-                    out: tile,
-                });
+        self.attend_blocks(out, &blocks, head_dim, &|block, head, mut tile| {
+            let Some(medium) = block.group.checked_sub(1) else {
+                return (0..tile.rows()).for_each(|i| tile.row_mut(i).fill(0.0));
+            };
+            let columns = head * head_dim..(head + 1) * head_dim;
+            self.token.run(AttendBlock {
+                q: q.row_range(block.start..block.end).columns(columns),
+                kv: media[medium].head(head),
+                n_keys: media[medium].capacity(),
+                scale,
+                first_row_keys: None,
+                alibi: None,
+                scratch: &self.scratch,
+                out: tile,
             });
         });
     }

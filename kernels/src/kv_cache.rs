@@ -11,7 +11,10 @@ use half::slice::HalfFloatSliceExt;
 use crate::{arch::Simd, math, matrix::Matrix};
 
 /// Keys of a panel, and the columns that rows of values are padded to a multiple of.
-pub(crate) const LANES: usize = 16;
+pub(crate) const LANES: usize = KV_SLOTS;
+
+/// What a cache's tokens are padded to a multiple of.
+pub const KV_SLOTS: usize = 16;
 
 /// How cached numbers are stored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -38,6 +41,11 @@ impl KvFormat {
         }
     }
 
+    /// The format called `name`.
+    pub fn from_name(name: &str) -> Option<KvFormat> {
+        KvFormat::ALL.into_iter().find(|format| format.name() == name)
+    }
+
     /// Bytes of keys and values of one token with `n_kv_heads` heads of `head_dim`.
     pub fn token_bytes(self, n_kv_heads: usize, head_dim: usize) -> usize {
         let elements = n_kv_heads * (head_dim + head_dim.next_multiple_of(LANES));
@@ -56,7 +64,7 @@ impl fmt::Display for KvFormat {
 }
 
 /// Numbers of keys or of values.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 enum Numbers {
     F32(Vec<f32>),
     F16(Vec<u16>),
@@ -186,7 +194,7 @@ pub(crate) struct HeadKv<'a> {
 }
 
 /// Key and value cache of one layer: k (after rotary embedding) and v of up to `capacity` tokens.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct KvCache {
     format: KvFormat,
     n_kv_heads: usize,
@@ -235,6 +243,18 @@ impl KvCache {
         }
     }
 
+    /// A full cache of rows of k and v, both `[len, n_kv_heads * head_dim]`: what cross-attention reads of a medium.
+    ///
+    /// # Panics
+    /// If the shapes disagree, or the columns are not those of whole heads.
+    pub fn from_rows(n_kv_heads: usize, k: Matrix<'_>, v: Matrix<'_>, format: KvFormat) -> KvCache {
+        assert_eq!((k.rows(), k.cols()), (v.rows(), v.cols()), "cache: shapes of k and v");
+        assert!(n_kv_heads > 0 && k.cols().is_multiple_of(n_kv_heads), "cache: heads");
+        let mut cache = KvCache::with_format(n_kv_heads, k.cols() / n_kv_heads, k.rows(), format);
+        cache.write(0, k, v);
+        cache
+    }
+
     /// How its numbers are stored.
     pub fn format(&self) -> KvFormat {
         self.format
@@ -280,6 +300,24 @@ impl KvCache {
             let (element, slot) = self.v_place(head, token);
             self.v.read(element + col, slot)
         })
+    }
+
+    /// Keys of all tokens as [`KvCache::from_rows`] took them, `[capacity, n_kv_heads * head_dim]`.
+    pub fn key_rows(&self) -> Vec<f32> {
+        self.rows_from_heads(&self.keys(self.capacity))
+    }
+
+    /// Values of all tokens as [`KvCache::from_rows`] took them, `[capacity, n_kv_heads * head_dim]`.
+    pub fn value_rows(&self) -> Vec<f32> {
+        self.rows_from_heads(&self.values(self.capacity))
+    }
+
+    fn rows_from_heads(&self, heads: &[f32]) -> Vec<f32> {
+        let (len, head_dim) = (self.capacity, self.head_dim);
+        let part =
+            |token: usize, head: usize| &heads[(head * len + token) * head_dim..][..head_dim];
+        let row = |token| (0..self.n_kv_heads).flat_map(move |head| part(token, head));
+        (0..len).flat_map(row).copied().collect()
     }
 
     fn read(&self, len: usize, element: impl Fn(usize, usize, usize) -> f32) -> Vec<f32> {
@@ -373,6 +411,14 @@ mod tests {
                 assert!(errors.fold(0.0, f32::max) <= bound, "{format}");
             }
             assert_eq!(cache.capacity(), len);
+            let rows: Vec<f32> = (0..len * 15).map(|i| (i as f32).sin()).collect();
+            let rows = Matrix::new(&rows, len, 15);
+            let full = KvCache::from_rows(n_kv_heads, rows, rows, format);
+            assert_eq!((full.capacity(), full.head_dim()), (len, head_dim));
+            for read in [full.key_rows(), full.value_rows()] {
+                let errors = read.iter().zip(rows.row(0)).map(|(a, b)| (a - b).abs());
+                assert!(read.len() == len * 15 && errors.fold(0.0, f32::max) <= bound, "{format}");
+            }
             assert_eq!(cache.bytes(), 32 * format.token_bytes(n_kv_heads, head_dim));
         }
     }

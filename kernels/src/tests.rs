@@ -432,11 +432,16 @@ fn cross_attention_agrees_and_is_zero_without_a_medium() {
                 .map(|i| (Random::new(20 + i, 9, width, 0), Random::new(30 + i, 9, width, 1)))
                 .collect();
             let media: Vec<_> = kv.iter().map(|(k, v)| (k.view(), v.view())).collect();
+            let caches: Vec<_> = media
+                .iter()
+                .map(|(k, v)| KvCache::from_rows(n_heads, *k, *v, KvFormat::F32))
+                .collect();
+            let caches: Vec<_> = caches.iter().collect();
             let long: Vec<u32> = (0..70).map(|row| row / 30 + 1).collect();
             for media_time in [vec![], vec![0], vec![0, 0, 1, 1, 1, 3, 2, 0, 3], long] {
                 let q = Random::new(1, media_time.len(), width, 3);
                 let out = output(media_time.len(), width, |out| {
-                    kernels.cross_attention(q.view(), &media, &media_time, n_heads, scale, out);
+                    kernels.cross_attention(q.view(), &caches, &media_time, n_heads, scale, out);
                 });
                 let expected =
                     reference::cross_attention(q.view(), &media, &media_time, n_heads, scale);

@@ -4,12 +4,13 @@
 //! executes the graphs is decided when an artifact is opened.
 #![forbid(unsafe_code)]
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
 use flamingo_ir::DType;
-use flamingo_kernels::KernelError;
+use flamingo_kernels::{KernelError, KvCache};
 
 use crate::profile::Record;
 
@@ -19,19 +20,77 @@ use crate::profile::Record;
 pub struct Media {
     /// Output of the resampler, `[n_latents, dim]`, f32.
     pub visual_tokens: Vec<f32>,
-    /// Keys of each gated block, `[n_latents, inner]`, f32; empty for a block that has none.
-    pub k: Vec<Vec<f32>>,
-    /// Values of each gated block, `[n_latents, inner]`, f32; empty for a block that has none.
-    pub v: Vec<Vec<f32>>,
+    /// Keys and values of each gated block.
+    pub blocks: Vec<MediaKv>,
     /// Latents of a medium.
     pub n_latents: usize,
+}
+
+/// Keys and values of a medium for one gated block.
+#[derive(Clone, Debug, PartialEq, Default)]
+pub enum MediaKv {
+    /// The block has none.
+    #[default]
+    None,
+    /// As graphs give and take them.
+    Rows {
+        /// Keys `[n_latents, inner]`, f32.
+        k: Vec<f32>,
+        /// Values `[n_latents, inner]`, f32.
+        v: Vec<f32>,
+    },
+    /// As native attention reads them.
+    Cache(KvCache),
+}
+
+impl MediaKv {
+    /// Keys `[n_latents, inner]`, f32; empty if there are none.
+    pub fn keys(&self) -> Cow<'_, [f32]> {
+        match self {
+            MediaKv::None => Cow::Borrowed(&[]),
+            MediaKv::Rows { k, .. } => Cow::Borrowed(k),
+            MediaKv::Cache(cache) => Cow::Owned(cache.key_rows()),
+        }
+    }
+
+    /// Values `[n_latents, inner]`, f32; empty if there are none.
+    pub fn values(&self) -> Cow<'_, [f32]> {
+        match self {
+            MediaKv::None => Cow::Borrowed(&[]),
+            MediaKv::Rows { v, .. } => Cow::Borrowed(v),
+            MediaKv::Cache(cache) => Cow::Owned(cache.value_rows()),
+        }
+    }
+
+    /// Numbers of the keys and of the values.
+    pub(crate) fn lens(&self) -> [usize; 2] {
+        match self {
+            MediaKv::None => [0, 0],
+            MediaKv::Rows { k, v } => [k.len(), v.len()],
+            MediaKv::Cache(cache) => [cache.capacity() * cache.n_kv_heads() * cache.head_dim(); 2],
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            MediaKv::None => 0,
+            MediaKv::Rows { k, v } => (k.len() + v.len()) * size_of::<f32>(),
+            MediaKv::Cache(cache) => cache.bytes(),
+        }
+    }
 }
 
 impl Media {
     /// Memory that the numbers take, in bytes.
     pub fn bytes(&self) -> usize {
-        let blocks: usize = self.k.iter().chain(&self.v).map(Vec::len).sum();
-        (self.visual_tokens.len() + blocks) * size_of::<f32>()
+        let blocks: usize = self.blocks.iter().map(MediaKv::bytes).sum();
+        self.visual_tokens.len() * size_of::<f32>() + blocks
+    }
+
+    /// Numbers of the keys or the values of a block.
+    pub(crate) fn block_len(&self, block: usize, is_key: bool) -> usize {
+        let [k, v] = self.blocks.get(block).map_or([0, 0], MediaKv::lens);
+        if is_key { k } else { v }
     }
 }
 
@@ -305,10 +364,13 @@ mod tests {
     fn media_know_their_size() {
         let media = Media {
             visual_tokens: vec![0.0; 6],
-            k: vec![vec![0.0; 4]],
-            v: vec![vec![0.0; 4]],
+            blocks: vec![
+                MediaKv::Rows { k: vec![0.0; 4], v: vec![0.0; 4] },
+                MediaKv::Cache(KvCache::new(1, 16, 16)),
+                MediaKv::None,
+            ],
             n_latents: 2,
         };
-        assert_eq!(media.bytes(), 14 * 4);
+        assert_eq!(media.bytes(), (14 + 2 * 256) * 4);
     }
 }

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use flamingo_ir::{DType, Dim, Fact, Graph, ValueId};
 
-use crate::backend::{BackendError, Media, Step};
+use crate::backend::{BackendError, Media, MediaKv, Step};
 
 /// The two graphs of an artifact, found to fit each other.
 #[derive(Clone, Debug)]
@@ -57,18 +57,23 @@ impl Contract {
 
     /// One medium from the media graph's outputs, in the order of the graph.
     pub(crate) fn media_from_outputs(&self, outputs: Vec<Vec<f32>>) -> Media {
-        let blocks = vec![Vec::new(); self.n_blocks];
-        let mut media = Media { k: blocks.clone(), v: blocks, ..Media::default() };
+        let mut media = Media::default();
+        let mut blocks = vec![(Vec::new(), Vec::new()); self.n_blocks];
         for (output, data) in self.media_outputs.iter().zip(outputs) {
             match output {
                 MediaOutput::VisualTokens { width } => {
                     media.n_latents = data.len() / width.max(&1);
                     media.visual_tokens = data;
                 }
-                MediaOutput::K(block) => media.k[*block] = data,
-                MediaOutput::V(block) => media.v[*block] = data,
+                MediaOutput::K(block) => blocks[*block].0 = data,
+                MediaOutput::V(block) => blocks[*block].1 = data,
             }
         }
+        let block = |(k, v): (Vec<f32>, Vec<f32>)| match k.is_empty() && v.is_empty() {
+            true => MediaKv::None,
+            false => MediaKv::Rows { k, v },
+        };
+        media.blocks = blocks.into_iter().map(block).collect();
         media
     }
 }

@@ -28,6 +28,8 @@ mod session;
 #[cfg(feature = "tract")]
 pub mod tract;
 
+pub use flamingo_kernels::KvFormat;
+
 pub use artifact::{Artifact, ArtifactError, LoadedGraphs, MappedWeights};
 pub use prompt::{PromptEncoder, PromptError, PromptFile, Segment, VideoFiles};
 pub use sampling::{Sampler, SamplingOptions, argmax};

@@ -19,9 +19,11 @@ use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use flamingo_ir::{Bindings, Graph};
-use flamingo_kernels::{Kernels, KvCache};
+use flamingo_kernels::{Kernels, KvCache, KvFormat, Matrix};
 
-use crate::backend::{Backend, BackendError, Media, Sequence, Step, WeightBytes, frame_weights};
+use crate::backend::{
+    Backend, BackendError, Media, MediaKv, Sequence, Step, WeightBytes, frame_weights,
+};
 use crate::contract::{Contract, check_step, full, indices};
 use crate::profile::Record;
 
@@ -40,6 +42,10 @@ struct Shared {
     contract: Contract,
     /// Rows of the decoder's buffers are shared by all sequences that do not run at the same time.
     decoder_buffers: Mutex<Vec<Buffers>>,
+    media_buffers: Mutex<Vec<Buffers>>,
+    /// Heads of each gated block.
+    media_heads: Vec<usize>,
+    kv_format: KvFormat,
 }
 
 impl NativeBackend {
@@ -69,13 +75,27 @@ impl NativeBackend {
         kernels: Arc<Kernels>,
     ) -> Result<NativeBackend, BackendError> {
         let contract = Contract::new(media, decoder)?;
+        let decoder = NativeStage::new(decoder, Arc::clone(&weights), Arc::clone(&kernels))?;
         let shared = Shared {
-            media: NativeStage::new(media, Arc::clone(&weights), Arc::clone(&kernels))?,
-            decoder: NativeStage::new(decoder, weights, kernels)?,
+            media: NativeStage::new(media, weights, kernels)?,
+            media_heads: decoder.media_heads(),
+            decoder,
             contract,
-            decoder_buffers: Mutex::new(Vec::new()),
+            decoder_buffers: Mutex::default(),
+            media_buffers: Mutex::default(),
+            kv_format: KvFormat::F32,
         };
         Ok(NativeBackend { shared: Arc::new(shared) })
+    }
+
+    /// The same with keys and values, of text and of media, kept in `format`; for a backend that
+    /// has no sequences yet.
+    #[must_use]
+    pub fn with_kv_format(mut self, format: KvFormat) -> NativeBackend {
+        if let Some(shared) = Arc::get_mut(&mut self.shared) {
+            shared.kv_format = format;
+        }
+        self
     }
 
     /// The stage that encodes media.
@@ -107,7 +127,7 @@ impl Backend for NativeBackend {
         let n_max = self.shared.contract.pictures.n_max_frames.unwrap_or(0);
         let weights = frame_weights(n_frames, n_max);
         let bindings = bindings([("n_media", 1), ("n_frames", n_frames)]);
-        let mut buffers = Buffers::default();
+        let mut buffers = take(&self.shared.media_buffers);
         let encode = |pixel_values: &[f32]| {
             let call = Call {
                 bindings: &bindings,
@@ -117,9 +137,11 @@ impl Backend for NativeBackend {
                 media_time: &[],
             };
             let outputs = self.shared.media.run(&call, &mut [], &mut buffers)?;
-            Ok(self.shared.contract.media_from_outputs(outputs))
+            Ok(self.shared.pack(self.shared.contract.media_from_outputs(outputs)))
         };
-        pixel_values.chunks_exact(medium_elements).map(encode).collect()
+        let media = pixel_values.chunks_exact(medium_elements).map(encode).collect();
+        give_back(&self.shared.media_buffers, buffers);
+        media
     }
 
     fn set_profiling(&self, is_on: bool) -> bool {
@@ -137,7 +159,7 @@ impl Backend for NativeBackend {
 
     fn new_sequence(&self, max_context: usize) -> Result<Box<dyn Sequence>, BackendError> {
         Ok(Box::new(NativeSequence {
-            caches: self.shared.decoder.new_caches(max_context)?,
+            caches: self.shared.decoder.new_caches(max_context, self.shared.kv_format)?,
             shared: Arc::clone(&self.shared),
             max_context,
             len: 0,
@@ -146,15 +168,30 @@ impl Backend for NativeBackend {
 }
 
 impl Shared {
-    fn take_buffers(&self) -> Buffers {
-        let mut free = self.decoder_buffers.lock().unwrap_or_else(PoisonError::into_inner);
-        free.pop().unwrap_or_default()
+    /// Keys and values as attention reads them, in the format asked for.
+    fn pack(&self, mut media: Media) -> Media {
+        let n_latents = media.n_latents;
+        for (block, n_heads) in media.blocks.iter_mut().zip(&self.media_heads) {
+            let MediaKv::Rows { k, v } = block else { continue };
+            let width = k.len() / n_latents.max(1);
+            let is_whole = k.len() == v.len() && k.len() == width * n_latents;
+            if is_whole && *n_heads > 0 && width.is_multiple_of(*n_heads) {
+                let rows = |data| Matrix::new(data, n_latents, width);
+                let cache = KvCache::from_rows(*n_heads, rows(k), rows(v), self.kv_format);
+                *block = MediaKv::Cache(cache);
+            }
+        }
+        media
     }
+}
 
-    fn return_buffers(&self, buffers: Buffers) {
-        let mut free = self.decoder_buffers.lock().unwrap_or_else(PoisonError::into_inner);
-        free.push(buffers);
-    }
+/// Buffers that are free, or new ones.
+fn take(free: &Mutex<Vec<Buffers>>) -> Buffers {
+    free.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
+}
+
+fn give_back(free: &Mutex<Vec<Buffers>>, buffers: Buffers) {
+    free.lock().unwrap_or_else(PoisonError::into_inner).push(buffers);
 }
 
 /// Keys and values of one sequence, in caches of fixed capacity.
@@ -199,9 +236,9 @@ impl Sequence for NativeSequence {
             media: step.media,
             media_time: step.media_time,
         };
-        let mut buffers = self.shared.take_buffers();
+        let mut buffers = take(&self.shared.decoder_buffers);
         let outputs = self.shared.decoder.run(&call, &mut self.caches, &mut buffers);
-        self.shared.return_buffers(buffers);
+        give_back(&self.shared.decoder_buffers, buffers);
         let logits = outputs?.pop().unwrap_or_default();
         self.len += input_ids.len();
         Ok(logits)

@@ -15,7 +15,7 @@ use flamingo_ir::onnx::{ReadLimits, ReadModel, read_onnx};
 use flamingo_ir::op::Op;
 use flamingo_ir::{Constant, DType, Dim, Fact, Graph, Tensor, ValueId};
 
-use crate::backend::{Backend, BackendError, Media, Sequence, Step, frame_weights};
+use crate::backend::{Backend, BackendError, Media, MediaKv, Sequence, Step, frame_weights};
 use crate::contract::{Contract, broken, check_medium, check_range, check_step, full, indices};
 
 /// The graphs of an artifact.
@@ -485,9 +485,9 @@ impl<E: Engine> OnnxSequence<E> {
 }
 
 impl MediaBlock {
-    fn part<'a>(&self, media: &'a Media) -> &'a [f32] {
-        let blocks = if self.is_key { &media.k } else { &media.v };
-        blocks.get(self.block).map_or(&[], Vec::as_slice)
+    fn part<'a>(&self, media: &'a Media) -> Cow<'a, [f32]> {
+        let part = |kv: &'a MediaKv| if self.is_key { kv.keys() } else { kv.values() };
+        media.blocks.get(self.block).map_or(Cow::Borrowed(&[]), part)
     }
 
     /// What the step's media have of this block, one after the other; one medium of zeros if it
@@ -497,8 +497,8 @@ impl MediaBlock {
         let n_latents = self.n_latents.unwrap_or(of_media);
         let data = match media {
             [] => Cow::Owned(vec![0.0; n_latents * self.inner]),
-            [only] => Cow::Borrowed(self.part(only)),
-            many => many.iter().flat_map(|media| self.part(media)).copied().collect(),
+            [only] => self.part(only),
+            many => many.iter().flat_map(|media| self.part(media).into_owned()).collect(),
         };
         Input::Numbers { shape: vec![media.len().max(1), n_latents, self.inner], data }
     }
@@ -562,7 +562,7 @@ impl Signature {
             let place = (self.decoder_name.as_str(), name.as_str());
             for (index, media) in media.iter().enumerate() {
                 let sizes = [block.n_latents.unwrap_or(media.n_latents), block.inner];
-                check_medium(place, index, block.part(media).len(), sizes)?;
+                check_medium(place, index, media.block_len(block.block, block.is_key), sizes)?;
             }
         }
         Ok(())

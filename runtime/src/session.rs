@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+use flamingo_kernels::KvFormat;
 use flamingo_models::manifest::Manifest;
 use flamingo_models::{MediaClock, SourceError, read_tokenizer};
 use tokenizers::Tokenizer;
@@ -78,6 +79,9 @@ pub struct OpenOptions {
     pub ort_library: Option<PathBuf>,
     /// Threads; default: one for each physical core.
     pub n_threads: Option<NonZeroUsize>,
+    /// How the native engine keeps keys and values, of text and of media; default: f32 for an artifact in f32, f16 for
+    /// others.
+    pub kv_format: Option<KvFormat>,
     /// Whether to check the hash of every file.
     pub verify: bool,
 }
@@ -506,7 +510,9 @@ fn open_backend(artifact: &Artifact, options: &OpenOptions) -> Result<Box<dyn Ba
             let graphs = artifact.load()?;
             let (media, decoder) = (&graphs.media, &graphs.decoder);
             let backend = NativeBackend::new(media, decoder, graphs.weights, options.n_threads)?;
-            Ok(Box::new(backend))
+            let is_f32 = artifact.manifest.precision.values().all(|precision| precision == "f32");
+            let default = if is_f32 { KvFormat::F32 } else { KvFormat::F16 };
+            Ok(Box::new(backend.with_kv_format(options.kv_format.unwrap_or(default))))
         }
         "ort" => open_ort(artifact, options),
         "tract" => open_tract(artifact),

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
 use flamingo_ir::op::Flavour;
-use flamingo_runtime::backend::{Backend, BackendError, Media, Sequence, Step};
+use flamingo_runtime::backend::{Backend, BackendError, Media, MediaKv, Sequence, Step};
 use flamingo_runtime::native::NativeBackend;
 use flamingo_runtime::ort::{ExecutionProvider, OrtBackend, OrtOptions};
 use flamingo_runtime::tract::TractBackend;
@@ -94,11 +94,11 @@ fn encode(engines: &Engines, n_media: usize, n_frames: usize) -> Vec<Arc<Media>>
     for (name, media) in engines.names[1..].iter().zip(all) {
         assert_eq!(media.len(), n_media);
         for (found, expected) in media.iter().zip(&native) {
-            assert_eq!((found.n_latents, found.k.len(), found.v.len()), (expected.n_latents, 1, 1));
+            assert_eq!((found.n_latents, found.blocks.len()), (expected.n_latents, 1));
             let what = format!("{name}: {n_frames} frames");
             assert_close(&what, &found.visual_tokens, &expected.visual_tokens);
-            assert_close(&what, &found.k[0], &expected.k[0]);
-            assert_close(&what, &found.v[0], &expected.v[0]);
+            assert_close(&what, &found.blocks[0].keys(), &expected.blocks[0].keys());
+            assert_close(&what, &found.blocks[0].values(), &expected.blocks[0].values());
         }
     }
     native.into_iter().map(Arc::new).collect()
@@ -198,8 +198,9 @@ fn text_needs_no_media() {
 fn engines_refuse_in_the_same_words() {
     let engines = engines();
     let media = encode(engines, 2, 1);
+    let stunted = MediaKv::Rows { k: vec![0.0; 4], v: vec![0.0; 4] };
     let broken =
-        [Arc::clone(&media[0]), Arc::new(Media { k: vec![vec![0.0; 4]], ..(*media[1]).clone() })];
+        [Arc::clone(&media[0]), Arc::new(Media { blocks: vec![stunted], ..(*media[1]).clone() })];
     let vocabulary = u32::try_from(VOCABULARY).unwrap();
     let fine = Step { input_ids: &[1, 2], media_time: &[0, 2], media: &media, logit_rows: &[1] };
     let many = [0; 41];

@@ -4,7 +4,9 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use flamingo_runtime::{GenerateOptions, Model, OpenOptions, PromptFile, SamplingOptions};
+use flamingo_runtime::{
+    GenerateOptions, KvFormat, Model, OpenOptions, PromptFile, SamplingOptions,
+};
 use lexopt::prelude::*;
 
 const HELP: &str = "Answer a prompt with pictures from a compiled artifact
@@ -19,6 +21,8 @@ Options:
   --temperature T        0 takes the most likely token [default: 0]
   --seed N               seed of sampling [default: 0]
   --threads N            threads [default: one for each physical core]
+  --kv FORMAT            keep keys and values in f32, f16 or int8 [default: f32 for an artifact
+                         in f32, f16 for others]
   --verify               check the hash of every file first
   --json                 print text, token ids, timings and cache counts
   --help                 print this
@@ -97,6 +101,9 @@ fn parse(mut parser: lexopt::Parser) -> Result<Arguments, lexopt::Error> {
             Long("temperature") => arguments.temperature = Some(parser.value()?.parse()?),
             Long("seed") => arguments.seed = parser.value()?.parse()?,
             Long("threads") => arguments.opening.n_threads = Some(parser.value()?.parse()?),
+            Long("kv") => {
+                arguments.opening.kv_format = Some(parser.value()?.parse_with(kv_format)?)
+            }
             Long("verify") => arguments.opening.verify = true,
             Long("json") => arguments.json = true,
             Long("help") | Short('h') => arguments.help = true,
@@ -104,6 +111,10 @@ fn parse(mut parser: lexopt::Parser) -> Result<Arguments, lexopt::Error> {
         }
     }
     Ok(arguments)
+}
+
+fn kv_format(name: &str) -> Result<KvFormat, String> {
+    KvFormat::from_name(name).ok_or_else(|| format!("expected f32, f16 or int8, got `{name}`"))
 }
 
 fn options(arguments: &Arguments, prompt: &PromptFile) -> Result<GenerateOptions, Failure> {

@@ -1,16 +1,17 @@
 //! Runs one instruction: resolves its views and calls the kernel.
 #![forbid(unsafe_code)]
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 
 use flamingo_kernels::{
-    Activation, Kernels, KvCache, Matrix, MatrixMut, Panels, SelfAttention, Weight,
+    Activation, Kernels, KvCache, KvFormat, Matrix, MatrixMut, Panels, SelfAttention, Weight,
 };
 
 use super::plan::{Action, MediaInput, PanelPlaces, Part, Plan, Source, View, WeightOperand};
 use super::size::{Size, Sizes};
-use crate::backend::Media;
+use crate::backend::{Media, MediaKv};
 
 /// Rows without a medium between rows with one that are computed rather than cut out: below this
 /// a second pass over the weights costs more than the rows.
@@ -149,11 +150,12 @@ impl<'a> Context<'a> {
                 let cache = caches.get_mut(*layer).ok_or(Unresolved)?;
                 self.self_attention([q, k, v], cache, attributes, dense(out, shape))?;
             }
-            Action::CrossAttention { q, k, v, n_heads, scale } => {
-                let media = self.media(*k, *v)?;
+            Action::CrossAttention { q, media, n_heads, scale } => {
                 let (q, out) = (self.rows(q)?.matrix(), dense(out, shape));
+                let caches = self.media(*media, *n_heads)?;
+                let caches: Vec<&KvCache> = caches.iter().map(AsRef::as_ref).collect();
                 let (n_heads, scale) = (*n_heads, *scale);
-                self.kernels.cross_attention(q, &media, self.media_time, n_heads, scale, out);
+                self.kernels.cross_attention(q, &caches, self.media_time, n_heads, scale, out);
             }
             Action::Patches { x, channels, height, patch_size } => {
                 patches(self.rows(x)?, [*channels, *height, *patch_size], out);
@@ -294,26 +296,27 @@ impl<'a> Context<'a> {
         Ok(())
     }
 
-    /// Keys and values of each medium, where they lie.
+    /// Keys and values of each medium, where they lie; those that come as rows are packed.
     fn media(
         &self,
-        k: MediaInput,
-        v: MediaInput,
-    ) -> Result<Vec<(Matrix<'a>, Matrix<'a>)>, Unresolved> {
-        let part = |media: &'a Media, input: MediaInput| {
-            let blocks = if input.is_key { &media.k } else { &media.v };
-            let data = blocks.get(input.block).ok_or(Unresolved)?;
-            let n_latents = input.n_latents.unwrap_or(data.len() / input.width.max(1));
-            match n_latents.checked_mul(input.width) == Some(data.len()) {
-                true => Ok(Matrix::new(data, n_latents, input.width)),
-                false => Err(Unresolved),
+        input: MediaInput,
+        n_heads: usize,
+    ) -> Result<Vec<Cow<'a, KvCache>>, Unresolved> {
+        let cache = |media: &'a Arc<Media>| match media.blocks.get(input.block) {
+            Some(MediaKv::Cache(cache)) if cache.n_kv_heads() == n_heads => {
+                Ok(Cow::Borrowed(cache))
             }
+            Some(MediaKv::Rows { k, v }) => {
+                let n_latents = k.len() / input.width.max(1);
+                let fits = k.len() == v.len() && n_latents * input.width == k.len();
+                let rows = |data| Matrix::new(data, n_latents, input.width);
+                fits.then(|| KvCache::from_rows(n_heads, rows(k), rows(v), KvFormat::F32))
+                    .map(Cow::Owned)
+                    .ok_or(Unresolved)
+            }
+            Some(MediaKv::Cache(_) | MediaKv::None) | None => Err(Unresolved),
         };
-        let pair = |media| {
-            let (k, v) = (part(media, k)?, part(media, v)?);
-            if k.rows() == v.rows() { Ok((k, v)) } else { Err(Unresolved) }
-        };
-        self.media.iter().map(|media| pair(media.as_ref())).collect()
+        self.media.iter().map(cache).collect()
     }
 
     fn add(

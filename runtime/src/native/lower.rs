@@ -286,7 +286,7 @@ impl Planner<'_> {
     }
 
     /// The inputs media k, media v, media time and media index of a cross-attention.
-    fn media_inputs(&mut self, ids: &[ValueId]) -> Result<(MediaInput, MediaInput), Refusal> {
+    fn media_inputs(&mut self, ids: &[ValueId]) -> Result<MediaInput, Refusal> {
         let [k, v, media_time, media_index] = ids else {
             return Err(refuse("an operand is missing"));
         };
@@ -294,15 +294,18 @@ impl Planner<'_> {
         self.implied_input(*media_time, "media_time")?;
         self.input(*media_time)?;
         self.implied_input(*media_index, "media_index")?;
-        Ok((k, v))
+        match k.is_key && !v.is_key && k.block == v.block && k.width == v.width {
+            true => Ok(k),
+            false => Err(refuse("expected inputs `media_k.N` and `media_v.N` of one block")),
+        }
     }
 
     fn cross_attention(&mut self, node: &Node, op: &op::CrossAttention) -> Lowered {
         let [q, media @ ..] = &node.inputs[..] else { return Err(refuse("no operands")) };
-        let (k, v) = self.media_inputs(media)?;
+        let media = self.media_inputs(media)?;
         let q = self.view(*q)?;
         let (n_heads, scale) = (op.n_heads, op.scale);
-        self.finish(node, Action::CrossAttention { q, k, v, n_heads, scale })
+        self.finish(node, Action::CrossAttention { q, media, n_heads, scale })
     }
 
     /// Query projection, optional norm, attention, output projection; the projections run over
@@ -314,13 +317,13 @@ impl Planner<'_> {
         }
         let (query, rest) = node.inputs.split_at(n_query);
         let (media, output) = rest.split_at(4);
-        let (k, v) = self.media_inputs(media)?;
+        let media = self.media_inputs(media)?;
         let mut operands = self.operands(&query[2..])?;
         let (x, weight) = (self.view(query[0])?, self.weight(query[1], op.rounding)?);
         let (output, residual) = (self.weight(output[0], op.rounding)?, self.view(output[1])?);
         let bias = operands.next_if(op.query_bias)?;
         let text_len = self.fact(node, 0)?.shape.first().cloned().unwrap_or_default();
-        let fact = Fact::f32([text_len, Dim::from(k.width)]);
+        let fact = Fact::f32([text_len, Dim::from(media.width)]);
         let action =
             Action::Linear { x, weight, bias, activation: None, residual: None, only_seen: true };
         let mut q = self.emit(&node.name, action, &fact);
@@ -336,7 +339,7 @@ impl Planner<'_> {
             };
             q = self.emit(&node.name, action, &fact);
         }
-        let action = Action::CrossAttention { q, k, v, n_heads: op.n_heads, scale: op.scale };
+        let action = Action::CrossAttention { q, media, n_heads: op.n_heads, scale: op.scale };
         let mixed = self.emit(&node.name, action, &fact);
         let action = Action::Linear {
             x: mixed,

@@ -140,7 +140,7 @@ pub(super) enum Action {
     /// Causal attention over the cache of `layer`.
     SelfAttention { q: View, k: View, v: View, layer: usize, attributes: SelfAttention },
     /// Attention to the keys and values of the medium that each row sees.
-    CrossAttention { q: View, k: MediaInput, v: MediaInput, n_heads: usize, scale: f32 },
+    CrossAttention { q: View, media: MediaInput, n_heads: usize, scale: f32 },
     /// Patches of pictures `[n, channels, height, width]`, as rows.
     Patches { x: View, channels: usize, height: usize, patch_size: usize },
     /// Row i is a's row i plus b's row (i / repeat) mod (rows of b).

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use flamingo_ir::{Bindings, DType, Graph};
-use flamingo_kernels::{Kernels, KvCache};
+use flamingo_kernels::{KV_SLOTS, Kernels, KvCache, KvFormat};
 
 use super::execute::{Context, Stored, Unresolved};
 use super::plan::{
-    CacheShape, Indices, Instruction, MediaInput, Plan, PlanInput, PlanWeight, Role, View,
+    Action, CacheShape, Indices, Instruction, MediaInput, Plan, PlanInput, PlanWeight, Role, View,
 };
 use super::size::Sizes;
 use crate::backend::{BackendError, Media, WeightBytes, WeightMismatch};
@@ -133,6 +133,18 @@ impl NativeStage {
         self.plan.outputs.iter().map(|(name, _)| name.as_str())
     }
 
+    /// Heads of each gated block that the stage attends to, by block; 0 for others.
+    pub(super) fn media_heads(&self) -> Vec<usize> {
+        let mut heads = Vec::new();
+        for instruction in &self.plan.instructions {
+            if let Action::CrossAttention { media, n_heads, .. } = &instruction.action {
+                heads.resize(heads.len().max(media.block + 1), 0);
+                heads[media.block] = *n_heads;
+            }
+        }
+        heads
+    }
+
     /// Number of layers with a cache.
     pub fn n_layers(&self) -> usize {
         self.plan.caches.len()
@@ -163,23 +175,27 @@ impl NativeStage {
     ///
     /// # Errors
     /// If that memory cannot be had.
-    pub fn new_caches(&self, capacity: usize) -> Result<Vec<KvCache>, BackendError> {
+    pub fn new_caches(
+        &self,
+        capacity: usize,
+        format: KvFormat,
+    ) -> Result<Vec<KvCache>, BackendError> {
         let size = |shape: &CacheShape| {
-            shape.n_kv_heads.checked_mul(shape.head_dim)?.checked_mul(capacity)
+            let n_slots = capacity.checked_next_multiple_of(KV_SLOTS)?;
+            format.token_bytes(shape.n_kv_heads, shape.head_dim).checked_mul(n_slots)
         };
-        let total = self
-            .plan
-            .caches
-            .iter()
-            .try_fold(0usize, |total, shape| size(shape)?.checked_mul(2)?.checked_add(total));
-        let n_elements = total.unwrap_or(usize::MAX);
+        let sizes = self.plan.caches.iter();
+        let total = sizes.clone().try_fold(0usize, |total, shape| size(shape)?.checked_add(total));
+        let bytes = total.unwrap_or(usize::MAX);
         // Asks for all of it once, so that a lack of memory is an error and not an abort.
-        Vec::<f32>::new().try_reserve_exact(n_elements).map_err(|_| BackendError::Memory {
+        Vec::<u8>::new().try_reserve_exact(bytes).map_err(|_| BackendError::Memory {
             what: format!("keys and values of {capacity} tokens"),
-            bytes: n_elements.saturating_mul(size_of::<f32>()),
+            bytes,
             hint: "pass a smaller `--max-context`",
         })?;
-        let cache = |shape: &CacheShape| KvCache::new(shape.n_kv_heads, shape.head_dim, capacity);
+        let cache = |shape: &CacheShape| {
+            KvCache::with_format(shape.n_kv_heads, shape.head_dim, capacity, format)
+        };
         Ok(self.plan.caches.iter().map(cache).collect())
     }
 
@@ -379,8 +395,7 @@ impl NativeStage {
         call: &Call<'_>,
     ) -> Result<(), BackendError> {
         for (index, media) in call.media.iter().enumerate() {
-            let blocks = if media_input.is_key { &media.k } else { &media.v };
-            let found = blocks.get(media_input.block).map_or(0, Vec::len);
+            let found = media.block_len(media_input.block, media_input.is_key);
             let n_latents = media_input.n_latents.unwrap_or(media.n_latents);
             let place = (self.plan.graph.as_str(), input.name.as_str());
             contract::check_medium(place, index, found, [n_latents, media_input.width])?;

@@ -11,11 +11,11 @@ use std::sync::Arc;
 
 use flamingo_ir::op::{Operator, PackPanels, PanelFormat, UnpackPanels};
 use flamingo_ir::{Bindings, DType, Fact, Graph, Tensor, ValueId, Weights, evaluate_with};
-use flamingo_kernels::{Kernels, KvCache};
+use flamingo_kernels::{Kernels, KvCache, KvFormat};
 
 use super::plan::Role;
 use super::stage::{Buffers, Call, NativeStage};
-use crate::backend::{Media, WeightBytes};
+use crate::backend::{Media, MediaKv, WeightBytes};
 
 /// A small deterministic generator (splitmix64), so that tests need no seed file.
 pub(super) struct Noise(u64);
@@ -181,9 +181,13 @@ fn media_of(stage: &NativeStage, inputs: &[Tensor]) -> Vec<Arc<Media>> {
         let n_latents = tensor.shape()[1];
         for (medium, part) in media.iter_mut().zip(data.chunks(n_latents * role.width)) {
             medium.n_latents = n_latents;
-            let blocks = if role.is_key { &mut medium.k } else { &mut medium.v };
-            blocks.resize(blocks.len().max(role.block + 1), Vec::new());
-            blocks[role.block] = part.to_vec();
+            medium.blocks.resize(medium.blocks.len().max(role.block + 1), MediaKv::None);
+            let block = &mut medium.blocks[role.block];
+            let (k, v) = (block.keys().into_owned(), block.values().into_owned());
+            *block = match role.is_key {
+                true => MediaKv::Rows { k: part.to_vec(), v },
+                false => MediaKv::Rows { k, v: part.to_vec() },
+            };
         }
     }
     media.into_iter().map(Arc::new).collect()
@@ -191,7 +195,7 @@ fn media_of(stage: &NativeStage, inputs: &[Tensor]) -> Vec<Arc<Media>> {
 
 /// Caches with room to spare that hold the inputs `past_k.N` and `past_v.N`.
 fn caches_of(stage: &NativeStage, inputs: &[Tensor], total_len: usize) -> Vec<KvCache> {
-    let mut caches = stage.new_caches(total_len + 3).unwrap();
+    let mut caches = stage.new_caches(total_len + 3, KvFormat::F32).unwrap();
     for (input, tensor) in stage.plan_inputs().iter().zip(inputs) {
         let (Role::PastK(layer) | Role::PastV(layer)) = input.role else { continue };
         let (cache, past_len) = (&mut caches[layer], tensor.shape()[1]);

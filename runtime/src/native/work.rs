@@ -71,8 +71,8 @@ impl Context<'_> {
             Action::SelfAttention { q, .. } => {
                 (all, 2 * product([n_rows, self.past_len + n_rows, cols(q)]))
             }
-            Action::CrossAttention { q, k, .. } => {
-                (all, 2 * self.seen_latents(*k) * to_u64(cols(q)))
+            Action::CrossAttention { q, media, .. } => {
+                (all, 2 * self.seen_latents(*media) * to_u64(cols(q)))
             }
             Action::Product { a, .. } => (all, product([n_rows, n_cols, cols(a)])),
             // Only the rows that are picked are read.
@@ -122,11 +122,11 @@ impl Context<'_> {
     }
 
     /// Latents that all rows together look at.
-    fn seen_latents(&self, k: MediaInput) -> u64 {
+    fn seen_latents(&self, input: MediaInput) -> u64 {
         let latents = |time: &u32| {
             let index = usize::try_from(*time).ok()?.checked_sub(1)?;
             let media = self.media.get(index)?;
-            Some(to_u64(k.n_latents.unwrap_or(media.n_latents)))
+            Some(to_u64(input.n_latents.unwrap_or(media.n_latents)))
         };
         self.media_time.iter().filter_map(latents).sum()
     }

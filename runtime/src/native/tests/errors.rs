@@ -8,7 +8,7 @@ use flamingo_ir::{Bindings, Dim, Fact, Graph, Tensor};
 
 use super::model::{backend, decoder_model, media_model};
 use super::{Buffers, Model, kernels};
-use crate::backend::{Backend, BackendError, Media, Step};
+use crate::backend::{Backend, BackendError, Media, MediaKv, Step};
 use crate::native::{Call, NativeBackend, NativeStage};
 
 fn load(graph: &Graph) -> Result<NativeStage, BackendError> {
@@ -145,8 +145,11 @@ fn steps_that_do_not_fit_are_refused_and_change_nothing() {
     let backend = small_backend();
     let media = backend.encode(&[0.5; 192], 1, 1).unwrap().remove(0);
     let mut stunted = media.clone();
-    stunted.k[1].pop();
-    let bare = Media { k: Vec::new(), ..media.clone() };
+    let (mut k, v) =
+        (stunted.blocks[1].keys().into_owned(), stunted.blocks[1].values().into_owned());
+    k.pop();
+    stunted.blocks[1] = MediaKv::Rows { k, v };
+    let bare = Media { blocks: Vec::new(), ..media.clone() };
     let [media, stunted, bare] = [media, stunted, bare].map(|medium| [Arc::new(medium)]);
     let step =
         |input_ids, media_time, media| Step { input_ids, media_time, media, logit_rows: &[0] };

@@ -11,7 +11,7 @@ use flamingo_ir::op::{
 use flamingo_ir::{Bindings, Dim, Fact, Tensor, ValueId, evaluate_with};
 
 use super::{Buffers, Model, Noise, assert_close, check, ids, kernels, run_native};
-use crate::backend::{Backend, Media, Sequence, Step, frame_weights};
+use crate::backend::{Backend, Media, MediaKv, Sequence, Step, frame_weights};
 use crate::native::NativeBackend;
 
 /// Vision width, latents, inner width, text width, vocabulary, head width of text.
@@ -252,7 +252,8 @@ fn prompt_inputs(
         name => {
             let block: usize = name[8..].parse().unwrap();
             let side = |m: &Media| {
-                if name.contains("_k.") { m.k[block].clone() } else { m.v[block].clone() }
+                let kv = &m.blocks[block];
+                if name.contains("_k.") { kv.keys().into_owned() } else { kv.values().into_owned() }
             };
             let data = media.iter().flat_map(|medium| side(medium)).collect();
             Tensor::f32(&[media.len(), N_LATENTS, INNER], data).unwrap()
@@ -350,10 +351,10 @@ fn encode_gives_each_medium_what_the_graph_gives_all() {
     };
     let found = [
         join(&|m| m.visual_tokens.clone()),
-        join(&|m| m.k[0].clone()),
-        join(&|m| m.v[0].clone()),
-        join(&|m| m.k[1].clone()),
-        join(&|m| m.v[1].clone()),
+        join(&|m| m.blocks[0].keys().into_owned()),
+        join(&|m| m.blocks[0].values().into_owned()),
+        join(&|m| m.blocks[1].keys().into_owned()),
+        join(&|m| m.blocks[1].values().into_owned()),
     ];
     for (found, expected) in found.iter().zip(&expected) {
         assert_close("media", found, &expected.to_f32_vec().unwrap());
@@ -465,7 +466,10 @@ fn what_no_token_sees_is_not_read() {
         let mut media = encoded(&backend, 3, 1);
         for index in poison {
             let medium = Arc::make_mut(&mut media[*index]);
-            medium.k.iter_mut().chain(&mut medium.v).for_each(|block| block.fill(f32::NAN));
+            for block in &mut medium.blocks {
+                let nan = vec![f32::NAN; block.lens()[0]];
+                *block = MediaKv::Rows { k: nan.clone(), v: nan };
+            }
         }
         let mut sequence = backend.new_sequence(4).unwrap();
         bits(&advance(sequence.as_mut(), &[1, 2, 3, 4], time, &media))
