@@ -182,7 +182,7 @@ fn panels_are_stored_and_unpacked_on_the_device() {
     assert_eq!(names, ["UnpackPanels", "Linear"]);
     assert_eq!(model.weights["block_scales"].dtype, flamingo_ir::DType::U8);
     let x = Tensor::f32(&[3, 40], (0..120).map(|i| i as f32 / 50.0 - 1.0).collect()).unwrap();
-    let expected = evaluate_with(&graph, &[x.clone()], &weights).unwrap();
+    let expected = evaluate_with(&graph, std::slice::from_ref(&x), &weights).unwrap();
     assert_eq!(evaluate_with(&model.graph, &[x], &stored).unwrap(), expected);
 }
 
