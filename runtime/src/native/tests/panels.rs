@@ -85,7 +85,7 @@ fn feed_forwards_read_both_weights() {
             };
             let y = model.add("y", op, &[input, up, down]);
             model.graph.output("y", y);
-            let expected = evaluate_with(&model.graph, &[x.clone()], &model).unwrap();
+            let expected = evaluate_with(&model.graph, std::slice::from_ref(&x), &model).unwrap();
             let expected = expected[0].to_f32_vec().unwrap();
             let found = run_native(&model, &model.stage(2), &mut Buffers::default(), &[x]);
             let largest = expected.iter().fold(0.0f32, |max, value| max.max(value.abs()));
