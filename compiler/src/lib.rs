@@ -1,7 +1,7 @@
 //! The compiler: from a checkpoint to an artifact, and the tools around it.
 //!
 //! [`compile::compile`] is the pipeline; [`passes`] are what it does to graphs; [`parity`] compares
-//! an artifact with its source; [`bench`] times one; [`cli`] is the command line.
+//! an artifact with its source; [`mod@bench`] times one; [`cli`] is the command line.
 #![forbid(unsafe_code)]
 
 pub mod bench;

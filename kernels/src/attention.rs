@@ -9,7 +9,7 @@ use std::ops::Range;
 use crate::{
     Kernels,
     arch::{MatrixMut, Simd, Task},
-    kv_cache::{HeadKv, LANES},
+    kv_cache::{HeadKv, LANES, Line, NumbersView},
     math,
     matrix::Matrix,
     scratch::Scratch,
@@ -202,18 +202,51 @@ impl AttendBlock<'_> {
         largest.fill(f32::NEG_INFINITY);
         totals.fill(0.0);
         let mut running = Running { weights, sums, largest, totals };
+        match (self.kv.k, self.kv.v) {
+            (NumbersView::F32(k), NumbersView::F32(v)) => {
+                self.attend_keys(
+                    s,
+                    k.as_chunks::<LANES>().0,
+                    v.as_chunks::<LANES>().0,
+                    &mut running,
+                );
+            }
+            (NumbersView::F16(k), NumbersView::F16(v)) => {
+                self.attend_keys(
+                    s,
+                    k.as_chunks::<LANES>().0,
+                    v.as_chunks::<LANES>().0,
+                    &mut running,
+                );
+            }
+            (NumbersView::Int8 { bytes: k, .. }, NumbersView::Int8 { bytes: v, .. }) => {
+                self.attend_keys(
+                    s,
+                    k.as_chunks::<LANES>().0,
+                    v.as_chunks::<LANES>().0,
+                    &mut running,
+                );
+            }
+            _ => unreachable!("keys and values of a cache have one format"),
+        }
+        self.write_out(s, &mut running);
+    }
+
+    /// Over all keys, block by block; k `[panels * head_dim]` and v `[tokens * padded_dim / 16]` lines.
+    #[inline(always)]
+    fn attend_keys<S: Simd, L: Line>(&self, s: S, k: &[L], v: &[L], running: &mut Running<'_>) {
+        let n_rows = self.q.rows();
         let n_keys = self.n_visible(n_rows.saturating_sub(1));
         for start in (0..n_keys).step_by(KEY_BLOCK) {
             let keys = start..n_keys.min(start + KEY_BLOCK);
-            self.write_scores(s, keys.clone(), running.weights);
+            self.write_scores(s, k, keys.clone(), running.weights);
             for row in 0..n_rows {
-                self.weigh(s, row, keys.clone(), &mut running);
+                self.weigh(s, row, keys.clone(), running);
             }
             for rows in tiles_of_rows::<S>(n_rows) {
-                self.sum_values(s, rows, keys.clone(), &mut running);
+                self.sum_values(s, v, rows, keys.clone(), running);
             }
         }
-        self.write_out(s, &mut running);
     }
 
     /// Keys that a row sees.
@@ -230,28 +263,35 @@ impl AttendBlock<'_> {
 
     /// `scores = q kᵀ`, whole panels of keys.
     #[inline(always)]
-    fn write_scores<S: Simd>(&self, s: S, keys: Range<usize>, scores: &mut [f32]) {
+    fn write_scores<S: Simd, L: Line>(
+        &self,
+        s: S,
+        k: &[L],
+        keys: Range<usize>,
+        scores: &mut [f32],
+    ) {
         let panels = keys.start / LANES..keys.end.div_ceil(LANES);
         let n_rows = self.q.rows();
         let mut row = 0;
         while row < n_rows {
             row += match (n_rows - row, S::IS_WIDE) {
-                (8.., true) => self.score_tile::<S, 8, 2>(s, row, panels.clone(), scores),
-                (4.., true) => self.score_tile::<S, 4, 4>(s, row, panels.clone(), scores),
-                (4.., false) => self.score_tile::<S, 4, 1>(s, row, panels.clone(), scores),
-                (2.., true) => self.score_tile::<S, 2, 4>(s, row, panels.clone(), scores),
-                (2.., false) => self.score_tile::<S, 2, 2>(s, row, panels.clone(), scores),
-                (_, true) => self.score_tile::<S, 1, 4>(s, row, panels.clone(), scores),
-                (_, false) => self.score_tile::<S, 1, 2>(s, row, panels.clone(), scores),
+                (8.., true) => self.score_tile::<S, L, 8, 2>(s, k, row, panels.clone(), scores),
+                (4.., true) => self.score_tile::<S, L, 4, 4>(s, k, row, panels.clone(), scores),
+                (4.., false) => self.score_tile::<S, L, 4, 1>(s, k, row, panels.clone(), scores),
+                (2.., true) => self.score_tile::<S, L, 2, 4>(s, k, row, panels.clone(), scores),
+                (2.., false) => self.score_tile::<S, L, 2, 2>(s, k, row, panels.clone(), scores),
+                (_, true) => self.score_tile::<S, L, 1, 4>(s, k, row, panels.clone(), scores),
+                (_, false) => self.score_tile::<S, L, 1, 2>(s, k, row, panels.clone(), scores),
             };
         }
     }
 
     /// Scores of `M` rows from `first_row` on, `P` panels at a time; returns `M`.
     #[inline(always)]
-    fn score_tile<S: Simd, const M: usize, const P: usize>(
+    fn score_tile<S: Simd, L: Line, const M: usize, const P: usize>(
         &self,
         s: S,
+        k: &[L],
         first_row: usize,
         panels: Range<usize>,
         scores: &mut [f32],
@@ -263,14 +303,15 @@ impl AttendBlock<'_> {
         }
         for start in panels.clone().step_by(P) {
             let mut sums = [[s.wide_splat(0.0); P]; M];
-            let mut first_line = [0; P];
+            let mut lines = [&k[..head_dim]; P];
             for p in 0..P {
-                first_line[p] = (start + p).min(panels.end - 1) * head_dim;
+                let panel = (start + p).min(panels.end - 1);
+                lines[p] = &k[panel * head_dim..][..head_dim];
             }
             for col in 0..head_dim {
                 let mut k = [s.wide_splat(0.0); P];
                 for p in 0..P {
-                    k[p] = self.kv.k.line(s, first_line[p] + col);
+                    k[p] = lines[p][col].load(s);
                 }
                 for i in 0..M {
                     let q = s.wide_splat(q[i][col]);
@@ -332,31 +373,41 @@ impl AttendBlock<'_> {
 
     /// `sums += weights v` for the rows of one tile: together over the keys that all of them see, then one by one.
     #[inline(always)]
-    fn sum_values<S: Simd>(
+    fn sum_values<S: Simd, L: Line>(
         &self,
         s: S,
+        v: &[L],
         rows: Range<usize>,
         keys: Range<usize>,
         running: &mut Running<'_>,
     ) {
         let common = keys.start..keys.start + self.n_visible_of(rows.start, &keys);
         match (rows.len(), S::IS_WIDE) {
-            (6, _) => self.add_values::<S, 6>(s, rows.start, keys.start, common.clone(), running),
-            (4, _) => self.add_values::<S, 4>(s, rows.start, keys.start, common.clone(), running),
-            (2, _) => self.add_values::<S, 2>(s, rows.start, keys.start, common.clone(), running),
-            (_, _) => self.add_values::<S, 1>(s, rows.start, keys.start, common.clone(), running),
+            (6, _) => {
+                self.add_values::<S, L, 6>(s, v, rows.start, keys.start, common.clone(), running)
+            }
+            (4, _) => {
+                self.add_values::<S, L, 4>(s, v, rows.start, keys.start, common.clone(), running)
+            }
+            (2, _) => {
+                self.add_values::<S, L, 2>(s, v, rows.start, keys.start, common.clone(), running)
+            }
+            (_, _) => {
+                self.add_values::<S, L, 1>(s, v, rows.start, keys.start, common.clone(), running)
+            }
         }
         for row in rows.start + 1..rows.end {
             let rest = common.end..keys.start + self.n_visible_of(row, &keys);
-            self.add_values::<S, 1>(s, row, keys.start, rest, running);
+            self.add_values::<S, L, 1>(s, v, row, keys.start, rest, running);
         }
     }
 
     /// Adds the weighted values of a range of keys to `M` rows of the sums; weights count from `first_key`.
     #[inline(always)]
-    fn add_values<S: Simd, const M: usize>(
+    fn add_values<S: Simd, L: Line, const M: usize>(
         &self,
         s: S,
+        v: &[L],
         first_row: usize,
         first_key: usize,
         keys: Range<usize>,
@@ -366,65 +417,18 @@ impl AttendBlock<'_> {
             return;
         }
         let n_lines = self.kv.padded_dim / LANES;
+        let block = Values { v: &v[keys.start * n_lines..keys.end * n_lines], n_lines };
+        let first_weight = keys.start - first_key;
         let mut line = 0;
         while line < n_lines {
             line += match (n_lines - line, S::IS_WIDE) {
                 (4.., true) => {
-                    self.add_lines::<S, M, 4>(s, first_row, first_key, keys.clone(), line, running)
+                    block.add_lines::<S, M, 4>(s, first_row, first_weight, line, running)
                 }
-                (2.., _) => {
-                    self.add_lines::<S, M, 2>(s, first_row, first_key, keys.clone(), line, running)
-                }
-                (_, _) => {
-                    self.add_lines::<S, M, 1>(s, first_row, first_key, keys.clone(), line, running)
-                }
+                (2.., _) => block.add_lines::<S, M, 2>(s, first_row, first_weight, line, running),
+                (_, _) => block.add_lines::<S, M, 1>(s, first_row, first_weight, line, running),
             };
         }
-    }
-
-    /// The columns of `N` lines from `line` on; returns `N`.
-    #[inline(always)]
-    fn add_lines<S: Simd, const M: usize, const N: usize>(
-        &self,
-        s: S,
-        first_row: usize,
-        first_key: usize,
-        keys: Range<usize>,
-        line: usize,
-        running: &mut Running<'_>,
-    ) -> usize {
-        let n_lines = self.kv.padded_dim / LANES;
-        let mut weights = [&running.weights[..0]; M];
-        for i in 0..M {
-            let start = (first_row + i) * KEY_BLOCK;
-            weights[i] =
-                &running.weights[start + keys.start - first_key..start + keys.end - first_key];
-        }
-        let lines = running.sums.as_chunks_mut().0;
-        let mut sums = [[s.wide_splat(0.0); N]; M];
-        for i in 0..M {
-            for j in 0..N {
-                sums[i][j] = s.wide_load(&lines[(first_row + i) * n_lines + line + j]);
-            }
-        }
-        for (idx, key) in keys.enumerate() {
-            let mut values = [s.wide_splat(0.0); N];
-            for j in 0..N {
-                values[j] = self.kv.v.line(s, key * n_lines + line + j);
-            }
-            for i in 0..M {
-                let weight = s.wide_splat(weights[i][idx]);
-                for j in 0..N {
-                    sums[i][j] = s.wide_mul_add(weight, values[j], sums[i][j]);
-                }
-            }
-        }
-        for i in 0..M {
-            for j in 0..N {
-                s.wide_store(sums[i][j], &mut lines[(first_row + i) * n_lines + line + j]);
-            }
-        }
-        N
     }
 
     #[inline(always)]
@@ -437,6 +441,58 @@ impl AttendBlock<'_> {
             }
             self.out.row_mut(row).copy_from_slice(sums);
         }
+    }
+}
+
+/// Values of some keys, `[keys, n_lines]`.
+struct Values<'a, L> {
+    v: &'a [L],
+    n_lines: usize,
+}
+
+impl<L: Line> Values<'_, L> {
+    /// `sums += weights v` for `M` rows and the columns of `N` lines from `line` on; returns `N`.
+    #[inline(always)]
+    fn add_lines<S: Simd, const M: usize, const N: usize>(
+        &self,
+        s: S,
+        first_row: usize,
+        first_weight: usize,
+        line: usize,
+        running: &mut Running<'_>,
+    ) -> usize {
+        let n_keys = self.v.len() / self.n_lines;
+        let mut weights = [&running.weights[..0]; M];
+        for i in 0..M {
+            weights[i] = &running.weights[(first_row + i) * KEY_BLOCK + first_weight..][..n_keys];
+        }
+        let place = |i: usize, j: usize| (first_row + i) * self.n_lines + line + j;
+        let lines = running.sums.as_chunks_mut().0;
+        let mut sums = [[s.wide_splat(0.0); N]; M];
+        for i in 0..M {
+            for j in 0..N {
+                sums[i][j] = s.wide_load(&lines[place(i, j)]);
+            }
+        }
+        for (key, row) in self.v.chunks_exact(self.n_lines).enumerate() {
+            let row = &row[line..line + N];
+            let mut values = [s.wide_splat(0.0); N];
+            for j in 0..N {
+                values[j] = row[j].load(s);
+            }
+            for i in 0..M {
+                let weight = s.wide_splat(weights[i][key]);
+                for j in 0..N {
+                    sums[i][j] = s.wide_mul_add(weight, values[j], sums[i][j]);
+                }
+            }
+        }
+        for i in 0..M {
+            for j in 0..N {
+                s.wide_store(sums[i][j], &mut lines[place(i, j)]);
+            }
+        }
+        N
     }
 }
 

@@ -160,24 +160,41 @@ pub(crate) enum NumbersView<'a> {
     Int8 { bytes: &'a [i8], scales: &'a [f32] },
 }
 
-impl NumbersView<'_> {
-    /// Sixteen elements from `16 * line` on, without their scale.
-    #[inline(always)]
-    pub(crate) fn line<S: Simd>(&self, s: S, line: usize) -> S::Wide {
-        match self {
-            NumbersView::F32(numbers) => s.wide_load(&numbers.as_chunks().0[line]),
-            NumbersView::F16(halves) => s.wide_from_f16(&halves.as_chunks().0[line]),
-            NumbersView::Int8 { bytes, .. } => s.wide_from_i8(&bytes.as_chunks().0[line]),
-        }
-    }
-
+impl<'a> NumbersView<'a> {
     /// Scales of rows, if rows have them.
     #[inline(always)]
-    pub(crate) fn scales(&self) -> Option<&[f32]> {
+    pub(crate) fn scales(&self) -> Option<&'a [f32]> {
         match self {
             NumbersView::F32(_) | NumbersView::F16(_) => None,
             NumbersView::Int8 { scales, .. } => Some(scales),
         }
+    }
+}
+
+/// Sixteen numbers of a cache.
+pub(crate) trait Line: Copy {
+    /// The numbers, without their scale.
+    fn load<S: Simd>(&self, s: S) -> S::Wide;
+}
+
+impl Line for [f32; LANES] {
+    #[inline(always)]
+    fn load<S: Simd>(&self, s: S) -> S::Wide {
+        s.wide_load(self)
+    }
+}
+
+impl Line for [u16; LANES] {
+    #[inline(always)]
+    fn load<S: Simd>(&self, s: S) -> S::Wide {
+        s.wide_from_f16(self)
+    }
+}
+
+impl Line for [i8; LANES] {
+    #[inline(always)]
+    fn load<S: Simd>(&self, s: S) -> S::Wide {
+        s.wide_from_i8(self)
     }
 }
 
