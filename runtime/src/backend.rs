@@ -4,6 +4,7 @@
 //! executes the graphs is decided when an artifact is opened.
 #![forbid(unsafe_code)]
 
+use std::any::Any;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -123,6 +124,25 @@ pub trait Backend: Send + Sync {
         n_frames: usize,
     ) -> Result<Vec<Media>, BackendError>;
 
+    /// Advances several sequences together, as [`Sequence::advance`] does each: engines that can
+    /// read the weights once for all of them. Numbers do not depend on the company. After an error
+    /// no sequence has changed.
+    ///
+    /// # Errors
+    /// If a step does not fit, or a sequence is of another backend.
+    fn advance_together(
+        &self,
+        batch: &mut [(&mut dyn Sequence, Step<'_>)],
+    ) -> Result<Vec<Vec<f32>>, BackendError> {
+        let lens: Vec<usize> = batch.iter().map(|(sequence, _)| sequence.len()).collect();
+        let advance = |(sequence, step): &mut (&mut dyn Sequence, Step<'_>)| sequence.advance(step);
+        let logits = batch.iter_mut().map(advance).collect::<Result<Vec<_>, _>>();
+        if logits.is_err() {
+            batch.iter_mut().zip(lens).for_each(|((sequence, _), len)| sequence.truncate(len));
+        }
+        logits
+    }
+
     /// An empty sequence that can grow to `max_context` tokens.
     ///
     /// # Errors
@@ -162,6 +182,9 @@ pub trait Sequence: Send {
 
     /// Forgets the tokens from `len` on; nothing if there are fewer.
     fn truncate(&mut self, len: usize);
+
+    /// The sequence itself, for the backend that made it.
+    fn as_any_mut(&mut self) -> &mut dyn Any;
 }
 
 /// Where weights lie: a memory map, so that no backend needs a copy. Answers never change.

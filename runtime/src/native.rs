@@ -15,6 +15,7 @@ mod stage;
 mod tests;
 mod work;
 
+use std::any::Any;
 use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -27,7 +28,7 @@ use crate::backend::{
 use crate::contract::{Contract, check_step, full, indices};
 use crate::profile::Record;
 
-pub use stage::{Buffers, Call, NativeStage, StageMemory};
+pub use stage::{Buffers, Call, NativeStage, Span, StageMemory};
 
 /// Runs the media and decoder graphs of an artifact on the CPU, in f32.
 #[derive(Clone, Debug)]
@@ -157,6 +158,19 @@ impl Backend for NativeBackend {
         records
     }
 
+    fn advance_together(
+        &self,
+        batch: &mut [(&mut dyn Sequence, Step<'_>)],
+    ) -> Result<Vec<Vec<f32>>, BackendError> {
+        let mut own = Vec::with_capacity(batch.len());
+        for (sequence, step) in batch {
+            let sequence = sequence.as_any_mut().downcast_mut::<NativeSequence>();
+            let sequence = sequence.filter(|s| Arc::ptr_eq(&s.shared, &self.shared));
+            own.push((sequence.ok_or_else(other_backend)?, *step));
+        }
+        self.shared.advance(&mut own)
+    }
+
     fn new_sequence(&self, max_context: usize) -> Result<Box<dyn Sequence>, BackendError> {
         Ok(Box::new(NativeSequence {
             caches: self.shared.decoder.new_caches(max_context, self.shared.kv_format)?,
@@ -168,6 +182,58 @@ impl Backend for NativeBackend {
 }
 
 impl Shared {
+    /// Advances sequences in one pass over the weights; logits of each.
+    fn advance(
+        &self,
+        batch: &mut [(&mut NativeSequence, Step<'_>)],
+    ) -> Result<Vec<Vec<f32>>, BackendError> {
+        let mut rows = BatchRows::default();
+        for (sequence, step) in batch.iter() {
+            check_step(step, sequence.len, sequence.max_context)?;
+            self.decoder.check_media_time(step.media_time, step.media.len())?;
+            rows.push(sequence, step)?;
+        }
+        let bindings = bindings([
+            ("text_len", rows.input_ids.len()),
+            ("past_len", batch.iter().map(|(sequence, _)| sequence.len).max().unwrap_or(0)),
+            ("n_media", rows.media.len()),
+            ("n_latents", rows.media.first().map_or(0, |media| media.n_latents)),
+            ("n_logits", rows.logit_rows.len()),
+        ]);
+        let call = Call {
+            bindings: &bindings,
+            numbers: &[],
+            indices: &[
+                ("input_ids", &rows.input_ids),
+                ("positions", &rows.positions),
+                ("logit_rows", &rows.logit_rows),
+            ],
+            media: &rows.media,
+            media_time: &rows.media_time,
+        };
+        let mut spans: Vec<Span<'_>> = Vec::with_capacity(batch.len());
+        for (sequence, step) in batch.iter_mut() {
+            spans.push(Span {
+                past_len: sequence.len,
+                n_rows: step.input_ids.len(),
+                caches: &mut sequence.caches,
+            });
+        }
+        let mut buffers = take(&self.decoder_buffers);
+        let outputs = self.decoder.run(&call, &mut spans, &mut buffers);
+        give_back(&self.decoder_buffers, buffers);
+        let logits = outputs?.pop().unwrap_or_default();
+        let width = logits.len() / rows.logit_rows.len().max(1);
+        let mut rest = logits.as_slice();
+        let mut parts = Vec::with_capacity(batch.len());
+        for (sequence, step) in batch {
+            sequence.len += step.input_ids.len();
+            let part = rest.split_off(..step.logit_rows.len() * width).unwrap_or_default();
+            parts.push(part.to_vec());
+        }
+        Ok(parts)
+    }
+
     /// Keys and values as attention reads them, in the format asked for.
     fn pack(&self, mut media: Media) -> Media {
         let n_latents = media.n_latents;
@@ -185,6 +251,15 @@ impl Shared {
     }
 }
 
+fn other_backend() -> BackendError {
+    BackendError::Input {
+        place: "sequences".into(),
+        expected: "sequences that this backend made".into(),
+        found: "one of another".into(),
+        hint: "advance the sequences of each backend on their own",
+    }
+}
+
 /// Buffers that are free, or new ones.
 fn take(free: &Mutex<Vec<Buffers>>) -> Buffers {
     free.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
@@ -192,6 +267,33 @@ fn take(free: &Mutex<Vec<Buffers>>) -> Buffers {
 
 fn give_back(free: &Mutex<Vec<Buffers>>, buffers: Buffers) {
     free.lock().unwrap_or_else(PoisonError::into_inner).push(buffers);
+}
+
+/// Rows of several sequences, one after the other.
+#[derive(Default)]
+struct BatchRows {
+    input_ids: Vec<i64>,
+    positions: Vec<i64>,
+    logit_rows: Vec<i64>,
+    media: Vec<Arc<Media>>,
+    media_time: Vec<u32>,
+}
+
+impl BatchRows {
+    fn push(&mut self, sequence: &NativeSequence, step: &Step<'_>) -> Result<(), BackendError> {
+        let too_many = || full(step, sequence.len, sequence.max_context);
+        let n_media = u32::try_from(self.media.len()).map_err(|_| too_many())?;
+        let first_row = self.input_ids.len();
+        let own = sequence.len..sequence.len + step.input_ids.len();
+        let logit_rows = step.logit_rows.iter().map(|row| first_row + row);
+        self.logit_rows.extend(indices(logit_rows).ok_or_else(too_many)?);
+        self.positions.extend(indices(own).ok_or_else(too_many)?);
+        self.input_ids.extend(step.input_ids.iter().map(|id| i64::from(*id)));
+        let time = |time: &u32| if *time == 0 { 0 } else { time.saturating_add(n_media) };
+        self.media_time.extend(step.media_time.iter().map(time));
+        self.media.extend(step.media.iter().cloned());
+        Ok(())
+    }
 }
 
 /// Keys and values of one sequence, in caches of fixed capacity.
@@ -213,39 +315,17 @@ impl Sequence for NativeSequence {
     }
 
     fn advance(&mut self, step: &Step<'_>) -> Result<Vec<f32>, BackendError> {
-        check_step(step, self.len, self.max_context)?;
-        let input_ids: Vec<i64> = step.input_ids.iter().map(|id| i64::from(*id)).collect();
-        let positions: Vec<i64> = indices(self.len..self.len + input_ids.len())
-            .ok_or_else(|| full(step, self.len, self.max_context))?;
-        let logit_rows = indices(step.logit_rows.iter().copied()).unwrap_or_default();
-        let bindings = bindings([
-            ("text_len", input_ids.len()),
-            ("past_len", self.len),
-            ("n_media", step.media.len()),
-            ("n_latents", step.media.first().map_or(0, |media| media.n_latents)),
-            ("n_logits", step.logit_rows.len()),
-        ]);
-        let call = Call {
-            bindings: &bindings,
-            numbers: &[],
-            indices: &[
-                ("input_ids", &input_ids),
-                ("positions", &positions),
-                ("logit_rows", &logit_rows),
-            ],
-            media: step.media,
-            media_time: step.media_time,
-        };
-        let mut buffers = take(&self.shared.decoder_buffers);
-        let outputs = self.shared.decoder.run(&call, &mut self.caches, &mut buffers);
-        give_back(&self.shared.decoder_buffers, buffers);
-        let logits = outputs?.pop().unwrap_or_default();
-        self.len += input_ids.len();
-        Ok(logits)
+        let shared = Arc::clone(&self.shared);
+        let logits = shared.advance(&mut [(self, *step)])?;
+        Ok(logits.into_iter().next().unwrap_or_default())
     }
 
     fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);
+    }
+
+    fn as_any_mut(&mut self) -> &mut dyn Any {
+        self
     }
 }
 

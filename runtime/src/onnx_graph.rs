@@ -5,6 +5,7 @@
 //! out as the engine's own tensors, and feeds them back as inputs of the next step.
 #![forbid(unsafe_code)]
 
+use std::any::Any;
 use std::borrow::Cow;
 use std::fs::File;
 use std::io::Read;
@@ -408,7 +409,7 @@ struct OnnxSequence<E: Engine> {
     kept_len: usize,
 }
 
-impl<E: Engine> Sequence for OnnxSequence<E> {
+impl<E: Engine + 'static> Sequence for OnnxSequence<E> {
     fn len(&self) -> usize {
         self.len
     }
@@ -444,6 +445,10 @@ impl<E: Engine> Sequence for OnnxSequence<E> {
 
     fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);
+    }
+
+    fn as_any_mut(&mut self) -> &mut dyn Any {
+        self
     }
 }
 

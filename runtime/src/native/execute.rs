@@ -11,6 +11,7 @@ use flamingo_kernels::{
 
 use super::plan::{Action, MediaInput, PanelPlaces, Part, Plan, Source, View, WeightOperand};
 use super::size::{Size, Sizes};
+use super::stage::Span;
 use crate::backend::{Media, MediaKv};
 
 /// Rows without a medium between rows with one that are computed rather than cut out: below this
@@ -59,7 +60,8 @@ pub(super) struct Context<'a> {
     pub(super) indices: &'a [&'a [i64]],
     pub(super) media: &'a [Arc<Media>],
     pub(super) media_time: &'a [u32],
-    pub(super) past_len: usize,
+    /// Pairs of a new token and a token that it may see.
+    pub(super) n_scores: usize,
     pub(super) slots: &'a [Vec<f32>],
 }
 
@@ -105,7 +107,7 @@ impl<'a> Context<'a> {
     pub(super) fn execute(
         &self,
         action: &Action,
-        caches: &mut [KvCache],
+        spans: &mut [Span<'_>],
         out: &mut [f32],
         shape: (usize, usize),
     ) -> Result<(), Unresolved> {
@@ -147,8 +149,7 @@ impl<'a> Context<'a> {
                 self.kernels.attention(q, &segments, n_groups, *n_heads, *scale, out);
             }
             Action::SelfAttention { q, k, v, layer, attributes } => {
-                let cache = caches.get_mut(*layer).ok_or(Unresolved)?;
-                self.self_attention([q, k, v], cache, attributes, dense(out, shape))?;
+                self.self_attention([q, k, v], spans, *layer, attributes, (out, shape.1))?;
             }
             Action::CrossAttention { q, media, n_heads, scale } => {
                 let (q, out) = (self.rows(q)?.matrix(), dense(out, shape));
@@ -284,15 +285,28 @@ impl<'a> Context<'a> {
         }
     }
 
+    /// The rows of each sequence over its own cache.
     fn self_attention(
         &self,
-        [q, k, v]: [&View; 3],
-        cache: &mut KvCache,
+        operands: [&View; 3],
+        spans: &mut [Span<'_>],
+        layer: usize,
         attributes: &SelfAttention,
-        out: MatrixMut<'_>,
+        (mut out, cols): (&mut [f32], usize),
     ) -> Result<(), Unresolved> {
-        let [q, k, v] = [self.rows(q)?, self.rows(k)?, self.rows(v)?].map(|rows| rows.matrix());
-        self.kernels.self_attention(q, k, v, cache, self.past_len, attributes, out);
+        let [q, k, v] = operands.map(|view| self.rows(view));
+        let operands = [q?, k?, v?];
+        let mut first = 0;
+        for Span { caches, past_len, n_rows } in spans {
+            let rows = first..first + *n_rows;
+            first = rows.end;
+            let cache = caches.get_mut(layer).ok_or(Unresolved)?;
+            let fits = operands.iter().all(|operand| operand.rows >= rows.end);
+            let target = out.split_off_mut(..rows.len() * cols).filter(|_| fits);
+            let target = MatrixMut::new(target.ok_or(Unresolved)?, rows.len(), cols);
+            let [q, k, v] = operands.map(|operand| operand.range(rows.clone()).matrix());
+            self.kernels.self_attention(q, k, v, cache, *past_len, attributes, target);
+        }
         Ok(())
     }
 

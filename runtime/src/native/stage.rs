@@ -55,6 +55,18 @@ pub struct Call<'a> {
     pub media_time: &'a [u32],
 }
 
+/// Rows of a call that belong to one sequence, and the caches that they read and extend. Sequences
+/// share a pass over the weights; their rows lie one sequence after the other.
+#[derive(Debug)]
+pub struct Span<'a> {
+    /// One a layer.
+    pub caches: &'a mut [KvCache],
+    /// Tokens that the caches hold.
+    pub past_len: usize,
+    /// New tokens.
+    pub n_rows: usize,
+}
+
 /// Slices of a call's inputs by place; empty where an input is not read or not of that type.
 struct Inputs<'a> {
     numbers: Vec<&'a [f32]>,
@@ -199,21 +211,21 @@ impl NativeStage {
         Ok(self.plan.caches.iter().map(cache).collect())
     }
 
-    /// Runs the stage: appends to `caches` at token `past_len` and returns the outputs named by
-    /// [`NativeStage::output_names`], each row-major.
+    /// Runs the stage: appends to the caches of each span and returns the outputs named by
+    /// [`NativeStage::output_names`], each row-major. The spans cover the rows of the call.
     ///
     /// # Errors
     /// If an input is missing, of another size or out of range, or memory cannot be had; the
-    /// caches then hold nothing new at or before `past_len`.
+    /// caches then hold nothing new at or before their `past_len`.
     pub fn run(
         &self,
         call: &Call<'_>,
-        caches: &mut [KvCache],
+        spans: &mut [Span<'_>],
         buffers: &mut Buffers,
     ) -> Result<Vec<Vec<f32>>, BackendError> {
         let sizes = self.sizes(call.bindings)?;
         let inputs = self.check_inputs(call, &sizes)?;
-        self.check_caches(call, caches)?;
+        self.check_spans(call, spans)?;
         self.grow(&sizes, buffers)?;
         let weights = self.plan.weights.iter();
         let weights: Option<Vec<Stored<'_>>> =
@@ -228,11 +240,11 @@ impl NativeStage {
             indices: &inputs.indices,
             media: call.media,
             media_time: call.media_time,
-            past_len: call.bindings.get("past_len").copied().unwrap_or(0),
+            n_scores: spans.iter().map(|span| span.n_rows * (span.past_len + span.n_rows)).sum(),
             slots: &[],
         };
         for instruction in &self.plan.instructions {
-            self.step(instruction, context, caches, buffers)
+            self.step(instruction, context, spans, buffers)
                 .map_err(|Unresolved| self.unresolved(&instruction.node))?;
         }
         let context = Context { slots: &buffers.slots, ..context };
@@ -247,7 +259,7 @@ impl NativeStage {
         &self,
         instruction: &Instruction,
         context: Context<'_>,
-        caches: &mut [KvCache],
+        spans: &mut [Span<'_>],
         buffers: &mut Buffers,
     ) -> Result<(), Unresolved> {
         let [rows, cols] = [instruction.rows, instruction.cols].map(|size| context.sizes.get(size));
@@ -259,7 +271,7 @@ impl NativeStage {
         let mut out = std::mem::take(&mut buffers.slots[slot]);
         let with_slots = Context { slots: &buffers.slots, ..context };
         let target = out.get_mut(..rows * cols).ok_or(Unresolved);
-        let run = |target| with_slots.execute(&instruction.action, caches, target, (rows, cols));
+        let run = |target| with_slots.execute(&instruction.action, spans, target, (rows, cols));
         let result = target.and_then(run);
         buffers.slots[slot] = out;
         if let Some(start) = started {
@@ -342,7 +354,7 @@ impl NativeStage {
                 }
                 Role::Indices if input.name == "media_time" => {
                     self.expect_len(input, expected, Some(call.media_time))?;
-                    self.check_media_time(call)?;
+                    self.check_media_time(call.media_time, call.media.len())?;
                 }
                 Role::Indices => {
                     let found = call.indices.iter().find(|(name, _)| *name == input.name);
@@ -376,10 +388,17 @@ impl NativeStage {
         })
     }
 
-    fn check_media_time(&self, call: &Call<'_>) -> Result<(), BackendError> {
-        let n_media = call.media.len();
+    /// Checks that every entry of `media_time` is 0 or one of `n_media`.
+    ///
+    /// # Errors
+    /// The first that is not.
+    pub(super) fn check_media_time(
+        &self,
+        media_time: &[u32],
+        n_media: usize,
+    ) -> Result<(), BackendError> {
         let is_outside = |time: &&u32| usize::try_from(**time).is_ok_and(|time| time > n_media);
-        match call.media_time.iter().find(is_outside) {
+        match media_time.iter().find(is_outside) {
             None => Ok(()),
             Some(time) => {
                 let expected = format!("0 to {n_media}, the number of media");
@@ -403,29 +422,33 @@ impl NativeStage {
         Ok(())
     }
 
-    fn check_caches(&self, call: &Call<'_>, caches: &[KvCache]) -> Result<(), BackendError> {
+    fn check_spans(&self, call: &Call<'_>, spans: &[Span<'_>]) -> Result<(), BackendError> {
         if self.plan.caches.is_empty() {
             return Ok(());
         }
-        let size = |name: &str| call.bindings.get(name).copied().unwrap_or(0);
-        let total_len = size("past_len").saturating_add(size("text_len"));
+        let text_len = call.bindings.get("text_len").copied().unwrap_or(0);
+        if spans.iter().map(|span| span.n_rows).sum::<usize>() != text_len {
+            let expected = format!("sequences of together {text_len} tokens");
+            return Err(self.wrong_input("input_ids", expected, "another number".into()));
+        }
         let shape = |cache: &KvCache| CacheShape {
             n_kv_heads: cache.n_kv_heads(),
             head_dim: cache.head_dim(),
         };
-        let fits = caches.len() == self.plan.caches.len()
-            && caches.iter().zip(&self.plan.caches).all(|(cache, expected)| {
-                shape(cache) == *expected && cache.capacity() >= total_len
-            });
-        match fits {
-            true => Ok(()),
-            false => {
+        for Span { caches, past_len, n_rows } in spans {
+            let total_len = past_len.saturating_add(*n_rows);
+            let fits = caches.len() == self.plan.caches.len()
+                && caches.iter().zip(&self.plan.caches).all(|(cache, expected)| {
+                    shape(cache) == *expected && cache.capacity() >= total_len
+                });
+            if !fits {
                 let expected = format!("room for {total_len} tokens in caches of this stage");
                 let found = caches.iter().map(KvCache::capacity).min();
                 let found = found.map_or("none".into(), |found| format!("room for {found}"));
-                Err(self.wrong_input("past_k", expected, found))
+                return Err(self.wrong_input("past_k", expected, found));
             }
         }
+        Ok(())
     }
 }
 

@@ -14,7 +14,7 @@ use flamingo_ir::{Bindings, DType, Fact, Graph, Tensor, ValueId, Weights, evalua
 use flamingo_kernels::{Kernels, KvCache, KvFormat};
 
 use super::plan::Role;
-use super::stage::{Buffers, Call, NativeStage};
+use super::stage::{Buffers, Call, NativeStage, Span};
 use crate::backend::{Media, MediaKv, WeightBytes};
 
 /// A small deterministic generator (splitmix64), so that tests need no seed file.
@@ -248,7 +248,9 @@ pub(super) fn run_native(
         media: &media,
         media_time: &media_time,
     };
-    let outputs = stage.run(&call, &mut caches, buffers).unwrap();
+    let (past_len, n_rows) = (size("past_len"), size("text_len"));
+    let mut spans = [Span { caches: &mut caches, past_len, n_rows }];
+    let outputs = stage.run(&call, &mut spans, buffers).unwrap();
     let names = stage.output_names().map(str::to_owned);
     let mut outputs: BTreeMap<String, Vec<f32>> = names.zip(outputs).collect();
     for (layer, cache) in caches.iter().enumerate() {

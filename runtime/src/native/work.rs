@@ -68,9 +68,7 @@ impl Context<'_> {
                 let n_keys: usize = segments.iter().map(|[k, _]| self.sizes.get(k.rows)).sum();
                 (all, 2 * product([n_rows, n_keys / n_groups, cols(q)]))
             }
-            Action::SelfAttention { q, .. } => {
-                (all, 2 * product([n_rows, self.past_len + n_rows, cols(q)]))
-            }
+            Action::SelfAttention { q, .. } => (all, 2 * product([self.n_scores, cols(q)])),
             Action::CrossAttention { q, media, .. } => {
                 (all, 2 * self.seen_latents(*media) * to_u64(cols(q)))
             }

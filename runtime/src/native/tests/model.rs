@@ -404,6 +404,59 @@ fn media_given_as_they_come_are_as_good_as_all_at_once() {
     assert_eq!(bits(&[first, second].concat()), bits(&whole));
 }
 
+/// Sequences that share a pass see their own pictures and tokens only, and have the bits they have
+/// alone; a step that does not fit changes none of them.
+#[test]
+fn company_changes_no_bit() {
+    let (media_model, model) = (media_model(), decoder_model(Position::Alibi { bias_max: 8.0 }));
+    let backend = backend(&media_model, &model, 2);
+    let media = encoded(&backend, 3, 1);
+    let turns: [[Turn<'_>; 2]; 3] = [
+        [(&[3, 1, 4], &[0, 1, 2], &media[1..]), (&[1], &[2], &media[1..])],
+        [(&[5], &[0], &[]), (&[9, 2, 6], &[0, 1, 1], &media[..1])],
+        [(&[8, 7, 6, 5, 4, 3, 2], &[0, 0, 1, 1, 2, 2, 3], &media), (&[2], &[3], &media)],
+    ];
+    let sequences = || -> Vec<_> { (0..3).map(|_| backend.new_sequence(9).unwrap()).collect() };
+    let (mut alone, mut together) = (sequences(), sequences());
+    for turn in 0..2 {
+        let expected: Vec<Vec<f32>> = alone
+            .iter_mut()
+            .zip(&turns)
+            .map(|(sequence, turns)| sequence.advance(&step(turns[turn])).unwrap())
+            .collect();
+        let mut batch: Vec<(&mut dyn Sequence, Step<'_>)> = Vec::new();
+        for (sequence, turns) in together.iter_mut().zip(&turns) {
+            batch.push((sequence.as_mut(), step(turns[turn])));
+        }
+        batch[1].1.media_time = &[4, 4, 4][..batch[1].1.input_ids.len()];
+        let error = backend.advance_together(&mut batch).unwrap_err().to_string();
+        assert!(error.contains("media_time") && error.contains("found 4"), "{error}");
+        batch[1].1.media_time = turns[1][turn].1;
+        let found = backend.advance_together(&mut batch).unwrap();
+        for (found, expected) in found.iter().zip(&expected) {
+            assert_eq!(bits(found), bits(expected), "turn {turn}");
+        }
+    }
+    let mut stranger = small_stranger();
+    let mut batch: Vec<(&mut dyn Sequence, Step<'_>)> =
+        vec![(stranger.as_mut(), step(turns[1][0]))];
+    let error = backend.advance_together(&mut batch).unwrap_err().to_string();
+    assert!(error.contains("sequences that this backend made"), "{error}");
+}
+
+/// Token ids, media times and media of one advance.
+type Turn<'a> = (&'a [u32], &'a [u32], &'a [Arc<Media>]);
+
+fn step<'a>((input_ids, media_time, media): Turn<'a>) -> Step<'a> {
+    const ROWS: [usize; 7] = [0, 1, 2, 3, 4, 5, 6];
+    Step { input_ids, media_time, media, logit_rows: &ROWS[..input_ids.len()] }
+}
+
+fn small_stranger() -> Box<dyn Sequence> {
+    let (media_model, model) = (media_model(), decoder_model(Position::None));
+    backend(&media_model, &model, 1).new_sequence(9).unwrap()
+}
+
 #[test]
 fn truncated_sequences_forget() {
     let (media_model, model) = (media_model(), decoder_model(POSITIONS[2]));
