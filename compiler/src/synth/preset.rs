@@ -15,7 +15,7 @@ pub(super) enum Model {
 }
 
 /// Names in the order in which they are listed.
-pub(super) const NAMES: [&str; 11] = [
+pub(super) const NAMES: [&str; 12] = [
     "tiny-openflamingo-mpt1b",
     "tiny-openflamingo-mpt",
     "tiny-openflamingo-gpt-neox",
@@ -23,6 +23,7 @@ pub(super) const NAMES: [&str; 11] = [
     "tiny-openflamingo-opt",
     "tiny-idefics",
     "of-mini",
+    "of-3b-quarter",
     "of-3b",
     "of-4b",
     "of-9b",
@@ -45,6 +46,7 @@ pub(super) fn find(name: &str) -> Option<(Model, Spread)> {
         "tiny-openflamingo-opt" => tiny_openflamingo(Opt, 128),
         "tiny-idefics" => Model::Idefics(tiny_idefics()),
         "of-mini" => Model::OpenFlamingo(of_mini()),
+        "of-3b-quarter" => Model::OpenFlamingo(of_3b_quarter()),
         "of-3b" => released(neox_vocabulary(MosaicGpt, 2048, 24, 16, Storage::F32), 1),
         "of-4b" => released(neox_vocabulary(GptNeox, 2560, 32, 32, Storage::F16), 2),
         "of-9b" => released(neox_vocabulary(Mpt, 4096, 32, 32, Storage::Bf16), 4),
@@ -111,16 +113,33 @@ fn neox_vocabulary(
 
 /// A released OpenFlamingo: CLIP ViT-L/14 at 224 pixels and six resampler layers.
 fn released(language: Language, interval: usize) -> Model {
-    let vision = openflamingo::Vision {
+    let vision = clip_vit_large();
+    let tokens = Tokens::openflamingo(Kind::GptNeox, NEOX_TOKENS);
+    Model::OpenFlamingo(OpenFlamingo { vision, resampler_depth: 6, language, interval, tokens })
+}
+
+/// CLIP ViT-L/14 at 224 pixels.
+fn clip_vit_large() -> openflamingo::Vision {
+    openflamingo::Vision {
         width: 1024,
         n_layers: 24,
         n_heads: 16,
         image_size: 224,
         patch_size: 14,
         output_width: 768,
-    };
-    let tokens = Tokens::openflamingo(Kind::GptNeox, NEOX_TOKENS);
-    Model::OpenFlamingo(OpenFlamingo { vision, resampler_depth: 6, language, interval, tokens })
+    }
+}
+
+/// `of-3b` with 6 of its 24 vision layers and 6 of its 24 language layers: every matrix has its
+/// real shape, and a stage takes a quarter of the time (`benches/peers`).
+fn of_3b_quarter() -> OpenFlamingo {
+    OpenFlamingo {
+        vision: openflamingo::Vision { n_layers: 6, ..clip_vit_large() },
+        resampler_depth: 6,
+        language: neox_vocabulary(Architecture::MosaicGpt, 2048, 6, 16, Storage::F32),
+        interval: 1,
+        tokens: Tokens::openflamingo(Kind::GptNeox, NEOX_TOKENS),
+    }
 }
 
 /// Small enough to make and run in seconds, with the proportions of a released model.
@@ -214,6 +233,17 @@ mod tests {
             let found = openflamingo(name).checkpoint().n_values() as f64 * 4e-9;
             assert!((found - gigabytes).abs() < 1e-3, "{name}: {found} GB, expected {gigabytes}");
         }
+    }
+
+    /// A gated block: q, k, v and output of 8 × 64, a feed-forward, two norms, two gates.
+    #[test]
+    fn the_quarter_of_3b_lacks_eighteen_gated_blocks() {
+        let attention = 2048 * 512 + 1024 * 1024 + 512 * 2048;
+        let block = attention + 2 * 2048 * 8192 + 4 * 2048 + 2;
+        let (whole, quarter) = (openflamingo("of-3b"), openflamingo("of-3b-quarter"));
+        let missing = whole.checkpoint().n_values() - quarter.checkpoint().n_values();
+        assert_eq!(missing, 18 * block);
+        assert_eq!((quarter.vision.n_layers, quarter.language.n_layers), (6, 6));
     }
 
     #[test]
