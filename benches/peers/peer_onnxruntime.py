@@ -82,20 +82,21 @@ def inputs(config: Config, stage: str, n_images: int) -> dict[str, np.ndarray]:
 
 
 def make(config_name: str, precision: str) -> None:
+    """`projected` and `cached` share a weight file; those in blocks are language models only."""
     config = CONFIGS[config_name]
-    stores: dict[str, WeightFile] = {}
-    for part in PARTS[:2] if precision in ("f32", "int8") else []:
-        stores[part] = WeightFile(MODELS / f"ort-{config_name}-{part}-{precision}.bin")
     shared = WeightFile(MODELS / f"ort-{config_name}-language-{precision}.bin")
-    for part in [*stores, "projected", "cached"]:
-        graph = Graph(stores.get(part, shared), precision)
-        build = {
-            "vision": lambda: vision_graph(graph, config.vision),
-            "resampler": lambda: resampler_graph(graph, config.resampler, config),
-            "projected": lambda: language_graph(graph, config, cached=False),
-            "cached": lambda: language_graph(graph, config, cached=True),
-        }[part]
-        graph.save(graph_path(config_name, part, precision), *build())
+    for part in PARTS if precision in ("f32", "int8") else ["projected", "cached"]:
+        own = MODELS / f"ort-{config_name}-{part}-{precision}.bin"
+        graph = Graph(WeightFile(own) if part in ("vision", "resampler") else shared, precision)
+        graph.save(graph_path(config_name, part, precision), *build(graph, config, part))
+
+
+def build(graph: "Graph", config: Config, part: str) -> tuple[list[Value], list[Value]]:
+    if part == "vision":
+        return vision_graph(graph, config.vision)
+    if part == "resampler":
+        return resampler_graph(graph, config.resampler, config)
+    return language_graph(graph, config, cached=part == "cached")
 
 
 class WeightFile:

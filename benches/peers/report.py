@@ -11,7 +11,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from shapes import CONFIGS, WEIGHT_BYTES, counts
+from shapes import CONFIGS, counts, stored_bytes
 
 Line = dict
 Key = tuple[str, int, str, int, str]  # config, threads, stage, images, group
@@ -114,8 +114,12 @@ class Row:
             counts(config, part, self.images, layers, some.get("gated", True), full)
             for part in parts
         ]
-        bytes_each = WEIGHT_BYTES[self.precision.partition("-")[0]]
-        return sum(f[0] for f in found), sum(f[1] for f in found) * bytes_each
+        precision = self.precision.partition("-")[0]
+        stored = (
+            stored_bytes(config, precision, part, n_weights)
+            for part, (_, n_weights) in zip(parts, found, strict=True)
+        )
+        return sum(operations for operations, _ in found), sum(stored)
 
     def gb_per_s(self) -> float:
         return self.work()[1] / self.ms() / 1e6
