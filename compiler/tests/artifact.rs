@@ -67,6 +67,37 @@ fn the_same_source_and_options_give_the_same_bytes() {
 }
 
 #[test]
+fn packed_weights_have_the_same_bytes_and_aligned_tensors() {
+    for precision in ["f16", "bf16", "int8", "int4"] {
+        let scratch = tempfile::tempdir().unwrap();
+        let (first, second) = (scratch.path().join("a"), scratch.path().join("b"));
+        let source = repository("tests/golden/idefics-vector");
+        flamingoc!("compile", source, "-o", first, "--precision", precision).ok();
+        flamingoc!("compile", source, "-o", second, "--precision", precision).ok();
+        assert!(files(&first) == files(&second), "{precision}");
+        let bytes = fs::read(first.join("graphs/weights.safetensors")).unwrap();
+        let tensors = SafeTensors::deserialize(&bytes).unwrap();
+        let mut dtypes = Vec::new();
+        for (name, tensor) in tensors.tensors().iter().filter(|(n, _)| !n.starts_with("__")) {
+            let offset = tensor.data().as_ptr().addr() - bytes.as_ptr().addr();
+            assert_eq!(offset % 64, 0, "{precision}: `{name}`");
+            if name.ends_with(".data") {
+                dtypes.push(tensor.dtype());
+            }
+        }
+        dtypes.sort();
+        dtypes.dedup();
+        let expected = match precision {
+            "f16" => vec![Dtype::F16],
+            "bf16" => vec![Dtype::BF16],
+            "int8" => vec![Dtype::I8],
+            _ => vec![Dtype::U8, Dtype::I8],
+        };
+        assert!(dtypes.len() == expected.len() && expected.iter().all(|d| dtypes.contains(d)));
+    }
+}
+
+#[test]
 fn every_file_is_in_the_manifest_with_its_size_and_hash() {
     for source in SOURCES {
         let scratch = tempfile::tempdir().unwrap();

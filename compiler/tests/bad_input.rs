@@ -641,6 +641,27 @@ fn graphs_that_were_altered() {
 }
 
 #[test]
+fn panels_of_other_formats_and_shapes() {
+    let refused = |from: &str, to: &str, words: &[&str]| {
+        let options = ["--precision", "int4"];
+        let artifact = Artifact::of("models/demo/recipe.toml", &options);
+        artifact.edit("graphs/decoder.portable.onnx", |bytes| replace_bytes(bytes, from, to));
+        artifact.refused(&[&["decoder.portable.onnx"], words].concat());
+    };
+    refused("int4/32", "int4/16", &["UnpackPanels", "block scales", "expected u8["]);
+    refused("int4/32", "int4/33", &["attribute `format`", "int4/33"]);
+    refused("int4/32", "int4/9z", &["attribute `format`", "int4/9z"]);
+}
+
+/// Rounding is a part of the meaning: weights of bytes do not meet other activations.
+#[test]
+fn activations_that_are_rounded_otherwise() {
+    let artifact = Artifact::of("models/demo/recipe.toml", &["--precision", "bf16"]);
+    artifact.edit("graphs/decoder.portable.onnx", |bytes| replace_bytes(bytes, "bf16", "int8"));
+    artifact.refused(&["decoder.portable.onnx", "hint: "]);
+}
+
+#[test]
 fn graphs_of_another_signature() {
     let artifact = Artifact::demo();
     artifact.edit("graphs/decoder.portable.onnx", |bytes| {

@@ -345,6 +345,61 @@ fn check_fails_where_one_weight_differs() {
 }
 
 #[test]
+fn precisions_are_compiled_checked_and_shown() {
+    let recipe = repository("models/demo/recipe.toml");
+    for (precision, format) in
+        [("f16", "f16"), ("bf16", "bf16"), ("int8", "int8"), ("int4", "int4/32")]
+    {
+        let scratch = tempfile::tempdir().unwrap();
+        let artifact = scratch.path().join("a.flamingo");
+        flamingoc!("compile", recipe, "-o", artifact, "--precision", precision).ok();
+        let report = || parse(&fs::read_to_string(artifact.join("report.json")).unwrap());
+        let quantisation = at(&report(), "/quantisation").clone();
+        assert!(quantisation.get("mean_kl").is_none(), "not measured yet");
+        let bytes = |name: &str| at(&quantisation, name).as_u64().unwrap();
+        assert!(bytes("/bytes") * 10 < bytes("/bytes_f32") * 6, "{quantisation}");
+        let layers = at(&quantisation, "/layers").as_array().unwrap();
+        let packed: Vec<&Value> = layers.iter().filter(|l| at(l, "/scheme") != "f32").collect();
+        assert!(packed.len() >= 10 && packed.iter().any(|l| at(l, "/scheme") == format));
+        for layer in packed {
+            let db = at(layer, "/sqnr_db").as_f64().unwrap();
+            assert!((10.0..120.0).contains(&db), "{layer}");
+        }
+        let manifest = parse(&fs::read_to_string(artifact.join("manifest.json")).unwrap());
+        assert_eq!(at(&manifest, "/precision/language"), format);
+        assert_eq!(at(&manifest, "/weight_layout"), "panel16");
+
+        let table = flamingoc!("check", artifact, "--against", recipe).ok();
+        assert!(table.contains("mean KL") && table.contains("best token"), "{table}");
+        assert!(at(&report(), "/quantisation/mean_kl").as_f64().unwrap() > 0.0);
+        assert!(at(&report(), "/quantisation/top1_agreement").as_f64().unwrap() > 0.5);
+        let table = flamingoc!("inspect", artifact).ok();
+        assert!(table.contains("weight matrices") && table.contains(format), "{table}");
+    }
+}
+
+#[test]
+fn check_fails_where_next_tokens_are_others() {
+    let scratch = tempfile::tempdir().unwrap();
+    let (source, artifact) = (scratch.path().join("source"), scratch.path().join("a.flamingo"));
+    copy(&repository("tests/golden/idefics-plain"), &source);
+    flamingoc!("compile", source, "-o", artifact, "--precision", "f16").ok();
+    let original = repository("tests/golden/idefics-plain");
+    flamingoc!("check", artifact, "--against", original).ok();
+    let file = source.join("model.safetensors");
+    let bytes = fs::read(&file).unwrap();
+    let mut changed = bytes.clone();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let data = tensors.tensor("model.layers.3.mlp.down_proj.weight").unwrap().data();
+    let offset = data.as_ptr() as usize - bytes.as_ptr() as usize;
+    changed[offset..offset + 4].copy_from_slice(&20f32.to_le_bytes());
+    fs::write(&file, changed).unwrap();
+    let ran = flamingoc!("check", artifact, "--against", source);
+    assert_eq!(ran.status, Some(1), "{}{}", ran.stdout, ran.stderr);
+    assert!(ran.stdout.contains("FAILED") && ran.stdout.contains("mean KL"), "{}", ran.stdout);
+}
+
+#[test]
 fn demo_answers_and_times() {
     let found = parse(&flamingoc!("demo", "--json").ok());
     let answers = at(&found, "/answers").as_array().unwrap();

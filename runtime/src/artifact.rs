@@ -58,13 +58,20 @@ pub enum ArtifactError {
         problems: Vec<String>,
     },
     /// A graph cannot be read.
-    #[error("{path}: {source}")]
+    #[error("{path}: {}", with_hint(source.as_ref()))]
     Graph {
         /// The graph's file.
         path: PathBuf,
         /// The reason.
         source: Box<OnnxError>,
     },
+}
+
+/// The error with what to do, if it does not say so itself.
+fn with_hint(error: &OnnxError) -> String {
+    let text = error.to_string();
+    let hint = "copy the artifact again, or compile it again with this version";
+    if text.contains("\n\nhint: ") { text } else { format!("{text}\n\nhint: {hint}") }
 }
 
 /// An opened artifact.

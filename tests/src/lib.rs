@@ -26,8 +26,13 @@ pub fn demo_folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/demo")
 }
 
-/// Compiles `source` into a temporary folder, which lives as long as the returned handle.
+/// Compiles `source` in f32 into a temporary folder, which lives as long as the returned handle.
 pub fn compiled(source: &Path) -> (tempfile::TempDir, PathBuf) {
+    compiled_as(source, Scheme::default())
+}
+
+/// Compiles `source` with weights stored as `scheme` says; else as [`compiled`].
+pub fn compiled_as(source: &Path, scheme: Scheme) -> (tempfile::TempDir, PathBuf) {
     let scratch = tempfile::tempdir().expect("a temporary folder");
     let artifact = scratch.path().join("model.flamingo");
     let options = CompileOptions {
@@ -36,7 +41,7 @@ pub fn compiled(source: &Path) -> (tempfile::TempDir, PathBuf) {
         overwrite: false,
         max_context: None,
         max_images: 64,
-        scheme: Scheme::default(),
+        scheme,
         dump: None,
     };
     compile(&options, &mut |_| {})

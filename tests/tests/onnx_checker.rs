@@ -5,7 +5,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use flamingo_tests::{compiled, demo_folder, golden_folders};
+use flamingo_tests::{compiled, compiled_as, demo_folder, golden_folders};
+use flamingoc::scheme::Precision;
 use serde_json::{Map, Value};
 
 /// What the script finds in each file.
@@ -39,6 +40,17 @@ fn every_graph_passes_the_checker() {
     let artifacts: Vec<_> = folders.iter().map(|folder| compiled(folder)).collect();
     let files: Vec<PathBuf> = artifacts.iter().flat_map(|(_, path)| graphs(path)).collect();
     assert_eq!(files.len(), 4 * folders.len(), "two graphs of two flavours each");
+    for (file, problem) in findings(&files) {
+        assert!(problem.is_null(), "{file}: {problem}");
+    }
+}
+
+#[test]
+fn graphs_of_every_precision_pass_the_checker() {
+    let precisions = [Precision::F16, Precision::Bf16, Precision::Int8, Precision::Int4];
+    let artifacts = precisions.map(|precision| compiled_as(&demo_folder(), precision.into()));
+    let files: Vec<PathBuf> = artifacts.iter().flat_map(|(_, path)| graphs(path)).collect();
+    assert_eq!(files.len(), 4 * precisions.len());
     for (file, problem) in findings(&files) {
         assert!(problem.is_null(), "{file}: {problem}");
     }

@@ -1,0 +1,177 @@
+//! Artifacts of every precision: the engines agree on the same files, next tokens stay near those of
+//! PyTorch's f32, and the demo model still answers.
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use flamingo_runtime::backend::Media;
+use flamingo_runtime::{GenerateOptions, KvFormat, Model, OpenOptions, PromptFile, Segment};
+use flamingo_tests::{Golden, compiled_as, demo_folder, golden_folders, opening};
+use flamingoc::parity::{Divergence, F32_BOUND, MIN_COSINE, compare, divergence};
+use flamingoc::scheme::{Precision, Scheme};
+use serde_json::Value;
+
+const PRECISIONS: [Precision; 4] =
+    [Precision::F16, Precision::Bf16, Precision::Int8, Precision::Int4];
+
+fn open(artifact: &Path, backend: &str) -> Model {
+    open_with(artifact, opening(backend))
+}
+
+fn open_with(artifact: &Path, options: OpenOptions) -> Model {
+    let backend = options.backend.clone().unwrap_or_default();
+    Model::open(artifact, &options)
+        .unwrap_or_else(|error| panic!("{} on {backend}: {error}", artifact.display()))
+}
+
+/// Visual tokens and logits of one case.
+fn forward(model: &Model, golden: &Golden, case: &str) -> (Vec<f32>, Vec<f32>) {
+    let media: Vec<Arc<Media>> = match golden.get(case, "pixel_values") {
+        None => Vec::new(),
+        Some(pixels) => {
+            let shape = pixels.shape();
+            model.encode_pixels(&pixels.to_f32_vec().unwrap(), shape[0], shape[1]).unwrap()
+        }
+    };
+    let ids = golden.ids(case, "input_ids").unwrap();
+    let logits = model.logits(&ids, &media).unwrap();
+    (media.iter().flat_map(|m| m.visual_tokens.iter().copied()).collect(), logits)
+}
+
+/// How far two engines may be apart: largest error as a part of the largest magnitude, and cosine.
+///
+/// f16 rounds no activations, so the bound is that of f32. Elsewhere sums that differ in their last
+/// bits may fall on two sides of a tie: one activation moves by one step, which is 1 / 127 of the
+/// row's largest (1 / 256 of itself in bf16), and later layers carry that on. Other weights, scales
+/// or zero points would be off by far more.
+fn engine_bound(precision: Precision) -> (f32, f64) {
+    match precision {
+        Precision::F32 | Precision::F16 => (F32_BOUND, MIN_COSINE),
+        Precision::Bf16 => (0.02, 0.9999),
+        Precision::Int8 | Precision::Int4 => (0.05, 0.999),
+    }
+}
+
+/// Compares an engine with the native backend on every golden.
+fn check_engine(backend: &str, precision: Precision) {
+    let (bound, min_cosine) = engine_bound(precision);
+    let mut worst = (0.0f32, 1.0f64);
+    for folder in golden_folders() {
+        let (_scratch, artifact) = compiled_as(&folder, precision.into());
+        // Other engines keep keys and values in f32.
+        let exact = OpenOptions { kv_format: Some(KvFormat::F32), ..opening("native") };
+        let (native, other) = (open_with(&artifact, exact), open(&artifact, backend));
+        let golden = Golden::read(&folder);
+        for case in golden.cases() {
+            let (expected, found) =
+                (forward(&native, &golden, &case), forward(&other, &golden, &case));
+            for (expected, found) in [(expected.0, found.0), (expected.1, found.1)] {
+                let comparison = compare(&case, &found, &expected, 1).unwrap();
+                worst = (worst.0.max(comparison.relative_error), worst.1.min(comparison.cosine));
+                let fits = comparison.relative_error <= bound && comparison.cosine >= min_cosine;
+                let name = precision.name();
+                assert!(fits, "{} {name} on {backend}: {comparison:?}", folder.display());
+            }
+        }
+    }
+    eprintln!("{} on {backend}: {worst:?}", precision.name());
+}
+
+#[test]
+fn onnx_runtime_agrees_with_native_at_every_precision() {
+    for precision in PRECISIONS {
+        check_engine("ort", precision);
+    }
+}
+
+/// tract has no bfloat16.
+#[test]
+fn tract_agrees_with_native_but_for_bf16() {
+    for precision in [Precision::F16, Precision::Int8, Precision::Int4] {
+        check_engine("tract", precision);
+    }
+    let folder = demo_folder();
+    let (_scratch, artifact) = compiled_as(&folder, Precision::Bf16.into());
+    let refused = Model::open(&artifact, &opening("tract")).err().map(|error| error.to_string());
+    assert!(refused.is_some_and(|text| text.contains("hint: ")));
+}
+
+/// Next tokens of a model against PyTorch's, over all cases.
+fn next_tokens(folder: &Path, scheme: Scheme) -> Divergence {
+    let (_scratch, artifact) = compiled_as(folder, scheme);
+    let model = open(&artifact, "native");
+    let golden = Golden::read(folder);
+    let (mut found, mut expected) = (Vec::new(), Vec::new());
+    for case in golden.cases() {
+        found.extend(forward(&model, &golden, &case).1);
+        expected.extend(golden.f32(&case, "logits").unwrap());
+    }
+    divergence(&found, &expected, model.manifest().config.language.vocabulary).unwrap()
+}
+
+/// Random models of widths around 32 are harder to round than real ones: few numbers share a scale,
+/// and none is redundant. f16, bf16 and int8 keep the project's bounds all the same.
+#[test]
+fn next_tokens_stay_near_those_of_pytorch() {
+    for (precision, bound) in [
+        (Precision::F16, 1e-4),
+        (Precision::Bf16, 1e-3),
+        (Precision::Int8, 0.01),
+        (Precision::Int4, 0.5),
+    ] {
+        for folder in golden_folders().into_iter().chain([demo_folder()]) {
+            let found = next_tokens(&folder, precision.into());
+            eprintln!("{} {}: {found:?}", precision.name(), folder.display());
+            assert!(found.mean_kl <= bound, "{} {}: {found:?}", precision.name(), folder.display());
+        }
+    }
+}
+
+/// Share of the bundled prompts that are answered as PyTorch does.
+fn answered_alike(precision: Precision) -> f64 {
+    let (_scratch, artifact) = compiled_as(&demo_folder(), precision.into());
+    let model = open(&artifact, "native");
+    let text = fs::read_to_string(demo_folder().join("prompts.jsonl")).unwrap();
+    let (mut n, mut alike) = (0, 0);
+    for line in text.lines() {
+        let line: Value = serde_json::from_str(line).unwrap();
+        let segments: Vec<Segment> = serde_json::from_value(line["segments"].clone()).unwrap();
+        let mut prompt = PromptFile { segments, ..PromptFile::default() };
+        prompt.resolve(&demo_folder());
+        let max_new_tokens = if line["task"] == "caption" { 8 } else { 1 };
+        let options = GenerateOptions { max_new_tokens, ..GenerateOptions::default() };
+        let answer = model.generate(&prompt, &options, &mut |_| {}).unwrap();
+        n += 1;
+        alike += usize::from(answer.text == line["reference_prediction"].as_str().unwrap());
+    }
+    assert_eq!(n, 736, "bundled prompts are missing");
+    alike as f64 / n as f64
+}
+
+#[test]
+fn the_demo_model_answers_at_every_precision() {
+    for (precision, floor) in [
+        (Precision::F16, 0.99),
+        (Precision::Bf16, 0.97),
+        (Precision::Int8, 0.95),
+        (Precision::Int4, 0.80),
+    ] {
+        let share = answered_alike(precision);
+        eprintln!("{}: {share}", precision.name());
+        assert!(share >= floor, "{}: {share} of the prompts", precision.name());
+    }
+}
+
+#[test]
+fn larger_blocks_of_int4_take_fewer_bytes_and_lose_more() {
+    let golden = golden_folders().into_iter().find(|f| f.ends_with("openflamingo-mpt")).unwrap();
+    let with = |int4_block| Scheme { precision: Precision::Int4, int4_block };
+    let size = |scheme| {
+        let (_scratch, artifact) = compiled_as(&golden, scheme);
+        fs::metadata(artifact.join("graphs/weights.safetensors")).unwrap().len()
+    };
+    assert!(size(with(32)) < size(Precision::Int8.into()));
+    let (small, large) = (next_tokens(&golden, with(8)), next_tokens(&golden, with(32)));
+    assert!(small.mean_kl < large.mean_kl, "{small:?} {large:?}");
+}
