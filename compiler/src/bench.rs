@@ -207,7 +207,7 @@ pub fn bench(
         results,
         peak_rss_bytes,
         steady_rss_bytes,
-        cache_bytes: CacheBytes { kv: kv_bytes(&manifest, options.context), media_per_image },
+        cache_bytes: CacheBytes { kv: model.kv_bytes(options.context), media_per_image },
         profiles: if options.profile { profiles } else { Vec::new() },
     })
 }
@@ -385,17 +385,12 @@ fn precision(manifest: &Manifest, stage: Stage) -> String {
     let groups: &[&str] = match stage {
         Stage::Encode => &["vision", "resampler", "media"],
         Stage::Resample => &["resampler"],
-        Stage::Prefill | Stage::Decode => &["decoder"],
-        Stage::Load | Stage::FirstToken => &["vision", "resampler", "media", "decoder"],
+        Stage::Prefill | Stage::Decode => &["language", "gated", "embedding", "head"],
+        Stage::Load | Stage::FirstToken => {
+            &["vision", "resampler", "media", "language", "gated", "embedding", "head"]
+        }
     };
     let stored = groups.iter().filter_map(|group| manifest.precision.get(*group));
     let formats: BTreeSet<&str> = stored.flat_map(|formats| formats.split('+')).collect();
     formats.into_iter().collect::<Vec<_>>().join("+")
-}
-
-/// Bytes of the keys and values of `n_tokens` tokens, f32.
-fn kv_bytes(manifest: &Manifest, n_tokens: usize) -> usize {
-    let language = &manifest.config.language;
-    let factors = [language.n_layers, 2, language.n_kv_heads, language.head_dim, n_tokens];
-    factors.into_iter().fold(size_of::<f32>(), usize::saturating_mul)
 }

@@ -91,6 +91,7 @@ pub struct Model {
     path: PathBuf,
     manifest: Manifest,
     backend: Box<dyn Backend>,
+    kv_format: KvFormat,
     tokenizer: Option<Tokenizer>,
     cache: Mutex<VecDeque<(blake3::Hash, Arc<Media>)>>,
 }
@@ -109,6 +110,7 @@ impl Model {
     /// A broken artifact, or a backend that cannot run it.
     pub fn open(path: &Path, options: &OpenOptions) -> Result<Model, RunError> {
         let artifact = Artifact::open(path, options.verify)?;
+        let kv_format = kv_format(&artifact.manifest, options);
         let backend = open_backend(&artifact, options)?;
         let tokenizer = path.join("tokenizer.json");
         let tokenizer = match tokenizer.is_file() {
@@ -116,12 +118,26 @@ impl Model {
             false => None,
         };
         let Artifact { path, manifest } = artifact;
-        Ok(Model { path, manifest, backend, tokenizer, cache: Mutex::new(VecDeque::new()) })
+        Ok(Model {
+            path,
+            manifest,
+            backend,
+            kv_format,
+            tokenizer,
+            cache: Mutex::new(VecDeque::new()),
+        })
     }
 
     /// The artifact's manifest.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
+    }
+
+    /// Bytes of the keys and values of `n_tokens` tokens of text.
+    pub fn kv_bytes(&self, n_tokens: usize) -> usize {
+        let language = &self.manifest.config.language;
+        let layer = self.kv_format.token_bytes(language.n_kv_heads, language.head_dim);
+        layer.saturating_mul(language.n_layers).saturating_mul(n_tokens)
     }
 
     /// The engine that runs it.
@@ -504,15 +520,25 @@ pub struct CacheCounts {
     pub visual_misses: usize,
 }
 
+/// How keys and values are kept: engines other than ours keep f32.
+fn kv_format(manifest: &Manifest, options: &OpenOptions) -> KvFormat {
+    let is_native = options.backend.as_deref().is_none_or(|name| name == "native");
+    let is_f32 = manifest.precision.values().all(|precision| precision == "f32");
+    match options.kv_format {
+        _ if !is_native => KvFormat::F32,
+        Some(format) => format,
+        None if is_f32 => KvFormat::F32,
+        None => KvFormat::F16,
+    }
+}
+
 fn open_backend(artifact: &Artifact, options: &OpenOptions) -> Result<Box<dyn Backend>, RunError> {
     match options.backend.as_deref().unwrap_or("native") {
         "native" => {
             let graphs = artifact.load()?;
             let (media, decoder) = (&graphs.media, &graphs.decoder);
             let backend = NativeBackend::new(media, decoder, graphs.weights, options.n_threads)?;
-            let is_f32 = artifact.manifest.precision.values().all(|precision| precision == "f32");
-            let default = if is_f32 { KvFormat::F32 } else { KvFormat::F16 };
-            Ok(Box::new(backend.with_kv_format(options.kv_format.unwrap_or(default))))
+            Ok(Box::new(backend.with_kv_format(kv_format(&artifact.manifest, options))))
         }
         "ort" => open_ort(artifact, options),
         "tract" => open_tract(artifact),
