@@ -382,14 +382,22 @@ impl<'a, D: Product> Multiply<'a, D> {
         panels: Range<usize>,
         out: &mut MatrixMut<'_>,
     ) {
-        match (rows.len(), D::S::IS_WIDE) {
-            (1, _) => self.tiles::<1, 2>(rows, panels, out),
-            (2, _) => self.tiles::<2, 2>(rows, panels, out),
-            (4, true) => self.tiles::<4, 2>(rows, panels, out),
-            (4, false) => self.tiles::<4, 1>(rows, panels, out),
-            (6, _) => self.tiles::<6, 2>(rows, panels, out),
-            (8, _) => self.tiles::<8, 2>(rows, panels, out),
-            (_, _) => self.tiles::<12, 2>(rows, panels, out),
+        // Constant per set, so that narrow sets are not compiled for tiles that they never use.
+        if D::S::IS_WIDE {
+            match rows.len() {
+                1 => self.tiles::<1, 2>(rows, panels, out),
+                2 => self.tiles::<2, 2>(rows, panels, out),
+                4 => self.tiles::<4, 2>(rows, panels, out),
+                6 => self.tiles::<6, 2>(rows, panels, out),
+                8 => self.tiles::<8, 2>(rows, panels, out),
+                _ => self.tiles::<12, 2>(rows, panels, out),
+            }
+        } else {
+            match rows.len() {
+                1 => self.tiles::<1, 2>(rows, panels, out),
+                2 => self.tiles::<2, 2>(rows, panels, out),
+                _ => self.tiles::<4, 1>(rows, panels, out),
+            }
         }
     }
 

@@ -36,8 +36,7 @@ struct Processor {
     isas: &'static str,
 }
 
-const PROCESSORS: [Processor; 3] = [
-    Processor { name: "max", isas: "scalar neon+dotprod" },
+const PROCESSORS: [Processor; 2] = [
     Processor { name: "cortex-a76", isas: "scalar neon+dotprod" },
     Processor { name: "cortex-a57", isas: "scalar neon" },
 ];
