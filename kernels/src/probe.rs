@@ -2,7 +2,12 @@
 //! that timings are held against.
 
 use std::{
-    collections::BTreeSet, hint::black_box, num::NonZeroUsize, sync::Barrier, thread, time::Instant,
+    collections::BTreeSet,
+    hint::black_box,
+    num::NonZeroUsize,
+    sync::atomic::{AtomicUsize, Ordering},
+    thread,
+    time::Instant,
 };
 
 use crate::{
@@ -17,11 +22,14 @@ const N_ELEMENTS: usize = 128 << 20;
 const N_PASSES: usize = 9;
 
 /// Samples of an arithmetic rate; the best counts.
-const N_SAMPLES: usize = 25;
+const N_SAMPLES: usize = 300;
 
-/// Length of a sample of an arithmetic rate: long against the start of a thread, short enough to fall between the
-/// turns of other processes.
-const SAMPLE_SECONDS: f64 = 0.01;
+/// Length of a sample of an arithmetic rate: shorter than the turns that a system gives to processes, so that a
+/// neighbour which keeps a core busy still leaves samples that have every core to themselves.
+const SAMPLE_SECONDS: f64 = 0.0015;
+
+/// Rounds that a thread spins for the others before it gives up its turn.
+const N_SPINS: usize = 1000;
 
 /// Measured ceilings of all threads together.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -73,7 +81,7 @@ pub fn features() -> Vec<(&'static str, bool)> {
     Vec::new()
 }
 
-/// Measures all ceilings with as many threads as `kernels` has. Takes about two seconds and 512 MiB.
+/// Measures all ceilings with as many threads as `kernels` has. Takes about three seconds and 512 MiB.
 ///
 /// The best sample counts, so that other processes lower a figure only if they never rest.
 pub fn peaks(kernels: &Kernels) -> Peaks {
@@ -131,11 +139,19 @@ fn peak(n_threads: usize, run: &(dyn Fn(usize) -> usize + Sync)) -> f64 {
 /// once with its number, seconds.
 ///
 /// The threads are the probe's own, not the pool's: a pool lets the caller do the tasks of a worker that comes late,
-/// and then the figure is that of fewer threads.
+/// and then the figure is that of fewer threads. They meet spinning: to be woken takes as long as a sample.
 fn best_seconds(n_threads: usize, n_repeats: usize, work: &(dyn Fn(usize) + Sync)) -> f64 {
-    let (barrier, origin) = (Barrier::new(n_threads), Instant::now());
-    let repeat = |thread: usize| {
-        barrier.wait();
+    let (n_arrived, origin) = (AtomicUsize::new(0), Instant::now());
+    let repeat = |thread: usize, i: usize| {
+        n_arrived.fetch_add(1, Ordering::AcqRel);
+        let mut n_spins = 0;
+        while n_arrived.load(Ordering::Acquire) < (i + 1) * n_threads {
+            n_spins += 1;
+            match n_spins % N_SPINS {
+                0 => thread::yield_now(),
+                _ => std::hint::spin_loop(),
+            }
+        }
         let start = origin.elapsed().as_secs_f64();
         work(thread);
         (start, origin.elapsed().as_secs_f64())
@@ -143,7 +159,7 @@ fn best_seconds(n_threads: usize, n_repeats: usize, work: &(dyn Fn(usize) + Sync
     let repeat = &repeat;
     let spans: Vec<Vec<(f64, f64)>> = thread::scope(|scope| {
         let threads: Vec<_> = (0..n_threads)
-            .map(|i| scope.spawn(move || (0..n_repeats).map(|_| repeat(i)).collect()))
+            .map(|i| scope.spawn(move || (0..n_repeats).map(|at| repeat(i, at)).collect()))
             .collect();
         let join = |thread: thread::ScopedJoinHandle<'_, _>| {
             thread.join().expect("the probe's work does not panic")
@@ -223,10 +239,7 @@ impl Task for FmaChains {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        sync::atomic::{AtomicUsize, Ordering},
-        time::Duration,
-    };
+    use std::time::Duration;
 
     use super::*;
     use crate::Isa;

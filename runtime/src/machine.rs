@@ -33,7 +33,7 @@ pub struct Machine {
 
 impl Machine {
     /// Measures this machine on `n_threads`, by default one for each physical core. Takes about
-    /// two seconds and 512 MiB.
+    /// three seconds and 512 MiB.
     ///
     /// # Errors
     /// If the kernels cannot be had.
