@@ -64,7 +64,7 @@ pub use isa::Isa;
 pub use kv_cache::{KV_SLOTS, KvCache, KvFormat};
 pub use matrix::Matrix;
 pub use self_attention::{Position, SelfAttention};
-pub use weight::{PANEL_ROWS, PanelFormat, Panels, Weight};
+pub use weight::{MAX_BYTE_COLS, PANEL_ROWS, PanelFormat, Panels, Weight};
 
 use arch::{Pool, Token};
 use scratch::Scratch;

@@ -478,7 +478,7 @@ impl<'a, D: Product> Multiply<'a, D> {
 
 /// Products of lines of `N` bytes, one for each group.
 macro_rules! line_tile {
-    ($d:expr, $x:expr, $panels:expr, $line_bytes:literal, $start:expr, $load:expr, $broadcast:expr, $dot:expr) => {{
+    ($x:expr, $panels:expr, $line_bytes:literal, $start:expr, $load:expr, $broadcast:expr, $dot:expr) => {{
         let n_lines = $x.groups.len();
         let lines = $panels.map(|(data, _)| &data.as_chunks::<$line_bytes>().0[..n_lines]);
         let mut sums = $start;
@@ -528,7 +528,6 @@ impl<S: Simd> Product for F16<S> {
     ) -> [[S::Wide; P]; M] {
         let s = self.0;
         line_tile!(
-            self,
             x,
             panels,
             32,
@@ -565,7 +564,6 @@ impl<D: DotBf16> Product for Bf16<D> {
     ) -> [[D::Sums; P]; M] {
         let d = self.0;
         line_tile!(
-            self,
             x,
             panels,
             64,
@@ -605,16 +603,8 @@ impl<D: DotI8> Product for Int8<D> {
         for i in 0..M {
             sums[i] = [d.start(-D::OFFSET * x.sum(i)); P];
         }
-        line_tile!(
-            self,
-            x,
-            panels,
-            64,
-            sums,
-            |line| d.weights(line),
-            |x| d.broadcast(x),
-            |sums, w, x| d.dot(sums, w, x)
-        )
+        line_tile!(x, panels, 64, sums, |line| d.weights(line), |x| d.broadcast(x), |sums, w, x| d
+            .dot(sums, w, x))
     }
 
     #[inline(always)]

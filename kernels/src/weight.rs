@@ -11,6 +11,9 @@ use crate::matrix::Matrix;
 /// Rows of the weight in one panel.
 pub const PANEL_ROWS: usize = 16;
 
+/// Most columns of a weight of signed bytes: sums of products within ±127² then fit 32 bits.
+pub const MAX_BYTE_COLS: usize = 1 << 17;
+
 /// How the numbers of a [`Panels`] weight are stored, and what happens to `x` before the product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum PanelFormat {
@@ -31,8 +34,12 @@ pub enum PanelFormat {
 }
 
 impl PanelFormat {
-    /// Bytes of the data of an `[n, k]` weight; none on overflow or for a block that is not a positive multiple of 8.
+    /// Bytes of the data of an `[n, k]` weight; none on overflow, for more than [`MAX_BYTE_COLS`] columns of bytes or
+    /// nibbles, or for a block that is not a positive multiple of 8.
     pub fn data_bytes(self, n: usize, k: usize) -> Option<usize> {
+        if self.has_row_scales() && k > MAX_BYTE_COLS {
+            return None;
+        }
         let panels = n.div_ceil(PANEL_ROWS);
         let panel_bytes = match self {
             PanelFormat::F16 => k.checked_mul(2 * PANEL_ROWS)?,

@@ -223,6 +223,10 @@ impl Shared {
         let outputs = self.decoder.run(&call, &mut spans, &mut buffers);
         give_back(&self.decoder_buffers, buffers);
         let logits = outputs?.pop().unwrap_or_default();
+        if let [(sequence, step)] = batch {
+            sequence.len += step.input_ids.len();
+            return Ok(vec![logits]);
+        }
         let width = logits.len() / rows.logit_rows.len().max(1);
         let mut rest = logits.as_slice();
         let mut parts = Vec::with_capacity(batch.len());

@@ -75,6 +75,34 @@ fn check_engine(backend: &str, precision: Precision) {
     }
 }
 
+/// Rows of few tokens seldom fall on a tie: there the engines agree as they do in f32, which shows
+/// that what is apart elsewhere is rounding, and not another meaning of the file.
+#[test]
+fn where_nothing_is_on_a_tie_onnx_runtime_equals_native() {
+    for precision in PRECISIONS {
+        let (mut n_rows, mut n_equal) = (0u32, 0u32);
+        for folder in golden_folders() {
+            let (_scratch, artifact) = compiled_as(&folder, precision.into());
+            let exact = OpenOptions { kv_format: Some(KvFormat::F32), ..opening("native") };
+            let (native, other) = (open_with(&artifact, exact), open(&artifact, "ort"));
+            let golden = Golden::read(&folder);
+            let vocabulary = native.manifest().config.language.vocabulary;
+            let cases = golden.cases().into_iter();
+            for case in cases.filter(|case| golden.get(case, "pixel_values").is_none()) {
+                let expected = forward(&native, &golden, &case).1;
+                let found = forward(&other, &golden, &case).1;
+                for (found, expected) in found.chunks(vocabulary).zip(expected.chunks(vocabulary)) {
+                    let comparison = compare(&case, found, expected, vocabulary).unwrap();
+                    n_rows += 1;
+                    n_equal += u32::from(comparison.relative_error <= 1e-5);
+                }
+            }
+        }
+        let share = f64::from(n_equal) / f64::from(n_rows);
+        assert!(n_rows >= 50 && share >= 0.8, "{}: {n_equal} of {n_rows}", precision.name());
+    }
+}
+
 #[test]
 fn onnx_runtime_agrees_with_native_at_every_precision() {
     for precision in PRECISIONS {
@@ -115,7 +143,7 @@ fn next_tokens_stay_near_those_of_pytorch() {
         (Precision::F16, 1e-4),
         (Precision::Bf16, 1e-3),
         (Precision::Int8, 0.01),
-        (Precision::Int4, 0.5),
+        (Precision::Int4, 0.2),
     ] {
         for folder in golden_folders().into_iter().chain([demo_folder()]) {
             let found = next_tokens(&folder, precision.into());
@@ -149,9 +177,9 @@ fn answered_alike(precision: Precision) -> f64 {
 fn the_demo_model_answers_at_every_precision() {
     for (precision, floor) in [
         (Precision::F16, 0.99),
-        (Precision::Bf16, 0.97),
-        (Precision::Int8, 0.95),
-        (Precision::Int4, 0.80),
+        (Precision::Bf16, 0.98),
+        (Precision::Int8, 0.97),
+        (Precision::Int4, 0.93),
     ] {
         let share = answered_alike(precision);
         assert!(share >= floor, "{}: {share} of the prompts", precision.name());

@@ -15,6 +15,9 @@ use crate::scheme::LayerGroup;
 /// Smaller weights, by rows or columns, stay f32.
 const MIN_SIZE: usize = 16;
 
+/// Weights of more columns stay f32: sums of products of bytes would not fit 32 bits.
+const MAX_COLS: usize = 1 << 17;
+
 pub(super) fn run(patch: &mut Patch, context: &Context) -> Result<(), GraphError> {
     let stage = patch.graph().name.clone();
     // A weight with several readers (an embedding that is also the head) is packed once.
@@ -68,11 +71,11 @@ fn weight_places(patch: &Patch, node: &Node) -> Vec<(usize, &'static str)> {
     }
 }
 
-/// Rows and columns of a weight that is known and large enough.
+/// Rows and columns of a weight that is known and of a size worth packing.
 fn size(patch: &Patch, weight: ValueId) -> Option<(usize, usize)> {
     let fact = patch.fact(weight);
     let [n, k] = fact.known_shape()?[..] else { return None };
-    let fits = fact.dtype == DType::F32 && n >= MIN_SIZE && k >= MIN_SIZE;
+    let fits = fact.dtype == DType::F32 && n >= MIN_SIZE && (MIN_SIZE..=MAX_COLS).contains(&k);
     (fits && patch.is_build_time(weight)).then_some((n, k))
 }
 

@@ -197,6 +197,10 @@ fn panels_of_other_lengths_are_refused() {
     assert!(Panels::new(PanelFormat::Int8, 20, 10, &data, &scales[1..], &[]).is_none());
     assert!(Panels::new(PanelFormat::Int8, 20, 10, &data, &scales, &[0]).is_none());
     assert!(Panels::new(PanelFormat::Int8, usize::MAX, usize::MAX, &data, &scales, &[]).is_none());
+    assert!(PanelFormat::Int8.data_bytes(1, MAX_BYTE_COLS).is_some());
+    for format in [PanelFormat::Int8, PanelFormat::Int4 { block: 32 }] {
+        assert!(format.data_bytes(1, MAX_BYTE_COLS + 1).is_none(), "{format}");
+    }
     for block in [0, 4, 12] {
         assert!(Panels::new(PanelFormat::Int4 { block }, 1, 8, &data, &scales, &[]).is_none());
     }

@@ -113,6 +113,9 @@ impl Planner<'_> {
             op::PanelFormat::Int8 => PanelFormat::Int8,
             op::PanelFormat::Int4 { block } => PanelFormat::Int4 { block },
         };
+        if format.data_bytes(op.n, op.k).is_none() {
+            return Err(refuse(format!("{format} panels of {} columns", op.k)));
+        }
         let places = node.inputs.iter().map(|id| self.stored(*id));
         let places = places.collect::<Result<Vec<usize>, Refusal>>()?;
         let [data, ref scales @ ..] = places[..] else { return Err(refuse("no operands")) };
