@@ -118,7 +118,7 @@ mod tests {
         let samples = measure(&mut cases, &limits(20, 60), on_sample).unwrap();
         assert!(samples.iter().all(|samples| samples.ms == [2.0; 20]));
         assert_eq!((told.len(), told.last()), (60, Some(&(60, 60))));
-        let order = order.borrow();
+        let order = order.take();
         assert_eq!(order[..3], ['a', 'b', 'c'], "the warm-up");
         let turns: Vec<&[char]> = order[3..].chunks(3).collect();
         for turn in &turns {
