@@ -25,6 +25,7 @@
 #![deny(unsafe_code)]
 
 mod activation;
+mod convolution;
 mod linear;
 mod norm;
 
@@ -59,6 +60,7 @@ use std::num::NonZeroUsize;
 
 pub use activation::Activation;
 pub use arch::MatrixMut;
+pub use convolution::Convolution;
 pub use error::KernelError;
 pub use isa::Isa;
 pub use kv_cache::{KV_SLOTS, KvCache, KvFormat};

@@ -66,6 +66,7 @@ impl Kernels {
                 self.token.run(Linear {
                     x,
                     weight: weight.row_range(cols.clone()),
+                    next: self.rows_of_next_task(weight, &cols),
                     epilogue: epilogue.columns(cols),
                     tile,
                 });
@@ -155,6 +156,7 @@ impl Kernels {
                     x,
                     gate: half(col),
                     up: half(n + col),
+                    next: self.rows_of_next_task(weight, &(col..col + cols)),
                     activation,
                     tile,
                 });
@@ -164,6 +166,13 @@ impl Kernels {
 
     fn with_rows(&self, x: Matrix<'_>, body: impl FnOnce(Rows<'_>)) {
         self.with_packed_x(x, |packed| body(Rows { x, packed, scratch: &self.scratch }));
+    }
+
+    /// Rows of the weight in the task that the same thread is likely to draw after that of `rows`; none at the end.
+    fn rows_of_next_task<'a>(&self, weight: Matrix<'a>, rows: &Range<usize>) -> Matrix<'a> {
+        let last = weight.rows();
+        let start = last.min(rows.start + rows.len() * self.n_threads());
+        weight.row_range(start..last.min(start + rows.len()))
     }
 
     /// Columns of `out` in one task: a few tasks for each thread, whole register tiles.
@@ -187,13 +196,20 @@ struct Rows<'a> {
 }
 
 impl Rows<'_> {
-    /// `out = x weightᵀ`
+    /// `out = x weightᵀ`; `next` is what this thread is likely to read after `weight`.
     #[inline(always)]
-    fn multiply<S: Simd>(&self, s: S, weight: Matrix<'_>, out: &mut MatrixMut<'_>) {
+    fn multiply<S: Simd>(
+        &self,
+        s: S,
+        weight: Matrix<'_>,
+        next: Matrix<'_>,
+        out: &mut MatrixMut<'_>,
+    ) {
         let Some(packed) = self.packed else {
             return dot::multiply(s, self.x, weight, out);
         };
-        struct Multiply<'a, 'b>(PackedX<'a>, Matrix<'a>, &'a mut [f32], &'a mut MatrixMut<'b>);
+        type Weights<'a> = (Matrix<'a>, Matrix<'a>);
+        struct Multiply<'a, 'b>(PackedX<'a>, Weights<'a>, &'a mut [f32], &'a mut MatrixMut<'b>);
         impl Task for Multiply<'_, '_> {
             type Output = ();
 
@@ -203,7 +219,7 @@ impl Rows<'_> {
             }
         }
         let len = packed::w_scratch_len(weight.rows());
-        self.scratch.with(len, |scratch| s.run(Multiply(packed, weight, scratch, out)));
+        self.scratch.with(len, |scratch| s.run(Multiply(packed, (weight, next), scratch, out)));
     }
 }
 
@@ -218,7 +234,7 @@ pub(crate) struct Epilogue<'a> {
 }
 
 impl<'a> Epilogue<'a> {
-    fn columns(&self, cols: Range<usize>) -> Epilogue<'a> {
+    pub(crate) fn columns(&self, cols: Range<usize>) -> Epilogue<'a> {
         Epilogue {
             bias: self.bias.map(|bias| &bias[cols.clone()]),
             activation: self.activation,
@@ -263,6 +279,7 @@ impl Epilogue<'_> {
 struct Linear<'a> {
     x: Rows<'a>,
     weight: Matrix<'a>,
+    next: Matrix<'a>,
     epilogue: Epilogue<'a>,
     tile: MatrixMut<'a>,
 }
@@ -272,7 +289,7 @@ impl Task for Linear<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {
-        self.x.multiply(simd, self.weight, &mut self.tile);
+        self.x.multiply(simd, self.weight, self.next, &mut self.tile);
         for i in 0..self.tile.rows() {
             self.epilogue.apply(simd, i, 0, self.tile.row_mut(i));
         }
@@ -306,6 +323,7 @@ struct GatedLinear<'a> {
     x: Rows<'a>,
     gate: Half<'a>,
     up: Half<'a>,
+    next: Matrix<'a>,
     activation: Activation,
     tile: MatrixMut<'a>,
 }
@@ -318,8 +336,8 @@ impl Task for GatedLinear<'_> {
         let (rows, cols) = (self.tile.rows(), self.tile.cols());
         let mut up_data = vec![0.0; rows * cols];
         let mut up = MatrixMut::new(&mut up_data, rows, cols);
-        self.x.multiply(simd, self.gate.weight, &mut self.tile);
-        self.x.multiply(simd, self.up.weight, &mut up);
+        self.x.multiply(simd, self.gate.weight, self.up.weight, &mut self.tile);
+        self.x.multiply(simd, self.up.weight, self.next, &mut up);
         for i in 0..rows {
             let (gate, up) = (self.tile.row_mut(i), up.row_mut(i));
             if let (Some(gate_bias), Some(up_bias)) = (self.gate.bias, self.up.bias) {

@@ -92,17 +92,24 @@ impl Task for PackPanel<'_> {
     }
 }
 
-/// `out = x wᵀ`; x packed, `[m, k]`, w `[n, k]`, out `[m, n]`; `scratch` has [`w_scratch_len`] elements.
+/// `out = x wᵀ`; x packed, `[m, k]`, w `[n, k]`, out `[m, n]`; `scratch` has [`w_scratch_len`] elements. While it
+/// computes it asks for the columns of w that come next, at last for the first ones of `next`.
 #[inline(always)]
 pub(crate) fn multiply<S: Simd>(
     s: S,
     x: PackedX<'_>,
-    w: Matrix<'_>,
+    (w, next): (Matrix<'_>, Matrix<'_>),
     scratch: &mut [f32],
     out: &mut MatrixMut<'_>,
 ) {
+    let all = w;
+    let block = |start: usize| start..x.k.min(start + K_BLOCK);
     for start in (0..x.k).step_by(K_BLOCK) {
-        let w = w.columns(start..x.k.min(start + K_BLOCK));
+        let w = all.columns(block(start));
+        let coming = match start + K_BLOCK {
+            start if start < x.k => all.columns(block(start)),
+            _ => next.columns(block(0)),
+        };
         let tile_len = W_ROWS * w.cols().next_multiple_of(S::LANES);
         for (tile, panel) in
             scratch.chunks_exact_mut(tile_len).enumerate().take(w.rows().div_ceil(W_ROWS))
@@ -111,16 +118,47 @@ pub(crate) fn multiply<S: Simd>(
             PackPanel { rows, n_rows: W_ROWS, panel }.run(s);
         }
         let block = Block { start, len: tile_len / W_ROWS, w: scratch, tile_len };
+        let n_tiles = x.m.div_ceil(S::X_ROWS) * w.rows().div_ceil(W_ROWS);
+        let mut coming = Prefetch::new(coming, n_tiles);
         for (i, panel) in (0..x.m).step_by(S::X_ROWS).zip(x.data.chunks_exact(x.panel_len)) {
+            let coming = &mut coming;
             match S::X_ROWS.min(x.m - i) {
-                1 => block.add_panel::<S, 1>(s, panel, i, out),
-                2 => block.add_panel::<S, 2>(s, panel, i, out),
-                3 => block.add_panel::<S, 3>(s, panel, i, out),
-                4 => block.add_panel::<S, 4>(s, panel, i, out),
-                5 => block.add_panel::<S, 5>(s, panel, i, out),
-                _ => block.add_panel::<S, MAX_X_ROWS>(s, panel, i, out),
+                1 => block.add_panel::<S, 1>(s, panel, i, coming, out),
+                2 => block.add_panel::<S, 2>(s, panel, i, coming, out),
+                3 => block.add_panel::<S, 3>(s, panel, i, coming, out),
+                4 => block.add_panel::<S, 4>(s, panel, i, coming, out),
+                5 => block.add_panel::<S, 5>(s, panel, i, coming, out),
+                _ => block.add_panel::<S, MAX_X_ROWS>(s, panel, i, coming, out),
             }
         }
+    }
+}
+
+/// Lines of a matrix, asked for a share at a time: packing would wait for main memory with nothing else to do.
+struct Prefetch<'a> {
+    rows: Matrix<'a>,
+    next: usize,
+    share: usize,
+}
+
+impl<'a> Prefetch<'a> {
+    /// f32 in a cache line.
+    const LINE: usize = 16;
+
+    fn new(rows: Matrix<'a>, n_shares: usize) -> Prefetch<'a> {
+        let n_lines = rows.rows() * rows.cols().div_ceil(Self::LINE);
+        Prefetch { rows, next: 0, share: n_lines.div_ceil(n_shares) }
+    }
+
+    /// Asks for the next share.
+    #[inline(always)]
+    fn ask<S: Simd>(&mut self, s: S) {
+        let in_row = self.rows.cols().div_ceil(Self::LINE);
+        let end = (self.next + self.share).min(self.rows.rows() * in_row);
+        for line in self.next..end {
+            s.prefetch(&self.rows.row(line / in_row)[line % in_row * Self::LINE]);
+        }
+        self.next = end;
     }
 }
 
@@ -148,11 +186,13 @@ impl Block<'_> {
         s: S,
         panel: &[f32],
         i: usize,
+        coming: &mut Prefetch<'_>,
         out: &mut MatrixMut<'_>,
     ) {
         let x = &panel[self.start * M..(self.start + self.len) * M];
         let n = out.cols();
         for (j, w) in (0..n).step_by(W_ROWS).zip(self.w.chunks_exact(self.tile_len)) {
+            coming.ask(s);
             let sums = tile_sums::<S, M>(s, s.split(x).0, s.split(w).0);
             let n_sums = W_ROWS.min(n - j);
             for (r, sums) in sums.iter().enumerate() {

@@ -1,6 +1,8 @@
 //! The kernels once more as plain loops in f64 on one thread: what they mean, and the oracle of their tests.
 
-use crate::{Activation, Matrix, PANEL_ROWS, PanelFormat, Panels, Position, SelfAttention};
+use crate::{
+    Activation, Convolution, Matrix, PANEL_ROWS, PanelFormat, Panels, Position, SelfAttention,
+};
 
 /// `act(x Wᵀ + bias) + residual`, `[m, n]`; arguments as in [`Kernels::linear`](crate::Kernels::linear).
 pub fn linear(
@@ -73,6 +75,64 @@ pub fn erfc(z: f64) -> f64 {
     }
     let tail = (1..=60).rev().fold(z, |tail, n| z + f64::from(n) / 2.0 / tail);
     (-z * z).exp() / (tail * std::f64::consts::PI.sqrt())
+}
+
+/// A convolution, `[output pixels, c_out]`; arguments as in [`Kernels::convolution`](crate::Kernels::convolution).
+pub fn convolution(
+    x: Matrix<'_>,
+    weight: Matrix<'_>,
+    bias: Option<&[f32]>,
+    activation: Option<Activation>,
+    geometry: &Convolution,
+) -> Vec<f64> {
+    let Convolution { input, output, window, stride, padding, n_groups } = *geometry;
+    let (n_in, n_out) = (x.cols() / n_groups, weight.rows() / n_groups);
+    let pixel = |row: usize, col: usize, channel: usize| {
+        let row = row.checked_sub(padding[0]).filter(|row| *row < input[0]);
+        let col = col.checked_sub(padding[1]).filter(|col| *col < input[1]);
+        row.zip(col).map_or(0.0, |(row, col)| f64::from(x.row(row * input[1] + col)[channel]))
+    };
+    let mut out = Vec::new();
+    for at in 0..output[0] * output[1] {
+        let (row, col) = (at / output[1] * stride, at % output[1] * stride);
+        for j in 0..weight.rows() {
+            let mut sum = bias.map_or(0.0, |bias| f64::from(bias[j]));
+            for (place, &weight) in weight.row(j).iter().enumerate() {
+                let (place, channel) = (place / n_in, place % n_in);
+                let (down, right) = (place / window[1], place % window[1]);
+                let channel = j / n_out * n_in + channel;
+                sum += f64::from(weight) * pixel(row + down, col + right, channel);
+            }
+            out.push(activation.map_or(sum, |activation| activate(activation, sum)));
+        }
+    }
+    out
+}
+
+/// Squeeze-excite, `[pixels, c]`; arguments as in [`Kernels::squeeze_excite`](crate::Kernels::squeeze_excite).
+pub fn squeeze_excite(
+    x: Matrix<'_>,
+    squeeze: (Matrix<'_>, &[f32]),
+    excite: (Matrix<'_>, &[f32]),
+    gain: f32,
+    residual: Option<Matrix<'_>>,
+) -> Vec<f64> {
+    let column = |j: usize| (0..x.rows()).map(move |i| f64::from(x.row(i)[j]));
+    let mean: Vec<f64> = (0..x.cols()).map(|j| column(j).sum::<f64>() / x.rows() as f64).collect();
+    let layer = |(weight, bias): (Matrix<'_>, &[f32]), input: &[f64]| -> Vec<f64> {
+        let products = |j: usize| weight.row(j).iter().zip(input).map(|(w, x)| f64::from(*w) * x);
+        (0..weight.rows()).map(|j| products(j).sum::<f64>() + f64::from(bias[j])).collect()
+    };
+    let squeezed: Vec<f64> = layer(squeeze, &mean).into_iter().map(|y| y.max(0.0)).collect();
+    let gates = layer(excite, &squeezed);
+    let mut out = Vec::new();
+    for i in 0..x.rows() {
+        for (j, gate) in gates.iter().enumerate() {
+            let gated = f64::from(x.row(i)[j]) * f64::from(gain) / (1.0 + (-gate).exp());
+            out.push(gated + residual.map_or(0.0, |residual| f64::from(residual.row(i)[j])));
+        }
+    }
+    out
 }
 
 /// Layer normalisation, `[rows, cols]`; arguments as in [`Kernels::layer_norm`](crate::Kernels::layer_norm).

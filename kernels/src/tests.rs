@@ -1,6 +1,7 @@
 //! Every kernel against its reference, on every instruction set of the machine, over awkward sizes; and what must not
 //! change a bit: the number of threads, and the rows processed together.
 
+mod convolution;
 mod panels;
 
 use std::num::NonZeroUsize;
