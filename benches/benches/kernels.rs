@@ -1,4 +1,4 @@
-//! Times of the f32 kernels beside the machine's own limits: `cargo bench -p flamingo-benches --bench kernels`.
+//! Times of the kernels beside the machine's own limits: `cargo bench -p flamingo-benches --bench kernels`.
 //!
 //! Throughput is in multiply-adds counted as two (`elem/s` = FLOP/s), or in bytes of weights where these decide. The two
 //! limits are printed first, measured in the same process; a machine that others use moves both.
@@ -7,7 +7,8 @@ use std::hint::black_box;
 
 use criterion::{Criterion, Throughput};
 use flamingo_kernels::{
-    Activation, Kernels, KvCache, Matrix, MatrixMut, Position, SelfAttention, probe,
+    Activation, Convolution, Kernels, KvCache, Matrix, MatrixMut, PANEL_ROWS, PanelFormat, Panels,
+    Position, SelfAttention, probe,
 };
 
 /// Numbers in -1..1 that no branch predictor or compressor knows.
@@ -83,6 +84,89 @@ fn linear_many_rows(criterion: &mut Criterion) {
     }
 }
 
+/// A weight in panels; which numbers its bytes mean does not matter here, but that halves are finite.
+struct RandomPanels {
+    format: PanelFormat,
+    shape: (usize, usize),
+    data: Vec<u8>,
+    row_scales: Vec<f32>,
+    block_scales: Vec<u8>,
+}
+
+impl RandomPanels {
+    fn new(format: PanelFormat, n: usize, k: usize) -> RandomPanels {
+        let len = format.data_bytes(n, k).expect("a small weight");
+        let n_blocks = format.n_blocks(k).expect("a block of 32");
+        let n_rows = n.next_multiple_of(PANEL_ROWS);
+        let n_scales = if format.has_row_scales() { n_rows } else { 0 };
+        RandomPanels {
+            format,
+            shape: (n, k),
+            // Bytes below 0x3C: halves and bfloat16 numbers in -1..1.
+            data: random(len).into_iter().map(|value| (value.abs() * 59.0) as u8).collect(),
+            row_scales: vec![0.01; n_scales],
+            block_scales: vec![7; n_rows * n_blocks],
+        }
+    }
+
+    fn view(&self) -> Panels<'_> {
+        let RandomPanels { format, shape: (n, k), data, row_scales, block_scales } = self;
+        let panels = Panels::new(*format, *n, *k, data, row_scales, block_scales);
+        panels.expect("lengths that the format asks for")
+    }
+}
+
+/// Weights in panels: few rows by bytes, many rows by operations.
+fn panels(criterion: &mut Criterion) {
+    let kernels = kernels();
+    let formats = [
+        ("f16", PanelFormat::F16),
+        ("bf16", PanelFormat::Bf16),
+        ("int8", PanelFormat::Int8),
+        ("int4", PanelFormat::Int4 { block: 32 }),
+    ];
+    for (name, format) in formats {
+        let mut group = criterion.benchmark_group(format!("panels {name}"));
+        for (m, k, n) in [(1, 4096, 4096), (4, 4096, 4096), (8, 4096, 4096), (257, 1024, 4096)] {
+            // Copies take turns, so that no cache holds the weight of few rows.
+            let weights: Vec<_> = (0..8).map(|_| RandomPanels::new(format, n, k)).collect();
+            let (x, mut out, mut turn) = (random(m * k), vec![0.0; m * n], 0);
+            group.throughput(match m {
+                0..=8 => Throughput::Bytes(weights[0].view().bytes() as u64),
+                _ => Throughput::Elements((2 * m * k * n) as u64),
+            });
+            group.bench_function(format!("{m}x{k}x{n}"), |bencher| {
+                bencher.iter(|| {
+                    turn = (turn + 1) % weights.len();
+                    let (x, weight) = (Matrix::new(&x, m, k), weights[turn].view());
+                    let out = MatrixMut::new(&mut out, m, n);
+                    kernels.linear(x, weight.into(), None, None, None, black_box(out));
+                });
+            });
+        }
+    }
+}
+
+/// NFNet-F0's third stage at 256 pixels: 16 x 16, groups of 128 channels.
+fn convolution(criterion: &mut Criterion) {
+    let kernels = kernels();
+    let (size, channels, width) = ([16, 16], 768, 128);
+    let geometry = Convolution::same(size, [3, 3], 1, channels / width);
+    let (x, weight) = (random(256 * channels), random(channels * 9 * width));
+    let mut out = vec![0.0; 256 * channels];
+    let mut group = criterion.benchmark_group("convolution");
+    group.throughput(Throughput::Elements((2 * 256 * channels * 9 * width) as u64));
+    group.bench_function("3x3, 16x16 pixels, 6 groups of 128", |bencher| {
+        bencher.iter(|| {
+            let (x, weight) =
+                (Matrix::new(&x, 256, channels), Matrix::new(&weight, channels, 9 * width));
+            let out = MatrixMut::new(&mut out, 256, channels);
+            let activation = Some(Activation::Gelu);
+            kernels.convolution(x, weight, None, activation, &geometry, black_box(out));
+        });
+    });
+}
+
 /// A vision encoder's layer: 257 patches, 16 heads of 64.
 fn attention(criterion: &mut Criterion) {
     let kernels = kernels();
@@ -129,7 +213,9 @@ fn self_attention(criterion: &mut Criterion) {
 
 fn main() {
     let mut criterion = Criterion::default().sample_size(20).configure_from_args();
-    for benchmark in [limits, linear_few_rows, linear_many_rows, attention, self_attention] {
+    let benchmarks =
+        [limits, linear_few_rows, linear_many_rows, panels, convolution, attention, self_attention];
+    for benchmark in benchmarks {
         benchmark(&mut criterion);
     }
     criterion.final_summary();

@@ -8,3 +8,12 @@ pub(crate) fn isa() -> Option<String> {
     let value = std::env::var_os(FLAMINGO_ISA)?;
     (!value.is_empty()).then(|| value.to_string_lossy().into_owned())
 }
+
+/// `1` binds each worker thread to a physical core of its own; the calling thread stays where the system puts it. Unset
+/// or `0`: none is bound. Only Linux.
+pub const FLAMINGO_PIN: &str = "FLAMINGO_PIN";
+
+/// Whether [`FLAMINGO_PIN`] asks for bound threads.
+pub(crate) fn pins_threads() -> bool {
+    std::env::var_os(FLAMINGO_PIN).is_some_and(|value| !value.is_empty() && value != "0")
+}

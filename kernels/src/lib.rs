@@ -70,6 +70,7 @@ pub use weight::{MAX_BYTE_COLS, PANEL_ROWS, PanelFormat, Panels, Weight};
 
 use arch::{Pool, Token};
 use scratch::Scratch;
+use smallvec::SmallVec;
 
 /// The kernels: an instruction set and a thread pool. Made once, shared by reference.
 pub struct Kernels {
@@ -106,7 +107,8 @@ impl Kernels {
     pub fn with_isa(isa: Isa, n_threads: Option<NonZeroUsize>) -> Result<Kernels, KernelError> {
         let token = Token::new(isa)
             .ok_or_else(|| KernelError::UnsupportedIsa { isa, best: Isa::best() })?;
-        let pool = Pool::new(n_threads.unwrap_or_else(probe::n_physical_cores).get())?;
+        let cores = if env::pins_threads() { probe::hardware_threads() } else { Vec::new() };
+        let pool = Pool::new(n_threads.unwrap_or_else(probe::n_physical_cores).get(), &cores)?;
         Ok(Kernels { isa, token, pool, scratch: Scratch::default(), words: Scratch::default() })
     }
 
@@ -127,7 +129,8 @@ impl Kernels {
         if cols == 0 {
             return;
         }
-        let starts: Vec<usize> = (0..rows).step_by((TASK_ELEMENTS / cols).max(1)).collect();
+        let starts: SmallVec<[usize; 16]> =
+            (0..rows).step_by((TASK_ELEMENTS / cols).max(1)).collect();
         self.pool.run_tiles(out, &starts, cols, &|band, _, tile| body(starts[band], tile));
     }
 }

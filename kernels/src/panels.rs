@@ -9,6 +9,8 @@
 
 use std::ops::Range;
 
+use smallvec::SmallVec;
+
 use crate::{
     Kernels,
     arch::{DotBf16, DotBf16Task, DotI8, DotI8Task, MatrixMut, Simd, Task, Token},
@@ -76,7 +78,7 @@ impl Kernels {
             let (groups, rest) = words.split_at_mut(lens[0]);
             let (rows, block_sums) = rest.split_at_mut(lens[1]);
             let largest = largest_tile(self.token, format);
-            let tiles: Vec<Range<usize>> = row_tiles(m, largest).collect();
+            let tiles: SmallVec<[Range<usize>; 1]> = row_tiles(m, largest).collect();
             self.pack_tiles(x, format, &tiles, [&mut *groups, &mut *rows, &mut *block_sums]);
             let rows = rows.as_chunks().0;
             body(PackedX { groups, n_groups, rows, block_sums, n_blocks });
@@ -92,7 +94,7 @@ impl Kernels {
     ) {
         let m = x.rows().max(1);
         let (n_groups, n_blocks) = (groups.len() / m, block_sums.len() / m);
-        let mut jobs = Vec::with_capacity(tiles.len());
+        let mut jobs = SmallVec::<[_; 1]>::with_capacity(tiles.len());
         for tile in tiles {
             let n = tile.len();
             let x = x.row_range(tile.clone());

@@ -44,18 +44,51 @@ pub struct Peaks {
     pub int8_gop_per_s: Option<f64>,
 }
 
+/// Hardware threads that share a core with `cpu`, as the system lists them.
+fn siblings(cpu: usize) -> Option<String> {
+    let path = format!("/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list");
+    std::fs::read_to_string(path).ok()
+}
+
 /// Physical cores this process may use: hardware threads that share a core count once, where the system tells.
 pub fn n_physical_cores() -> NonZeroUsize {
     let n_threads = thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
-    let siblings = |cpu: usize| {
-        std::fs::read_to_string(format!(
-            "/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
-        ))
-        .ok()
-    };
     let cores: BTreeSet<String> = (0..).map_while(siblings).collect();
     NonZeroUsize::new(cores.len()).map_or(n_threads, |n_cores| n_cores.min(n_threads))
 }
+
+/// One hardware thread of each physical core that this process may use, by the system's number; none where the system
+/// does not tell.
+#[cfg(target_os = "linux")]
+pub(crate) fn hardware_threads() -> Vec<usize> {
+    let Ok(allowed) = rustix::thread::sched_getaffinity(None) else {
+        return Vec::new();
+    };
+    let mut cores = BTreeSet::new();
+    let is_first = |cpu: &usize| cores.insert(siblings(*cpu).unwrap_or_else(|| cpu.to_string()));
+    (0..rustix::thread::CpuSet::MAX_CPU)
+        .filter(|cpu| allowed.is_set(*cpu))
+        .filter(is_first)
+        .collect()
+}
+
+/// As above: this system does not tell.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn hardware_threads() -> Vec<usize> {
+    Vec::new()
+}
+
+/// Binds the calling thread to a hardware thread. A wish: one that was taken away meanwhile leaves the thread free.
+#[cfg(target_os = "linux")]
+pub(crate) fn bind_to(cpu: usize) {
+    let mut set = rustix::thread::CpuSet::new();
+    set.set(cpu);
+    let _ = rustix::thread::sched_setaffinity(None, &set);
+}
+
+/// As above: not on this system.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn bind_to(_: usize) {}
 
 /// Processor features that decide which kernels are fast, by name, and whether this processor has them.
 pub fn features() -> Vec<(&'static str, bool)> {
@@ -247,6 +280,20 @@ mod tests {
     #[test]
     fn cores_are_counted_and_at_most_the_hardware_threads() {
         assert!(n_physical_cores() <= std::thread::available_parallelism().unwrap());
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn threads_are_bound_where_they_are_allowed() {
+        let cores = hardware_threads();
+        assert!(!cores.is_empty() && cores.len() <= n_physical_cores().get());
+        let last = cores[cores.len() - 1];
+        let bound = std::thread::spawn(move || {
+            bind_to(last);
+            rustix::thread::sched_getaffinity(None).unwrap()
+        });
+        let bound = bound.join().unwrap();
+        assert!(bound.is_set(last) && bound.count() == 1);
     }
 
     #[test]

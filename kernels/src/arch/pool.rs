@@ -15,7 +15,7 @@ use std::{
 };
 
 use super::matrix_mut::{MatrixMut, Tiles};
-use crate::error::KernelError;
+use crate::{error::KernelError, probe::bind_to};
 
 /// Rounds a thread spins before it sleeps (worker) or yields (caller); some tens of microseconds.
 const N_SPINS: usize = 4000;
@@ -62,8 +62,8 @@ pub(crate) struct Pool {
 }
 
 impl Pool {
-    /// A pool of `n_threads`, the calling thread included.
-    pub(crate) fn new(n_threads: usize) -> Result<Pool, KernelError> {
+    /// A pool of `n_threads`, the calling thread included; workers are bound to `cores`, in turn, from the second on.
+    pub(crate) fn new(n_threads: usize, cores: &[usize]) -> Result<Pool, KernelError> {
         let shared = Arc::new(Shared {
             state: AtomicU64::new(0),
             job: UnsafeCell::new(None),
@@ -79,7 +79,11 @@ impl Pool {
         for worker in 0..n_workers {
             let shared = Arc::clone(&pool.shared);
             let thread = std::thread::Builder::new().name(format!("flamingo-{}", worker + 1));
-            let handle = thread.spawn(move || shared.work());
+            let core = cores.get((worker + 1) % cores.len().max(1)).copied();
+            let handle = thread.spawn(move || {
+                core.into_iter().for_each(bind_to);
+                shared.work();
+            });
             pool.workers.push(handle.map_err(|source| KernelError::Spawn {
                 worker,
                 n_workers,
@@ -260,7 +264,7 @@ mod tests {
     #[test]
     fn every_task_runs_once() {
         for n_threads in [1, 2, 3, 5] {
-            let pool = Pool::new(n_threads).unwrap();
+            let pool = Pool::new(n_threads, &[]).unwrap();
             for n_tasks in [0, 1, 2, 7, 100].into_iter().cycle().take(2000) {
                 let counts: Vec<_> = (0..n_tasks).map(|_| AtomicUsize::new(0)).collect();
                 pool.run(n_tasks, &|task| {
@@ -273,7 +277,7 @@ mod tests {
 
     #[test]
     fn sleeping_workers_wake() {
-        let pool = Pool::new(2).unwrap();
+        let pool = Pool::new(2, &[]).unwrap();
         for _ in 0..3 {
             std::thread::sleep(std::time::Duration::from_millis(20));
             let both = std::sync::Barrier::new(2);
@@ -285,7 +289,7 @@ mod tests {
 
     #[test]
     fn jobs_inside_jobs_and_from_other_threads_complete() {
-        let pool = Pool::new(3).unwrap();
+        let pool = Pool::new(3, &[]).unwrap();
         let count = AtomicUsize::new(0);
         std::thread::scope(|scope| {
             for _ in 0..4 {
@@ -305,7 +309,7 @@ mod tests {
 
     #[test]
     fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
-        let pool = Pool::new(2).unwrap();
+        let pool = Pool::new(2, &[]).unwrap();
         for bad in 0..8 {
             let run = || pool.run(8, &|task| assert_ne!(task, bad, "task {bad} fails"));
             assert!(catch_unwind(AssertUnwindSafe(run)).is_err());
@@ -315,7 +319,7 @@ mod tests {
 
     #[test]
     fn tiles_cover_a_strided_matrix_and_nothing_else() {
-        let pool = Pool::new(2).unwrap();
+        let pool = Pool::new(2, &[]).unwrap();
         let (rows, cols, stride) = (7, 11, 13);
         let mut data = vec![0.0; rows * stride];
         let out = MatrixMut::strided(&mut data, rows, cols, stride);

@@ -9,6 +9,8 @@ use flamingo_kernels::{
     Activation, Kernels, KvCache, KvFormat, Matrix, MatrixMut, Panels, SelfAttention, Weight,
 };
 
+use smallvec::SmallVec;
+
 use super::plan::{Action, MediaInput, PanelPlaces, Part, Plan, Source, View, WeightOperand};
 use super::size::{Size, Sizes};
 use super::stage::Span;
@@ -232,7 +234,7 @@ impl<'a> Context<'a> {
     }
 
     /// The rows that an action runs over: all, or stretches in which rows see a medium.
-    pub(super) fn stretches(&self, only_seen: bool, n_rows: usize) -> Vec<Range<usize>> {
+    pub(super) fn stretches(&self, only_seen: bool, n_rows: usize) -> Stretches {
         match only_seen {
             false => std::iter::once(0..n_rows).collect(),
             true => seen_stretches(self.media_time),
@@ -414,10 +416,13 @@ fn dense(out: &mut [f32], (rows, cols): (usize, usize)) -> MatrixMut<'_> {
     MatrixMut::new(out, rows, cols)
 }
 
+/// Ranges of rows; of one token without an allocation.
+pub(super) type Stretches = SmallVec<[Range<usize>; 2]>;
+
 /// Stretches of rows from one that sees a medium to another, without gaps of [`MIN_GAP`] rows
 /// that see none.
-fn seen_stretches(media_time: &[u32]) -> Vec<Range<usize>> {
-    let mut stretches: Vec<Range<usize>> = Vec::new();
+fn seen_stretches(media_time: &[u32]) -> Stretches {
+    let mut stretches = Stretches::new();
     for (row, _) in media_time.iter().enumerate().filter(|(_, time)| **time > 0) {
         match stretches.last_mut() {
             Some(stretch) if row - stretch.end < MIN_GAP => stretch.end = row + 1,
