@@ -24,7 +24,10 @@ use crate::{
 const TILE_ROWS: [usize; 6] = [12, 8, 6, 4, 2, 1];
 
 /// Rows up to which tiles span many panels, to read several streams from main memory at once.
-const FEW_ROWS: usize = 4;
+const FEW_ROWS: usize = 8;
+
+/// Rows of such a tile: further rows meet the panels in the second-level cache.
+const FEW_TILE_ROWS: usize = 4;
 
 /// Rows of `x` rounded as a format asks for, in tiles: `[groups, tile rows]` for each tile, a group being the columns
 /// of one broadcast.
@@ -77,7 +80,7 @@ impl Kernels {
         self.words.with(lens.iter().sum(), |words| {
             let (groups, rest) = words.split_at_mut(lens[0]);
             let (rows, block_sums) = rest.split_at_mut(lens[1]);
-            let largest = largest_tile(self.token, format);
+            let largest = largest_tile(self.token, format, m);
             let tiles: SmallVec<[Range<usize>; 1]> = row_tiles(m, largest).collect();
             self.pack_tiles(x, format, &tiles, [&mut *groups, &mut *rows, &mut *block_sums]);
             let rows = rows.as_chunks().0;
@@ -115,8 +118,8 @@ impl Kernels {
     }
 }
 
-/// Largest tile of the instruction set for a format.
-fn largest_tile(token: Token, format: PanelFormat) -> usize {
+/// Largest tile of the instruction set for `m` rows and a format.
+fn largest_tile(token: Token, format: PanelFormat, m: usize) -> usize {
     struct IsWide;
     impl Task for IsWide {
         type Output = bool;
@@ -126,14 +129,15 @@ fn largest_tile(token: Token, format: PanelFormat) -> usize {
             S::IS_WIDE
         }
     }
-    largest_rows(token.run(IsWide), format)
+    largest_rows(token.run(IsWide), format, m)
 }
 
 /// Rows of the largest tile whose sums fit the registers; blocks of nibbles need two sums each.
 #[inline(always)]
-fn largest_rows(is_wide: bool, format: PanelFormat) -> usize {
+fn largest_rows(is_wide: bool, format: PanelFormat, m: usize) -> usize {
     match (is_wide, format) {
         (false, _) => 4,
+        (true, _) if m <= FEW_ROWS => FEW_TILE_ROWS,
         (true, PanelFormat::Int4 { .. }) => 6,
         (true, PanelFormat::F16 | PanelFormat::Bf16 | PanelFormat::Int8) => 12,
     }
@@ -333,7 +337,7 @@ fn multiply<D: Product>(d: D, task: PanelTile<'_, '_>) {
         first: first_panel,
         n_panels: tile.cols().div_ceil(PANEL_ROWS),
     };
-    let largest = largest_rows(D::S::IS_WIDE, weight.format());
+    let largest = largest_rows(D::S::IS_WIDE, weight.format(), x.rows.len());
     if x.rows.len() <= FEW_ROWS {
         for rows in row_tiles(tile.rows(), largest) {
             run.rows_by_many_panels(rows, 0..run.n_panels, &mut tile);
