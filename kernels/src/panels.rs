@@ -606,6 +606,17 @@ impl<D: DotI8> Product for Int8<D> {
     ) -> [[D::Sums; P]; M] {
         let d = self.0;
         let mut sums = [[d.start(0); P]; M];
+        let by_pairs = panels.map(|(data, _)| {
+            d.products_by_pairs::<M>(x.groups, &data.as_chunks().0[..x.groups.len()])
+        });
+        if by_pairs.iter().all(Option::is_some) {
+            for (p, products) in by_pairs.into_iter().flatten().enumerate() {
+                for i in 0..M {
+                    sums[i][p] = products[i];
+                }
+            }
+            return sums;
+        }
         for i in 0..M {
             sums[i] = [d.start(-D::OFFSET * x.sum(i)); P];
         }

@@ -34,11 +34,14 @@ struct Processor {
     name: &'static str,
     /// What the kernels must find on it, so that no kernel goes untested unseen.
     isas: &'static str,
+    /// Names of the tests to run on it: all, or those of kernels that no other processor runs.
+    tests: &'static [&'static str],
 }
 
-const PROCESSORS: [Processor; 2] = [
-    Processor { name: "cortex-a76", isas: "scalar neon+dotprod" },
-    Processor { name: "cortex-a57", isas: "scalar neon" },
+const PROCESSORS: [Processor; 3] = [
+    Processor { name: "cortex-a76", isas: "scalar neon+dotprod", tests: &[] },
+    Processor { name: "cortex-a57", isas: "scalar neon", tests: &[] },
+    Processor { name: "max", isas: "scalar neon+dotprod+i8mm", tests: &["tests::panels", "isa::"] },
 ];
 
 /// What cross-compiles and runs.
@@ -79,6 +82,7 @@ pub(crate) fn test(root: &Path, toolchain: &Toolchain) -> Result<()> {
         );
         cargo.env("FLAMINGO_TEST_ISAS", processor.isas).env_remove("FLAMINGO_ISA");
         cargo.args(["test", "--locked", "--target", TARGET, "-p", "flamingo-kernels", "--lib"]);
+        cargo.arg("--").args(processor.tests);
         process::run(&mut cargo)?;
     }
     Ok(())

@@ -150,6 +150,16 @@ pub(crate) trait DotI8: Copy + Send + Sync {
     fn dot(self, sums: Self::Sums, w: Self::W, x: Self::X) -> Self::Sums;
     /// `sums + w x` for weights of [`DotI8::nibbles`].
     fn dot_nibbles(self, sums: Self::Sums, w: Self::W, x: Self::X) -> Self::Sums;
+    /// Products of `M` rows of x, `[groups, M]`, with the lines of a panel, as sums of [`DotI8::dot`] that start at 0, by an
+    /// instruction for two rows of both; none where there is no such instruction, or `M` is odd.
+    #[inline(always)]
+    fn products_by_pairs<const M: usize>(
+        self,
+        _x: &[[u32; M]],
+        _panel: &[[u8; 64]],
+    ) -> Option<[Self::Sums; M]> {
+        None
+    }
     /// `total + sums * scales`, each row with its own scale; wraps on overflow.
     fn add_scaled(self, total: Self::Sums, sums: Self::Sums, scales: &[u8; 16]) -> Self::Sums;
     /// The sums as f32, rounded to nearest.
@@ -296,9 +306,10 @@ impl Token {
                 None => DotI8::run(simd.avx2(), task),
             },
             #[cfg(target_arch = "aarch64")]
-            Token::Neon(simd) => match simd.sdot() {
-                Some(sdot) => DotI8::run(neon::Bytes(sdot), task),
-                None => DotI8::run(neon::Bytes(simd), task),
+            Token::Neon(simd) => match (simd.smmla(), simd.sdot()) {
+                (Some(smmla), _) => DotI8::run(neon::Bytes(smmla), task),
+                (None, Some(sdot)) => DotI8::run(neon::Bytes(sdot), task),
+                (None, None) => DotI8::run(neon::Bytes(simd), task),
             },
         }
     }
@@ -340,7 +351,9 @@ impl Token {
                 &[(simd.vnni().is_some(), "vnni"), (simd.bf16().is_some(), "bf16")]
             }
             #[cfg(target_arch = "aarch64")]
-            Token::Neon(simd) => &[(simd.sdot().is_some(), "dotprod")],
+            Token::Neon(simd) => {
+                &[(simd.sdot().is_some(), "dotprod"), (simd.smmla().is_some(), "i8mm")]
+            }
         };
         found.iter().filter(|(found, _)| *found).map(|(_, name)| *name).collect()
     }

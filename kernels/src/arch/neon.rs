@@ -1,6 +1,6 @@
 //! NEON vectors of aarch64: four f32 lanes, 32 registers.
 //!
-//! The standard library's intrinsic for `sdot` is not stable yet, so the instruction is written as assembly.
+//! The standard library's intrinsics for `sdot` and `smmla` are not stable yet, so these are written as assembly.
 
 use std::{
     arch::{aarch64::*, asm, is_aarch64_feature_detected},
@@ -16,22 +16,33 @@ const LANES: usize = 4;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Neon {
     has_dotprod: bool,
+    has_i8mm: bool,
 }
 
 /// Proof that the processor has `sdot` too.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sdot(Neon);
 
+/// Proof that the processor has `smmla` too.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Smmla(Sdot);
+
 impl Neon {
     /// The token, if the processor has the instructions.
     pub(crate) fn new() -> Option<Neon> {
         let has_dotprod = is_aarch64_feature_detected!("dotprod");
-        is_aarch64_feature_detected!("neon").then_some(Neon { has_dotprod })
+        let has_i8mm = is_aarch64_feature_detected!("i8mm");
+        is_aarch64_feature_detected!("neon").then_some(Neon { has_dotprod, has_i8mm })
     }
 
     /// Sums of four products of bytes in one instruction, if the processor has it.
     pub(crate) fn sdot(self) -> Option<Sdot> {
         self.has_dotprod.then_some(Sdot(self))
+    }
+
+    /// Products of two rows with two rows in one instruction, if the processor has it.
+    pub(crate) fn smmla(self) -> Option<Smmla> {
+        self.sdot().filter(|_| self.has_i8mm).map(Smmla)
     }
 
     /// Runs `n_rounds` of independent dot products in registers; returns the multiply-adds of a round, none where the
@@ -83,6 +94,11 @@ fn run_i8<T: DotI8Task>(simd: Neon, task: T) {
 #[target_feature(enable = "neon,dotprod")]
 fn run_i8_sdot<T: DotI8Task>(sdot: Sdot, task: T) {
     task.run(Bytes(sdot));
+}
+
+#[target_feature(enable = "neon,dotprod,i8mm")]
+fn run_i8_smmla<T: DotI8Task>(smmla: Smmla, task: T) {
+    task.run(Bytes(smmla));
 }
 
 /// Sixteen bytes for each of four rows of a panel.
@@ -331,6 +347,11 @@ pub(crate) trait DotFour: Copy + Send + Sync {
     fn run<T: DotI8Task>(self, task: T);
     /// `sums + Σ w[4 i + j] x[4 i + j]` in lane `i`.
     fn dot_four(self, sums: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t;
+    /// `sums + Σ w[8 i + c] x[8 j + c]` in lane `2 i + j`, if there is an instruction for it.
+    #[inline(always)]
+    fn dot_pairs(self) -> Option<impl Fn(int32x4_t, int8x16_t, int8x16_t) -> int32x4_t> {
+        None::<fn(int32x4_t, int8x16_t, int8x16_t) -> int32x4_t>
+    }
 }
 
 impl DotFour for Neon {
@@ -381,6 +402,42 @@ impl DotFour for Sdot {
             );
         }
         sums
+    }
+}
+
+impl DotFour for Smmla {
+    #[inline(always)]
+    fn neon(self) -> Neon {
+        self.0.neon()
+    }
+
+    #[inline(always)]
+    fn run<T: DotI8Task>(self, task: T) {
+        // SAFETY: the token proves that the processor has every feature `run_i8_smmla` is compiled for.
+        unsafe { run_i8_smmla(self, task) }
+    }
+
+    #[inline(always)]
+    fn dot_four(self, sums: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {
+        self.0.dot_four(sums, w, x)
+    }
+
+    #[inline(always)]
+    fn dot_pairs(self) -> Option<impl Fn(int32x4_t, int8x16_t, int8x16_t) -> int32x4_t> {
+        Some(|mut sums: int32x4_t, w: int8x16_t, x: int8x16_t| {
+            // SAFETY: the token proves the instruction, which works on registers; the directive is for the assembler.
+            unsafe {
+                asm!(
+                    ".arch_extension i8mm",
+                    "smmla {sums:v}.4s, {w:v}.16b, {x:v}.16b",
+                    sums = inout(vreg) sums,
+                    w = in(vreg) w,
+                    x = in(vreg) x,
+                    options(pure, nomem, nostack, preserves_flags),
+                );
+            }
+            sums
+        })
     }
 }
 
@@ -440,6 +497,51 @@ impl<D: DotFour> DotI8 for Bytes<D> {
     #[inline(always)]
     fn dot_nibbles(self, sums: Self::Sums, w: Self::W, x: Self::X) -> Self::Sums {
         self.dot(sums, w, x)
+    }
+
+    #[inline(always)]
+    fn products_by_pairs<const M: usize>(
+        self,
+        x: &[[u32; M]],
+        panel: &[[u8; 64]],
+    ) -> Option<[Self::Sums; M]> {
+        let dot_pairs = self.0.dot_pairs().filter(|_| M.is_multiple_of(2))?;
+        let [zero] = self.start(0)[..1] else { return None };
+        // Of each pair of rows of x with each pair of the panel's rows; the second half of `M` stays unused.
+        let mut sums = [[zero; 8]; M];
+        for (x, lines) in x.chunks(2).zip(panel.chunks(2)) {
+            let (first, last) = (load_line(self.simd(), &lines[0]), lines.get(1));
+            let last = last.map_or([self.broadcast(0); 4], |line| load_line(self.simd(), line));
+            let x_last = x.get(1).copied().unwrap_or([0; M]);
+            let mut w = [self.broadcast(0); 8];
+            for quarter in 0..4 {
+                let [a, b] = [first[quarter], last[quarter]]
+                    .map(|bytes| proven!(vreinterpretq_s32_s8(bytes)));
+                w[2 * quarter] = proven!(vreinterpretq_s8_s32(vzip1q_s32(a, b)));
+                w[2 * quarter + 1] = proven!(vreinterpretq_s8_s32(vzip2q_s32(a, b)));
+            }
+            for (pair, sums) in sums[..M / 2].iter_mut().enumerate() {
+                let row = 2 * pair;
+                let both = [x[0][row], x_last[row], x[0][row + 1], x_last[row + 1]];
+                // SAFETY: the token proves the instruction; the load reads the four numbers of `both`.
+                let x = unsafe { vreinterpretq_s8_u32(vld1q_u32(both.as_ptr())) };
+                for (sums, w) in sums.iter_mut().zip(w) {
+                    *sums = dot_pairs(*sums, w, x);
+                }
+            }
+        }
+        let mut rows = [self.start(0); M];
+        for (row, out) in rows.iter_mut().enumerate() {
+            let sums = &sums[row / 2];
+            for (quarter, out) in out.iter_mut().enumerate() {
+                let (a, b) = (sums[2 * quarter], sums[2 * quarter + 1]);
+                *out = match row % 2 {
+                    0 => proven!(vuzp1q_s32(a, b)),
+                    _ => proven!(vuzp2q_s32(a, b)),
+                };
+            }
+        }
+        Some(rows)
     }
 
     #[inline(always)]

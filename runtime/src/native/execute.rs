@@ -8,7 +8,6 @@ use std::sync::Arc;
 use flamingo_kernels::{
     Activation, Kernels, KvCache, KvFormat, Matrix, MatrixMut, Panels, SelfAttention, Weight,
 };
-
 use smallvec::SmallVec;
 
 use super::plan::{Action, MediaInput, PanelPlaces, Part, Plan, Source, View, WeightOperand};
@@ -500,6 +499,6 @@ mod tests {
         assert!(seen_stretches(&[0, 1, 0, 2, 0]).into_iter().eq(std::iter::once(1..4)));
         let gap = |n: usize| [&[1], vec![0; n].as_slice(), &[2]].concat();
         assert_eq!(seen_stretches(&gap(MIN_GAP - 1)).len(), 1);
-        assert_eq!(seen_stretches(&gap(MIN_GAP)), [0..1, MIN_GAP + 1..MIN_GAP + 2]);
+        assert_eq!(seen_stretches(&gap(MIN_GAP)).as_slice(), [0..1, MIN_GAP + 1..MIN_GAP + 2]);
     }
 }
