@@ -399,9 +399,9 @@ impl SharedBlock {
         self.0.bytes()
     }
 
-    /// Whether both are the same memory.
-    pub fn is_same(&self, other: &SharedBlock) -> bool {
-        Arc::ptr_eq(&self.0, &other.0)
+    /// Tells blocks that exist at the same time apart: equal for the same memory only.
+    pub fn id(&self) -> usize {
+        Arc::as_ptr(&self.0).addr()
     }
 }
 
@@ -498,20 +498,20 @@ impl KvCache {
         });
     }
 
-    /// Keys of the first `len` tokens, `[n_kv_heads, len, head_dim]`.
+    /// Keys of the first `len` tokens, `[n_kv_heads, len, head_dim]`; zeros where none was written.
     ///
     /// # Panics
-    /// If that many tokens were never written.
+    /// If `len` exceeds the capacity.
     pub fn keys(&self, len: usize) -> Vec<f32> {
         self.read(len, |block, slot, col| {
             block.k.read(self.shape.k_start(slot) + col * LANES, slot)
         })
     }
 
-    /// Values of the first `len` tokens, `[n_kv_heads, len, head_dim]`.
+    /// Values of the first `len` tokens, `[n_kv_heads, len, head_dim]`; zeros where none was written.
     ///
     /// # Panics
-    /// If that many tokens were never written.
+    /// If `len` exceeds the capacity.
     pub fn values(&self, len: usize) -> Vec<f32> {
         self.read(len, |block, slot, col| block.v.read(self.shape.v_start(slot) + col, slot))
     }
@@ -535,12 +535,14 @@ impl KvCache {
     }
 
     fn read(&self, len: usize, element: impl Fn(&Block, usize, usize) -> f32) -> Vec<f32> {
+        assert!(len <= self.capacity, "cache: {len} tokens of {}", self.capacity);
         let mut out = Vec::with_capacity(self.shape.n_kv_heads * len * self.shape.head_dim);
         for head in 0..self.shape.n_kv_heads {
             for token in 0..len {
-                let block = &self.blocks[token / self.shape.block_len];
+                let block = self.blocks.get(token / self.shape.block_len);
                 let slot = head * self.shape.block_len + token % self.shape.block_len;
-                out.extend((0..self.shape.head_dim).map(|col| element(block, slot, col)));
+                let number = |col| block.map_or(0.0, |block| element(block, slot, col));
+                out.extend((0..self.shape.head_dim).map(number));
             }
         }
         out

@@ -456,7 +456,7 @@ fn forks_share_blocks_until_they_write() {
                 };
                 let shared = shares(&cache);
                 let same = |other: &KvCache| {
-                    shared.iter().zip(&shares(other)).filter(|(a, b)| a.is_same(b)).count()
+                    shared.iter().zip(&shares(other)).filter(|(a, b)| a.id() == b.id()).count()
                 };
                 assert_eq!(same(&fork), split.div_ceil(KV_BLOCK));
                 for (qkv, cache) in [(&theirs, &mut fork), (&ours, &mut cache)] {
