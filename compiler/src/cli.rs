@@ -94,6 +94,7 @@ impl Opening {
             n_threads: self.threads,
             kv_format: self.kv.as_deref().and_then(KvFormat::from_name),
             verify: self.verify,
+            ..OpenOptions::default()
         }
     }
 }

@@ -9,7 +9,7 @@ use std::ops::Range;
 use crate::{
     Kernels,
     arch::{MatrixMut, Simd, Task},
-    kv_cache::{HeadKv, LANES, Line, NumbersView},
+    kv_cache::{HeadKv, KvFormat, LANES, Line, Piece},
     math,
     matrix::Matrix,
     scratch::Scratch,
@@ -19,7 +19,7 @@ use crate::{
 pub(crate) const QUERY_ROWS: usize = 24;
 
 /// Keys whose scores are held at once: all of a picture's tokens, so that vision needs one block. Blocks start at
-/// multiples of it, so that a row's sums do not depend on the rows beside it.
+/// multiples of it, so that a row's sums do not depend on the rows beside it. It is five blocks of a cache.
 const KEY_BLOCK: usize = 320;
 
 impl Kernels {
@@ -202,49 +202,34 @@ impl AttendBlock<'_> {
         largest.fill(f32::NEG_INFINITY);
         totals.fill(0.0);
         let mut running = Running { weights, sums, largest, totals };
-        match (self.kv.k, self.kv.v) {
-            (NumbersView::F32(k), NumbersView::F32(v)) => {
-                self.attend_keys(
-                    s,
-                    k.as_chunks::<LANES>().0,
-                    v.as_chunks::<LANES>().0,
-                    &mut running,
-                );
-            }
-            (NumbersView::F16(k), NumbersView::F16(v)) => {
-                self.attend_keys(
-                    s,
-                    k.as_chunks::<LANES>().0,
-                    v.as_chunks::<LANES>().0,
-                    &mut running,
-                );
-            }
-            (NumbersView::Int8 { bytes: k, .. }, NumbersView::Int8 { bytes: v, .. }) => {
-                self.attend_keys(
-                    s,
-                    k.as_chunks::<LANES>().0,
-                    v.as_chunks::<LANES>().0,
-                    &mut running,
-                );
-            }
-            _ => unreachable!("keys and values of a cache have one format"),
+        match self.kv.format() {
+            KvFormat::F32 => self.attend_keys::<S, [f32; LANES]>(s, &mut running),
+            KvFormat::F16 => self.attend_keys::<S, [u16; LANES]>(s, &mut running),
+            KvFormat::Int8 => self.attend_keys::<S, [i8; LANES]>(s, &mut running),
         }
         self.write_out(s, &mut running);
     }
 
-    /// Over all keys, block by block; k `[panels * head_dim]` and v `[tokens * padded_dim / 16]` lines.
+    /// Over all keys: softmax block by block, each in the pieces in which its keys and values lie.
     #[inline(always)]
-    fn attend_keys<S: Simd, L: Line>(&self, s: S, k: &[L], v: &[L], running: &mut Running<'_>) {
+    fn attend_keys<S: Simd, L: Line>(&self, s: S, running: &mut Running<'_>) {
         let n_rows = self.q.rows();
         let n_keys = self.n_visible(n_rows.saturating_sub(1));
         for start in (0..n_keys).step_by(KEY_BLOCK) {
             let keys = start..n_keys.min(start + KEY_BLOCK);
-            self.write_scores(s, k, keys.clone(), running.weights);
+            for piece in self.kv.pieces(keys.clone()) {
+                self.write_scores::<S, L>(s, &piece, start, running.weights);
+            }
             for row in 0..n_rows {
                 self.weigh(s, row, keys.clone(), running);
             }
-            for rows in tiles_of_rows::<S>(n_rows) {
-                self.sum_values(s, v, rows, keys.clone(), running);
+            for piece in self.kv.pieces(keys) {
+                if let Some(scales) = piece.v.scales() {
+                    self.scale_weights(s, &piece, scales, start, running.weights);
+                }
+                for rows in tiles_of_rows::<S>(n_rows) {
+                    self.sum_values::<S, L>(s, &piece, start, rows, running);
+                }
             }
         }
     }
@@ -261,27 +246,32 @@ impl AttendBlock<'_> {
         self.n_visible(row).clamp(keys.start, keys.end) - keys.start
     }
 
-    /// `scores = q kᵀ`, whole panels of keys.
+    /// `scores = q kᵀ`, whole panels of keys; scores count from key `first_key`.
     #[inline(always)]
     fn write_scores<S: Simd, L: Line>(
         &self,
         s: S,
-        k: &[L],
-        keys: Range<usize>,
+        piece: &Piece<'_>,
+        first_key: usize,
         scores: &mut [f32],
     ) {
-        let panels = keys.start / LANES..keys.end.div_ceil(LANES);
+        let panels = Panels {
+            k: L::lines(piece.k),
+            scales: piece.k.scales(),
+            n_panels: piece.keys.len().div_ceil(LANES),
+            first: (piece.keys.start - first_key) / LANES,
+        };
         let n_rows = self.q.rows();
         let mut row = 0;
         while row < n_rows {
             row += match (n_rows - row, S::IS_WIDE) {
-                (8.., true) => self.score_tile::<S, L, 8, 2>(s, k, row, panels.clone(), scores),
-                (4.., true) => self.score_tile::<S, L, 4, 4>(s, k, row, panels.clone(), scores),
-                (4.., false) => self.score_tile::<S, L, 4, 1>(s, k, row, panels.clone(), scores),
-                (2.., true) => self.score_tile::<S, L, 2, 4>(s, k, row, panels.clone(), scores),
-                (2.., false) => self.score_tile::<S, L, 2, 2>(s, k, row, panels.clone(), scores),
-                (_, true) => self.score_tile::<S, L, 1, 4>(s, k, row, panels.clone(), scores),
-                (_, false) => self.score_tile::<S, L, 1, 2>(s, k, row, panels.clone(), scores),
+                (8.., true) => self.score_tile::<S, L, 8, 2>(s, panels, row, scores),
+                (4.., true) => self.score_tile::<S, L, 4, 4>(s, panels, row, scores),
+                (4.., false) => self.score_tile::<S, L, 4, 1>(s, panels, row, scores),
+                (2.., true) => self.score_tile::<S, L, 2, 4>(s, panels, row, scores),
+                (2.., false) => self.score_tile::<S, L, 2, 2>(s, panels, row, scores),
+                (_, true) => self.score_tile::<S, L, 1, 4>(s, panels, row, scores),
+                (_, false) => self.score_tile::<S, L, 1, 2>(s, panels, row, scores),
             };
         }
     }
@@ -291,9 +281,8 @@ impl AttendBlock<'_> {
     fn score_tile<S: Simd, L: Line, const M: usize, const P: usize>(
         &self,
         s: S,
-        k: &[L],
+        panels: Panels<'_, L>,
         first_row: usize,
-        panels: Range<usize>,
         scores: &mut [f32],
     ) -> usize {
         let head_dim = self.kv.head_dim;
@@ -301,12 +290,12 @@ impl AttendBlock<'_> {
         for i in 0..M {
             q[i] = &self.q.row(first_row + i)[..head_dim];
         }
-        for start in panels.clone().step_by(P) {
+        for start in (0..panels.n_panels).step_by(P) {
             let mut sums = [[s.wide_splat(0.0); P]; M];
-            let mut lines = [&k[..head_dim]; P];
+            let mut lines = [&panels.k[..head_dim]; P];
             for p in 0..P {
-                let panel = (start + p).min(panels.end - 1);
-                lines[p] = &k[panel * head_dim..][..head_dim];
+                let panel = (start + p).min(panels.n_panels - 1);
+                lines[p] = &panels.k[panel * head_dim..][..head_dim];
             }
             for col in 0..head_dim {
                 let mut k = [s.wide_splat(0.0); P];
@@ -320,14 +309,14 @@ impl AttendBlock<'_> {
                     }
                 }
             }
-            for p in 0..P.min(panels.end - start) {
-                let scales = self.kv.k.scales().map(|scales| &scales.as_chunks().0[start + p]);
+            for p in 0..P.min(panels.n_panels - start) {
+                let scales = panels.scales.map(|scales| &scales.as_chunks().0[start + p]);
                 for i in 0..M {
                     let mut sums = sums[i][p];
                     if let Some(scales) = scales {
                         sums = s.wide_mul(sums, s.wide_load(scales));
                     }
-                    let at = (first_row + i) * KEY_BLOCK / LANES + start + p - panels.start;
+                    let at = (first_row + i) * KEY_BLOCK / LANES + panels.first + start + p;
                     s.wide_store(sums, &mut scores.as_chunks_mut().0[at]);
                 }
             }
@@ -366,68 +355,51 @@ impl AttendBlock<'_> {
                 running.totals[row] * fade + total
             }
         };
-        if let Some(scales) = self.kv.v.scales() {
-            math::multiply_in_place(s, weights, &scales[keys.start..keys.start + visible]);
+    }
+
+    /// Weights of a piece's keys times the scales of its values; weights count from `first_key`.
+    #[inline(always)]
+    fn scale_weights<S: Simd>(
+        &self,
+        s: S,
+        piece: &Piece<'_>,
+        scales: &[f32],
+        first_key: usize,
+        weights: &mut [f32],
+    ) {
+        for row in 0..self.q.rows() {
+            let visible = self.n_visible_of(row, &piece.keys);
+            let start = row * KEY_BLOCK + piece.keys.start - first_key;
+            math::multiply_in_place(s, &mut weights[start..start + visible], &scales[..visible]);
         }
     }
 
-    /// `sums += weights v` for the rows of one tile: together over the keys that all of them see, then one by one.
+    /// `sums += weights v` for the rows of one tile: together over the keys of a piece that all of them see, then one by
+    /// one. Weights count from `first_key`.
     #[inline(always)]
     fn sum_values<S: Simd, L: Line>(
         &self,
         s: S,
-        v: &[L],
+        piece: &Piece<'_>,
+        first_key: usize,
         rows: Range<usize>,
-        keys: Range<usize>,
         running: &mut Running<'_>,
     ) {
-        let common = keys.start..keys.start + self.n_visible_of(rows.start, &keys);
+        let values = Values {
+            v: L::lines(piece.v),
+            n_lines: self.kv.padded_dim / LANES,
+            first_weight: piece.keys.start - first_key,
+        };
+        let common = 0..self.n_visible_of(rows.start, &piece.keys);
         match (rows.len(), S::IS_WIDE) {
-            (6, _) => {
-                self.add_values::<S, L, 6>(s, v, rows.start, keys.start, common.clone(), running)
-            }
-            (4, _) => {
-                self.add_values::<S, L, 4>(s, v, rows.start, keys.start, common.clone(), running)
-            }
-            (2, _) => {
-                self.add_values::<S, L, 2>(s, v, rows.start, keys.start, common.clone(), running)
-            }
-            (_, _) => {
-                self.add_values::<S, L, 1>(s, v, rows.start, keys.start, common.clone(), running)
-            }
+            (6, _) => values.add::<S, 6>(s, rows.start, common.clone(), running),
+            (4, _) => values.add::<S, 4>(s, rows.start, common.clone(), running),
+            (2, _) => values.add::<S, 2>(s, rows.start, common.clone(), running),
+            (_, _) => values.add::<S, 1>(s, rows.start, common.clone(), running),
         }
         for row in rows.start + 1..rows.end {
-            let rest = common.end..keys.start + self.n_visible_of(row, &keys);
-            self.add_values::<S, L, 1>(s, v, row, keys.start, rest, running);
-        }
-    }
-
-    /// Adds the weighted values of a range of keys to `M` rows of the sums; weights count from `first_key`.
-    #[inline(always)]
-    fn add_values<S: Simd, L: Line, const M: usize>(
-        &self,
-        s: S,
-        v: &[L],
-        first_row: usize,
-        first_key: usize,
-        keys: Range<usize>,
-        running: &mut Running<'_>,
-    ) {
-        if keys.is_empty() {
-            return;
-        }
-        let n_lines = self.kv.padded_dim / LANES;
-        let block = Values { v: &v[keys.start * n_lines..keys.end * n_lines], n_lines };
-        let first_weight = keys.start - first_key;
-        let mut line = 0;
-        while line < n_lines {
-            line += match (n_lines - line, S::IS_WIDE) {
-                (4.., true) => {
-                    block.add_lines::<S, M, 4>(s, first_row, first_weight, line, running)
-                }
-                (2.., _) => block.add_lines::<S, M, 2>(s, first_row, first_weight, line, running),
-                (_, _) => block.add_lines::<S, M, 1>(s, first_row, first_weight, line, running),
-            };
+            let rest = common.end..self.n_visible_of(row, &piece.keys);
+            values.add::<S, 1>(s, row, rest, running);
         }
     }
 
@@ -444,28 +416,67 @@ impl AttendBlock<'_> {
     }
 }
 
-/// Values of some keys, `[keys, n_lines]`.
+/// Panels of keys of one piece.
+#[derive(Clone, Copy)]
+struct Panels<'a, L> {
+    /// `[n_panels, head_dim]`, and more.
+    k: &'a [L],
+    /// Scales of the keys, if they have them.
+    scales: Option<&'a [f32]>,
+    n_panels: usize,
+    /// Place of the first panel's scores in a row of them.
+    first: usize,
+}
+
+/// Values of one piece.
 struct Values<'a, L> {
+    /// `[keys, n_lines]`, and more.
     v: &'a [L],
     n_lines: usize,
+    /// Place of the first key's weight in a row of them.
+    first_weight: usize,
 }
 
 impl<L: Line> Values<'_, L> {
+    /// Adds the weighted values of some of the piece's keys to `M` rows of the sums.
+    #[inline(always)]
+    fn add<S: Simd, const M: usize>(
+        &self,
+        s: S,
+        first_row: usize,
+        keys: Range<usize>,
+        running: &mut Running<'_>,
+    ) {
+        if keys.is_empty() {
+            return;
+        }
+        let mut line = 0;
+        while line < self.n_lines {
+            line += match (self.n_lines - line, S::IS_WIDE) {
+                (4.., true) => self.add_lines::<S, M, 4>(s, first_row, keys.clone(), line, running),
+                (2.., _) => self.add_lines::<S, M, 2>(s, first_row, keys.clone(), line, running),
+                (_, _) => self.add_lines::<S, M, 1>(s, first_row, keys.clone(), line, running),
+            };
+        }
+    }
+
     /// `sums += weights v` for `M` rows and the columns of `N` lines from `line` on; returns `N`.
     #[inline(always)]
     fn add_lines<S: Simd, const M: usize, const N: usize>(
         &self,
         s: S,
         first_row: usize,
-        first_weight: usize,
+        keys: Range<usize>,
         line: usize,
         running: &mut Running<'_>,
     ) -> usize {
-        let n_keys = self.v.len() / self.n_lines;
+        let first_weight = self.first_weight + keys.start;
         let mut weights = [&running.weights[..0]; M];
         for i in 0..M {
-            weights[i] = &running.weights[(first_row + i) * KEY_BLOCK + first_weight..][..n_keys];
+            weights[i] =
+                &running.weights[(first_row + i) * KEY_BLOCK + first_weight..][..keys.len()];
         }
+        let v = &self.v[keys.start * self.n_lines..keys.end * self.n_lines];
         let place = |i: usize, j: usize| (first_row + i) * self.n_lines + line + j;
         let lines = running.sums.as_chunks_mut().0;
         let mut sums = [[s.wide_splat(0.0); N]; M];
@@ -474,7 +485,7 @@ impl<L: Line> Values<'_, L> {
                 sums[i][j] = s.wide_load(&lines[place(i, j)]);
             }
         }
-        for (key, row) in self.v.chunks_exact(self.n_lines).enumerate() {
+        for (key, row) in v.chunks_exact(self.n_lines).enumerate() {
             let row = &row[line..line + N];
             let mut values = [s.wide_splat(0.0); N];
             for j in 0..N {

@@ -1,10 +1,12 @@
 //! Keys and values in the order in which attention reads them: of the decoder's own tokens, and for one call of others.
 //!
-//! Keys lie in panels of 16, `[n_kv_heads, capacity / 16, head_dim, 16]`, so that one vector holds an element of 16 keys
-//! and scores need no sums across lanes. Values lie in rows, `[n_kv_heads, capacity, head_dim]`, each padded to a
-//! multiple of 16 columns.
+//! Keys lie in panels of 16, `[n_kv_heads, tokens / 16, head_dim, 16]`, so that one vector holds an element of 16 keys
+//! and scores need no sums across lanes. Values lie in rows, `[n_kv_heads, tokens, head_dim]`, each padded to a multiple
+//! of 16 columns. A cache is a table of blocks of tokens, which forks of a sequence share until one of them writes.
 
 use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
 
 use half::slice::HalfFloatSliceExt;
 
@@ -13,8 +15,12 @@ use crate::{arch::Simd, math, matrix::Matrix};
 /// Keys of a panel, and the columns that rows of values are padded to a multiple of.
 pub(crate) const LANES: usize = KV_SLOTS;
 
-/// What a cache's tokens are padded to a multiple of.
+/// Keys of a panel: tokens of a medium are padded to a multiple of it.
 pub const KV_SLOTS: usize = 16;
+
+/// Tokens of a block of a cache: four panels, so that attention scores a block in one go, and a fifth of its softmax
+/// block. Smaller ones would make more pieces of each pass; larger ones cost more to copy when a fork first writes.
+pub const KV_BLOCK: usize = 64;
 
 /// How cached numbers are stored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -161,6 +167,17 @@ pub(crate) enum NumbersView<'a> {
 }
 
 impl<'a> NumbersView<'a> {
+    /// Without the first elements, and without the scales of the first rows.
+    fn skip(self, n_elements: usize, n_slots: usize) -> NumbersView<'a> {
+        match self {
+            NumbersView::F32(numbers) => NumbersView::F32(&numbers[n_elements..]),
+            NumbersView::F16(halves) => NumbersView::F16(&halves[n_elements..]),
+            NumbersView::Int8 { bytes, scales } => {
+                NumbersView::Int8 { bytes: &bytes[n_elements..], scales: &scales[n_slots..] }
+            }
+        }
+    }
+
     /// Scales of rows, if rows have them.
     #[inline(always)]
     pub(crate) fn scales(&self) -> Option<&'a [f32]> {
@@ -171,13 +188,27 @@ impl<'a> NumbersView<'a> {
     }
 }
 
+const MIXED: &str = "the pieces of a cache have one format";
+
 /// Sixteen numbers of a cache.
 pub(crate) trait Line: Copy {
+    /// The numbers in lines of 16.
+    ///
+    /// # Panics
+    /// If they are of another type.
+    fn lines<'a>(numbers: NumbersView<'a>) -> &'a [Self];
+
     /// The numbers, without their scale.
     fn load<S: Simd>(&self, s: S) -> S::Wide;
 }
 
 impl Line for [f32; LANES] {
+    #[inline(always)]
+    fn lines<'a>(numbers: NumbersView<'a>) -> &'a [Self] {
+        let NumbersView::F32(numbers) = numbers else { unreachable!("{MIXED}") };
+        numbers.as_chunks().0
+    }
+
     #[inline(always)]
     fn load<S: Simd>(&self, s: S) -> S::Wide {
         s.wide_load(self)
@@ -186,6 +217,12 @@ impl Line for [f32; LANES] {
 
 impl Line for [u16; LANES] {
     #[inline(always)]
+    fn lines<'a>(numbers: NumbersView<'a>) -> &'a [Self] {
+        let NumbersView::F16(numbers) = numbers else { unreachable!("{MIXED}") };
+        numbers.as_chunks().0
+    }
+
+    #[inline(always)]
     fn load<S: Simd>(&self, s: S) -> S::Wide {
         s.wide_from_f16(self)
     }
@@ -193,74 +230,211 @@ impl Line for [u16; LANES] {
 
 impl Line for [i8; LANES] {
     #[inline(always)]
+    fn lines<'a>(numbers: NumbersView<'a>) -> &'a [Self] {
+        let NumbersView::Int8 { bytes: numbers, .. } = numbers else { unreachable!("{MIXED}") };
+        numbers.as_chunks().0
+    }
+
+    #[inline(always)]
     fn load<S: Simd>(&self, s: S) -> S::Wide {
         s.wide_from_i8(self)
     }
 }
 
-/// Keys and values of one head, as attention reads them.
+/// Keys and values of one head, as attention reads them: in one piece, or in blocks of tokens.
 #[derive(Clone, Copy)]
 pub(crate) struct HeadKv<'a> {
-    /// `[panels, head_dim, 16]`
-    pub(crate) k: NumbersView<'a>,
-    /// `[tokens, padded_dim]`
-    pub(crate) v: NumbersView<'a>,
+    pub(crate) pieces: Pieces<'a>,
     pub(crate) head_dim: usize,
     /// Columns of a row of values, a multiple of 16.
     pub(crate) padded_dim: usize,
 }
 
-/// Key and value cache of one layer: k (after rotary embedding) and v of up to `capacity` tokens.
-#[derive(Clone, Debug, PartialEq)]
-pub struct KvCache {
+/// Where the numbers of a head lie.
+#[derive(Clone, Copy)]
+pub(crate) enum Pieces<'a> {
+    /// In f32: keys `[panels, head_dim, 16]` and values `[tokens, padded_dim]`.
+    One { k: NumbersView<'a>, v: NumbersView<'a> },
+    /// The blocks of a cache, and the head.
+    Blocks { cache: &'a KvCache, head: usize },
+}
+
+/// Consecutive keys and values of a head that lie together.
+#[derive(Clone)]
+pub(crate) struct Piece<'a> {
+    /// Which keys.
+    pub(crate) keys: Range<usize>,
+    /// From the first key's panel on, `[panels, head_dim, 16]`.
+    pub(crate) k: NumbersView<'a>,
+    /// From the first key on, `[tokens, padded_dim]`.
+    pub(crate) v: NumbersView<'a>,
+}
+
+impl<'a> HeadKv<'a> {
+    /// How the numbers are stored.
+    pub(crate) fn format(&self) -> KvFormat {
+        match self.pieces {
+            Pieces::One { .. } => KvFormat::F32,
+            Pieces::Blocks { cache, .. } => cache.shape.format,
+        }
+    }
+
+    /// The keys of a range, piece by piece; it starts with a panel.
+    pub(crate) fn pieces(&self, keys: Range<usize>) -> impl Iterator<Item = Piece<'a>> {
+        let (kv, mut start) = (*self, keys.start);
+        std::iter::from_fn(move || {
+            (start < keys.end).then(|| {
+                let piece = kv.piece(start..keys.end);
+                start = piece.keys.end;
+                piece
+            })
+        })
+    }
+
+    /// The first piece of a range of keys.
+    fn piece(&self, keys: Range<usize>) -> Piece<'a> {
+        let (block, first, keys) = match self.pieces {
+            Pieces::One { k, v } => ((k, v), keys.start, keys),
+            Pieces::Blocks { cache, head } => {
+                let block = keys.start / cache.shape.block_len;
+                let first = block * cache.shape.block_len;
+                let end = keys.end.min(first + cache.shape.block_len);
+                (cache.blocks[block].head(head), keys.start - first, keys.start..end)
+            }
+        };
+        Piece {
+            k: block.0.skip(first / LANES * self.head_dim * LANES, first),
+            v: block.1.skip(first * self.padded_dim, first),
+            keys,
+        }
+    }
+}
+
+/// What a block holds; its slots are `[n_kv_heads, block_len]`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Shape {
     format: KvFormat,
     n_kv_heads: usize,
     head_dim: usize,
-    capacity: usize,
-    /// Tokens there is room for: the capacity, up to a whole panel.
-    n_slots: usize,
+    /// Tokens of a block, a multiple of 16.
+    block_len: usize,
+}
+
+impl Shape {
+    /// Columns of a row of values.
+    fn padded_dim(&self) -> usize {
+        self.head_dim.next_multiple_of(LANES)
+    }
+
+    /// First element of a key.
+    fn k_start(&self, slot: usize) -> usize {
+        slot / LANES * LANES * self.head_dim + slot % LANES
+    }
+
+    /// First element of a value.
+    fn v_start(&self, slot: usize) -> usize {
+        slot * self.padded_dim()
+    }
+}
+
+/// Keys and values of some tokens of one layer, all heads: the unit in which caches share memory.
+#[derive(Clone, Debug, PartialEq)]
+struct Block {
+    shape: Shape,
+    /// `[n_kv_heads, block_len / 16, head_dim, 16]`
     k: Numbers,
+    /// `[n_kv_heads, block_len, padded_dim]`
     v: Numbers,
+}
+
+impl Block {
+    fn empty(shape: Shape) -> Block {
+        let size = |columns: usize| {
+            let slots = shape.n_kv_heads.checked_mul(shape.block_len)?;
+            Some((slots.checked_mul(columns)?, slots))
+        };
+        let sizes = size(shape.head_dim).zip(size(shape.padded_dim()));
+        let ((k, n_slots), (v, _)) = sizes.expect("block size fits the address space");
+        let numbers = |n_elements| Numbers::new(shape.format, n_elements, n_slots);
+        Block { shape, k: numbers(k), v: numbers(v) }
+    }
+
+    fn bytes(&self) -> usize {
+        self.k.bytes() + self.v.bytes()
+    }
+
+    /// Writes rows of k and v, `[m, n_kv_heads * head_dim]`, from the token `first` on.
+    fn write(&mut self, first: usize, k: Matrix<'_>, v: Matrix<'_>) {
+        let Shape { n_kv_heads, head_dim, block_len, .. } = self.shape;
+        for head in 0..n_kv_heads {
+            let columns = head * head_dim..(head + 1) * head_dim;
+            for i in 0..k.rows() {
+                let slot = head * block_len + first + i;
+                let (k_start, v_start) = (self.shape.k_start(slot), self.shape.v_start(slot));
+                self.k.write(&k.row(i)[columns.clone()], k_start, LANES, slot);
+                self.v.write(&v.row(i)[columns.clone()], v_start, 1, slot);
+            }
+        }
+    }
+
+    /// Keys and values of one head.
+    fn head(&self, head: usize) -> (NumbersView<'_>, NumbersView<'_>) {
+        let Shape { head_dim, block_len, .. } = self.shape;
+        let slot = head * block_len;
+        let (k_len, v_len) = (block_len * head_dim, self.shape.v_start(block_len));
+        (
+            self.k.view(self.shape.k_start(slot), k_len, slot, block_len),
+            self.v.view(self.shape.v_start(slot), v_len, slot, block_len),
+        )
+    }
+}
+
+/// A block of a cache, held so that other caches can have it too.
+#[derive(Clone, Debug)]
+pub struct SharedBlock(Arc<Block>);
+
+impl SharedBlock {
+    /// Memory it holds, in bytes.
+    pub fn bytes(&self) -> usize {
+        self.0.bytes()
+    }
+
+    /// Tells blocks that exist at the same time apart: equal for the same memory only.
+    pub fn id(&self) -> usize {
+        Arc::as_ptr(&self.0).addr()
+    }
+}
+
+/// Key and value cache of one layer: k (after rotary embedding) and v of up to `capacity` tokens.
+///
+/// It is a table of blocks of [`KV_BLOCK`] tokens, each allocated when it is first written. A clone shares them; a write
+/// into a block that is shared copies that block first, so that a cache never sees what another writes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct KvCache {
+    shape: Shape,
+    capacity: usize,
+    blocks: Vec<Arc<Block>>,
 }
 
 impl KvCache {
     /// An empty cache for `capacity` tokens, in f32.
-    ///
-    /// # Panics
-    /// If the size overflows; callers bound the capacity before.
     pub fn new(n_kv_heads: usize, head_dim: usize, capacity: usize) -> KvCache {
         KvCache::with_format(n_kv_heads, head_dim, capacity, KvFormat::F32)
     }
 
-    /// An empty cache for `capacity` tokens.
-    ///
-    /// # Panics
-    /// If the size overflows; callers bound the capacity before.
+    /// An empty cache for `capacity` tokens; it holds no block yet.
     pub fn with_format(
         n_kv_heads: usize,
         head_dim: usize,
         capacity: usize,
         format: KvFormat,
     ) -> KvCache {
-        let size = |columns: usize| {
-            let tokens = capacity.checked_next_multiple_of(LANES)?;
-            Some((n_kv_heads.checked_mul(tokens)?.checked_mul(columns)?, tokens))
-        };
-        let sizes = size(head_dim).zip(size(head_dim.next_multiple_of(LANES)));
-        let ((k, tokens), (v, _)) = sizes.expect("cache size fits the address space");
-        let n_scales = n_kv_heads * tokens;
-        KvCache {
-            format,
-            n_kv_heads,
-            head_dim,
-            capacity,
-            n_slots: tokens,
-            k: Numbers::new(format, k, n_scales),
-            v: Numbers::new(format, v, n_scales),
-        }
+        let shape = Shape { format, n_kv_heads, head_dim, block_len: KV_BLOCK };
+        KvCache { shape, capacity, blocks: Vec::with_capacity(capacity.div_ceil(KV_BLOCK)) }
     }
 
-    /// A full cache of rows of k and v, both `[len, n_kv_heads * head_dim]`: what cross-attention reads of a medium.
+    /// A full cache of rows of k and v, both `[len, n_kv_heads * head_dim]`, in one block: what cross-attention reads of
+    /// a medium.
     ///
     /// # Panics
     /// If the shapes disagree, or the columns are not those of whole heads.
@@ -268,23 +442,24 @@ impl KvCache {
         assert_eq!((k.rows(), k.cols()), (v.rows(), v.cols()), "cache: shapes of k and v");
         assert!(n_kv_heads > 0 && k.cols().is_multiple_of(n_kv_heads), "cache: heads");
         let mut cache = KvCache::with_format(n_kv_heads, k.cols() / n_kv_heads, k.rows(), format);
+        cache.shape.block_len = k.rows().next_multiple_of(LANES).max(LANES);
         cache.write(0, k, v);
         cache
     }
 
     /// How its numbers are stored.
     pub fn format(&self) -> KvFormat {
-        self.format
+        self.shape.format
     }
 
     /// Key and value heads.
     pub fn n_kv_heads(&self) -> usize {
-        self.n_kv_heads
+        self.shape.n_kv_heads
     }
 
     /// Width of a head.
     pub fn head_dim(&self) -> usize {
-        self.head_dim
+        self.shape.head_dim
     }
 
     /// Tokens it can hold.
@@ -292,31 +467,53 @@ impl KvCache {
         self.capacity
     }
 
-    /// Memory it holds, in bytes.
+    /// Memory of its blocks, in bytes; blocks that other caches hold too count in full.
     pub fn bytes(&self) -> usize {
-        self.k.bytes() + self.v.bytes()
+        self.blocks.iter().map(|block| block.bytes()).sum()
     }
 
-    /// Keys of the first `len` tokens, `[n_kv_heads, len, head_dim]`.
+    /// A block, shared; block `i` of a cache that was not made of rows holds the tokens from `i *` [`KV_BLOCK`] on.
+    pub fn share(&self, block_idx: usize) -> Option<SharedBlock> {
+        self.blocks.get(block_idx).cloned().map(SharedBlock)
+    }
+
+    /// Takes blocks of another cache as its own first ones, and forgets what it held.
+    ///
+    /// # Panics
+    /// If the other cache has other heads, another format or blocks of another size.
+    pub fn adopt(&mut self, blocks: &[SharedBlock]) {
+        let fits = |block: &SharedBlock| block.0.shape == self.shape;
+        assert!(blocks.iter().all(fits), "cache: blocks of another cache");
+        self.blocks.clear();
+        self.blocks.extend(blocks.iter().map(|block| Arc::clone(&block.0)));
+    }
+
+    /// Forgets the tokens from `len` on. Blocks of its own stay for the next tokens; shared ones are let go.
+    pub fn truncate(&mut self, len: usize) {
+        let n_kept = len.div_ceil(self.shape.block_len).min(self.blocks.len());
+        let mut at = 0;
+        self.blocks.retain_mut(|block| {
+            at += 1;
+            at <= n_kept || Arc::get_mut(block).is_some()
+        });
+    }
+
+    /// Keys of the first `len` tokens, `[n_kv_heads, len, head_dim]`; zeros where none was written.
     ///
     /// # Panics
     /// If `len` exceeds the capacity.
     pub fn keys(&self, len: usize) -> Vec<f32> {
-        self.read(len, |head, token, col| {
-            let (element, slot) = self.k_place(head, token);
-            self.k.read(element + col * LANES, slot)
+        self.read(len, |block, slot, col| {
+            block.k.read(self.shape.k_start(slot) + col * LANES, slot)
         })
     }
 
-    /// Values of the first `len` tokens, `[n_kv_heads, len, head_dim]`.
+    /// Values of the first `len` tokens, `[n_kv_heads, len, head_dim]`; zeros where none was written.
     ///
     /// # Panics
     /// If `len` exceeds the capacity.
     pub fn values(&self, len: usize) -> Vec<f32> {
-        self.read(len, |head, token, col| {
-            let (element, slot) = self.v_place(head, token);
-            self.v.read(element + col, slot)
-        })
+        self.read(len, |block, slot, col| block.v.read(self.shape.v_start(slot) + col, slot))
     }
 
     /// Keys of all tokens as [`KvCache::from_rows`] took them, `[capacity, n_kv_heads * head_dim]`.
@@ -330,19 +527,22 @@ impl KvCache {
     }
 
     fn rows_from_heads(&self, heads: &[f32]) -> Vec<f32> {
-        let (len, head_dim) = (self.capacity, self.head_dim);
+        let (len, head_dim) = (self.capacity, self.shape.head_dim);
         let part =
             |token: usize, head: usize| &heads[(head * len + token) * head_dim..][..head_dim];
-        let row = |token| (0..self.n_kv_heads).flat_map(move |head| part(token, head));
+        let row = |token| (0..self.shape.n_kv_heads).flat_map(move |head| part(token, head));
         (0..len).flat_map(row).copied().collect()
     }
 
-    fn read(&self, len: usize, element: impl Fn(usize, usize, usize) -> f32) -> Vec<f32> {
+    fn read(&self, len: usize, element: impl Fn(&Block, usize, usize) -> f32) -> Vec<f32> {
         assert!(len <= self.capacity, "cache: {len} tokens of {}", self.capacity);
-        let mut out = Vec::with_capacity(self.n_kv_heads * len * self.head_dim);
-        for head in 0..self.n_kv_heads {
+        let mut out = Vec::with_capacity(self.shape.n_kv_heads * len * self.shape.head_dim);
+        for head in 0..self.shape.n_kv_heads {
             for token in 0..len {
-                out.extend((0..self.head_dim).map(|col| element(head, token, col)));
+                let block = self.blocks.get(token / self.shape.block_len);
+                let slot = head * self.shape.block_len + token % self.shape.block_len;
+                let number = |col| block.map_or(0.0, |block| element(block, slot, col));
+                out.extend((0..self.shape.head_dim).map(number));
             }
         }
         out
@@ -353,54 +553,56 @@ impl KvCache {
     /// # Panics
     /// If a length differs or exceeds the capacity.
     pub fn write_heads(&mut self, len: usize, k: &[f32], v: &[f32]) {
-        let n_elements = self.n_kv_heads * len * self.head_dim;
-        assert!(len <= self.capacity && k.len() == n_elements && v.len() == n_elements);
-        for row in 0..self.n_kv_heads * len {
-            let columns = row * self.head_dim..(row + 1) * self.head_dim;
-            self.write_row(row / len, row % len, &k[columns.clone()], &v[columns]);
-        }
+        let n_elements = self.shape.n_kv_heads * len * self.shape.head_dim;
+        assert!(k.len() == n_elements && v.len() == n_elements, "cache: shapes of k and v");
+        let row = |head: usize, token: usize| (head * len + token) * self.shape.head_dim;
+        let rows = |data: &[f32]| -> Vec<f32> {
+            let of_token = |token| (0..self.shape.n_kv_heads).map(move |head| row(head, token));
+            let starts = (0..len).flat_map(of_token);
+            starts.flat_map(|start| data[start..start + self.shape.head_dim].to_vec()).collect()
+        };
+        let (k, v, width) = (rows(k), rows(v), self.shape.n_kv_heads * self.shape.head_dim);
+        self.write(0, Matrix::new(&k, len, width), Matrix::new(&v, len, width));
     }
 
-    /// Writes rows of k and v, `[m, n_kv_heads * head_dim]`, at token `past_len`.
+    /// Writes rows of k and v, `[m, n_kv_heads * head_dim]`, at token `past_len`; the tokens from there on are forgotten.
+    ///
+    /// # Panics
+    /// If the rows exceed the capacity or leave a gap.
     pub(crate) fn write(&mut self, past_len: usize, k: Matrix<'_>, v: Matrix<'_>) {
-        for head in 0..self.n_kv_heads {
-            let columns = head * self.head_dim..(head + 1) * self.head_dim;
-            for i in 0..k.rows() {
-                let (k, v) = (&k.row(i)[columns.clone()], &v.row(i)[columns.clone()]);
-                self.write_row(head, past_len + i, k, v);
-            }
+        let end = past_len + k.rows();
+        assert!(end <= self.capacity, "cache: {end} tokens of {}", self.capacity);
+        let mut token = past_len;
+        while token < end {
+            let (block_idx, first) = (token / self.shape.block_len, token % self.shape.block_len);
+            let n_rows = (self.shape.block_len - first).min(end - token);
+            let row = token - past_len;
+            let (k, v) = (k.row_range(row..row + n_rows), v.row_range(row..row + n_rows));
+            self.own_block(block_idx, first).write(first, k, v);
+            token += n_rows;
         }
     }
 
-    fn write_row(&mut self, head: usize, token: usize, k: &[f32], v: &[f32]) {
-        let (k_place, v_place) = (self.k_place(head, token), self.v_place(head, token));
-        self.k.write(k, k_place.0, LANES, k_place.1);
-        self.v.write(v, v_place.0, 1, v_place.1);
-    }
-
-    /// First element of a key, and the place of its scale.
-    fn k_place(&self, head: usize, token: usize) -> (usize, usize) {
-        let slot = head * self.n_slots + token;
-        let panel = head * self.n_slots / LANES + token / LANES;
-        (panel * self.head_dim * LANES + token % LANES, slot)
-    }
-
-    /// First element of a value, and the place of its scale.
-    fn v_place(&self, head: usize, token: usize) -> (usize, usize) {
-        let slot = head * self.n_slots + token;
-        (slot * self.head_dim.next_multiple_of(LANES), slot)
+    /// A block that is this cache's alone: a new one, or a copy of a shared one that keeps the tokens before `first`.
+    fn own_block(&mut self, block_idx: usize, first: usize) -> &mut Block {
+        assert!(block_idx <= self.blocks.len(), "cache: a gap before block {block_idx}");
+        if block_idx == self.blocks.len() {
+            self.blocks.push(Arc::new(Block::empty(self.shape)));
+        }
+        let block = &mut self.blocks[block_idx];
+        if first == 0 && Arc::get_mut(block).is_none() {
+            *block = Arc::new(Block::empty(self.shape));
+        }
+        Arc::make_mut(block)
     }
 
     /// Keys and values of one head.
     pub(crate) fn head(&self, head: usize) -> HeadKv<'_> {
-        assert!(head < self.n_kv_heads);
-        let (tokens, padded_dim) = (self.n_slots, self.head_dim.next_multiple_of(LANES));
-        let [k_len, v_len] = [tokens * self.head_dim, tokens * padded_dim];
+        assert!(head < self.shape.n_kv_heads);
         HeadKv {
-            k: self.k.view(head * k_len, k_len, head * tokens, tokens),
-            v: self.v.view(head * v_len, v_len, head * tokens, tokens),
-            head_dim: self.head_dim,
-            padded_dim,
+            pieces: Pieces::Blocks { cache: self, head },
+            head_dim: self.shape.head_dim,
+            padded_dim: self.shape.padded_dim(),
         }
     }
 }
@@ -436,7 +638,8 @@ mod tests {
                 let errors = read.iter().zip(rows.row(0)).map(|(a, b)| (a - b).abs());
                 assert!(read.len() == len * 15 && errors.fold(0.0, f32::max) <= bound, "{format}");
             }
-            assert_eq!(cache.bytes(), 32 * format.token_bytes(n_kv_heads, head_dim));
+            assert_eq!(full.bytes(), 32 * format.token_bytes(n_kv_heads, head_dim));
+            assert_eq!(cache.bytes(), KV_BLOCK * format.token_bytes(n_kv_heads, head_dim));
         }
     }
 }

@@ -63,7 +63,7 @@ pub use arch::MatrixMut;
 pub use convolution::Convolution;
 pub use error::KernelError;
 pub use isa::Isa;
-pub use kv_cache::{KV_SLOTS, KvCache, KvFormat};
+pub use kv_cache::{KV_BLOCK, KV_SLOTS, KvCache, KvFormat, SharedBlock};
 pub use matrix::Matrix;
 pub use self_attention::{Position, SelfAttention};
 pub use weight::{MAX_BYTE_COLS, PANEL_ROWS, PanelFormat, Panels, Weight};

@@ -3,7 +3,7 @@
 use crate::{
     Kernels,
     arch::{MatrixMut, Simd, Task},
-    kv_cache::{HeadKv, LANES, NumbersView},
+    kv_cache::{HeadKv, LANES, NumbersView, Pieces},
     matrix::Matrix,
 };
 
@@ -29,8 +29,7 @@ impl PackedKv<'_> {
         let data = &self.data[start + head * (k_len + v_len)..][..k_len + v_len];
         let (k, v) = data.split_at(k_len);
         HeadKv {
-            k: NumbersView::F32(k),
-            v: NumbersView::F32(v),
+            pieces: Pieces::One { k: NumbersView::F32(k), v: NumbersView::F32(v) },
             head_dim: self.head_dim,
             padded_dim: self.head_dim.next_multiple_of(LANES),
         }

@@ -408,6 +408,91 @@ fn long_contexts_agree_in_every_cache_format() {
     }
 }
 
+/// Lengths around the borders of cache blocks (64) and of softmax blocks (320).
+#[test]
+fn lengths_around_block_borders_agree_in_every_cache_format() {
+    for kernels in all_kernels() {
+        for attributes in &self_attention_cases()[1..5] {
+            for m in [15, 16, 63, 64, 65, 127, 129, 319, 321, 385] {
+                let qkv = Qkv::new(m, attributes);
+                let [q, k, v] = qkv.rows(0..m);
+                let expected = reference::self_attention(q, k, v, attributes);
+                let chunks = [m / 3, 1, m - m / 3 - 1];
+                for (format, bound) in KvFormat::ALL.into_iter().zip([1e-5, 2e-3, 3e-2]) {
+                    let run = |chunks: &[usize]| {
+                        let (heads, dim) = (attributes.n_kv_heads, attributes.head_dim);
+                        let cache = KvCache::with_format(heads, dim, m, format);
+                        run_in_chunks_of(&kernels, attributes, &qkv, chunks, cache).0
+                    };
+                    let (whole, what) = (run(&[m]), format!("{} {format} {m}", kernels.isa()));
+                    check(&what, &whole, &expected, bound);
+                    assert_eq!(bits(&run(&chunks)), bits(&whole), "{what}");
+                }
+            }
+        }
+    }
+}
+
+/// A fork at any length goes its own way: neither side sees what the other writes.
+#[test]
+fn forks_share_blocks_until_they_write() {
+    let kernels = &all_kernels()[0];
+    for attributes in self_attention_cases() {
+        let (heads, dim) = (attributes.n_kv_heads, attributes.head_dim);
+        for split in [1, 40, 64, 100, 128, 320] {
+            for format in KvFormat::ALL {
+                let len = split + 70;
+                let (ours, mut theirs) = (Qkv::new(len, &attributes), Qkv::new(len, &attributes));
+                let changed = split * theirs.fused.shape.1;
+                theirs.fused.data[changed..].iter_mut().for_each(|value| *value = -*value);
+                let fresh = |qkv: &Qkv| {
+                    let cache = KvCache::with_format(heads, dim, len, format);
+                    run_in_chunks_of(kernels, &attributes, qkv, &[len], cache)
+                };
+                let cache = KvCache::with_format(heads, dim, len, format);
+                let (_, mut cache) = run_in_chunks_of(kernels, &attributes, &ours, &[split], cache);
+                let mut fork = cache.clone();
+                let shares = |cache: &KvCache| -> Vec<SharedBlock> {
+                    (0..split.div_ceil(KV_BLOCK)).map(|block| cache.share(block).unwrap()).collect()
+                };
+                let shared = shares(&cache);
+                let same = |other: &KvCache| {
+                    shared.iter().zip(&shares(other)).filter(|(a, b)| a.id() == b.id()).count()
+                };
+                assert_eq!(same(&fork), split.div_ceil(KV_BLOCK));
+                for (qkv, cache) in [(&theirs, &mut fork), (&ours, &mut cache)] {
+                    let [q, k, v] = qkv.rows(split..len);
+                    let out = output(len - split, qkv.q_width, |out| {
+                        kernels.self_attention(q, k, v, cache, split, &attributes, out);
+                    });
+                    let (whole, whole_cache) = fresh(qkv);
+                    assert_eq!(bits(&out), bits(&whole[split * qkv.q_width..]), "{split} {format}");
+                    assert_eq!(cache.keys(len), whole_cache.keys(len));
+                    assert_eq!(cache.values(len), whole_cache.values(len));
+                    assert_eq!(same(cache), split / KV_BLOCK, "whole blocks stay shared");
+                }
+                let mut adopted = KvCache::with_format(heads, dim, len, format);
+                adopted.adopt(&shared);
+                assert_eq!(adopted.keys(split), fresh(&ours).1.keys(split));
+                fork.truncate(0);
+                assert_eq!(
+                    fork.bytes() / shared[0].bytes(),
+                    len.div_ceil(KV_BLOCK) - split / KV_BLOCK
+                );
+            }
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "blocks of another cache")]
+fn blocks_of_another_format_are_refused() {
+    let (k, v) = (random(1, 32), random(2, 32));
+    let mut cache = KvCache::new(2, 16, 5);
+    cache.write_heads(1, &k, &v);
+    KvCache::with_format(2, 16, 5, KvFormat::F16).adopt(&[cache.share(0).unwrap()]);
+}
+
 #[test]
 fn later_rows_are_never_seen() {
     for kernels in all_kernels() {

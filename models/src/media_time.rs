@@ -56,7 +56,8 @@ impl MediaClock {
 
     /// The medium that generated tokens see: the one that the last given token sees, whatever is
     /// generated (open_flamingo `generate` with cached media; transformers repeats the last mask
-    /// row).
+    /// row). The clock stays where it is: tokens given afterwards, as the next turn of a
+    /// conversation, see what they would see had nothing been generated before them.
     pub fn generated(&self) -> u32 {
         self.last
     }

@@ -11,7 +11,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use flamingo_ir::DType;
-use flamingo_kernels::{KernelError, KvCache};
+use flamingo_kernels::{KernelError, KvCache, SharedBlock};
 
 use crate::profile::Record;
 
@@ -149,6 +149,11 @@ pub trait Backend: Send + Sync {
     /// If the memory for its keys and values cannot be had.
     fn new_sequence(&self, max_context: usize) -> Result<Box<dyn Sequence>, BackendError>;
 
+    /// Memory of weights and buffers; `None` if the engine does not say.
+    fn memory(&self) -> Option<BackendMemory> {
+        None
+    }
+
     /// Starts or stops recording what each instruction does; whether this engine can.
     fn set_profiling(&self, _is_on: bool) -> bool {
         false
@@ -183,8 +188,38 @@ pub trait Sequence: Send {
     /// Forgets the tokens from `len` on; nothing if there are fewer.
     fn truncate(&mut self, len: usize);
 
+    /// A sequence of the same tokens that goes its own way from here on.
+    fn fork(&self) -> Box<dyn Sequence>;
+
+    /// Memory of keys and values, in bytes; what forks share counts in full.
+    fn kv_bytes(&self) -> usize;
+
+    /// Keys and values of block `block_idx` ([`KV_BLOCK`](flamingo_kernels::KV_BLOCK) tokens) of every layer, for sequences that begin alike; `None`
+    /// if this engine shares none, or the block has no token.
+    fn share(&self, _block_idx: usize) -> Option<TokenBlock> {
+        None
+    }
+
+    /// Begins with the first `len` tokens of other sequences of this backend, whose blocks these are; whether it did. A
+    /// sequence that has tokens does not.
+    fn adopt(&mut self, _blocks: &[TokenBlock], _len: usize) -> bool {
+        false
+    }
+
     /// The sequence itself, for the backend that made it.
     fn as_any_mut(&mut self) -> &mut dyn Any;
+}
+
+/// Keys and values of a block of tokens, one [`SharedBlock`] a layer: memory that several sequences have.
+pub type TokenBlock = Arc<Vec<SharedBlock>>;
+
+/// Memory of a backend, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BackendMemory {
+    /// Weights that it reads from the memory map.
+    pub weight_bytes: usize,
+    /// Buffers that its calls work in; they grow to the largest call.
+    pub buffer_bytes: usize,
 }
 
 /// Where weights lie: a memory map, so that no backend needs a copy. Answers never change.
@@ -353,6 +388,8 @@ pub fn frame_weights(n_frames: usize, n_max: usize) -> Vec<f32> {
 
 #[cfg(test)]
 mod tests {
+    use flamingo_kernels::{KvFormat, Matrix};
+
     use super::*;
 
     #[test]
@@ -385,11 +422,13 @@ mod tests {
 
     #[test]
     fn media_know_their_size() {
+        let zeros = [0.0; 256];
+        let rows = Matrix::new(&zeros, 16, 16);
         let media = Media {
             visual_tokens: vec![0.0; 6],
             blocks: vec![
                 MediaKv::Rows { k: vec![0.0; 4], v: vec![0.0; 4] },
-                MediaKv::Cache(KvCache::new(1, 16, 16)),
+                MediaKv::Cache(KvCache::from_rows(1, rows, rows, KvFormat::F32)),
                 MediaKv::None,
             ],
             n_latents: 2,

@@ -2,37 +2,49 @@
 //! prompts with text, pictures and videos in between.
 //!
 //! ```no_run
-//! use flamingo_runtime::{GenerateOptions, Model, OpenOptions, PromptFile};
+//! use flamingo_runtime::{GenerateOptions, Limits, Model, OpenOptions, PromptFile};
 //! let model = Model::open("demo.flamingo".as_ref(), &OpenOptions::default())?;
 //! let prompt = PromptFile::from_text("<image>what color ?", &["a.png".into()])?;
 //! let answer = model.generate(&prompt, &GenerateOptions::default(), &mut |piece| print!("{piece}"))?;
 //! assert_eq!(answer.cache.visual_misses, 1);
+//!
+//! let mut session = model.session()?; // a conversation: later turns cost their own tokens only
+//! session.append(&prompt, &Limits::default())?;
+//! for piece in session.pieces(&GenerateOptions::default())? {
+//!     print!("{}", piece?.text);
+//! }
 //! # Ok::<(), flamingo_runtime::RunError>(())
 //! ```
 #![forbid(unsafe_code)]
 
+mod answer;
 mod artifact;
 pub mod backend;
 mod contract;
 pub mod image;
 pub mod machine;
+mod model;
 pub mod native;
 #[cfg(any(feature = "ort", feature = "tract"))]
 mod onnx_graph;
 #[cfg(feature = "ort")]
 pub mod ort;
+mod prefix_cache;
 pub mod profile;
 mod prompt;
 mod sampling;
 mod session;
+mod text_stream;
 #[cfg(feature = "tract")]
 pub mod tract;
 
 pub use flamingo_kernels::KvFormat;
 
+pub use answer::{
+    Answer, CacheCounts, CancelToken, GenerateOptions, Generated, Limits, Stop, Timings,
+};
 pub use artifact::{Artifact, ArtifactError, LoadedGraphs, MappedWeights};
+pub use model::{Model, OpenOptions, RunError};
 pub use prompt::{PromptEncoder, PromptError, PromptFile, Segment, VideoFiles};
 pub use sampling::{Sampler, SamplingOptions, argmax};
-pub use session::{
-    Answer, CacheCounts, GenerateOptions, Generated, Model, OpenOptions, RunError, Stop, Timings,
-};
+pub use session::{Mark, Medium, Piece, Pieces, Session, SessionMemory, Tokens};

@@ -16,14 +16,16 @@ mod tests;
 mod work;
 
 use std::any::Any;
+use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use flamingo_ir::{Bindings, Graph};
-use flamingo_kernels::{Kernels, KvCache, KvFormat, Matrix};
+use flamingo_kernels::{KV_BLOCK, Kernels, KvCache, KvFormat, Matrix, SharedBlock};
 
 use crate::backend::{
-    Backend, BackendError, Media, MediaKv, Sequence, Step, WeightBytes, frame_weights,
+    Backend, BackendError, BackendMemory, Media, MediaKv, Sequence, Step, TokenBlock, WeightBytes,
+    frame_weights,
 };
 use crate::contract::{Contract, check_step, full, indices};
 use crate::profile::Record;
@@ -46,6 +48,8 @@ struct Shared {
     media_buffers: Mutex<Vec<Buffers>>,
     /// Heads of each gated block.
     media_heads: Vec<usize>,
+    /// Bytes of the weights that the two stages read.
+    weight_bytes: usize,
     kv_format: KvFormat,
 }
 
@@ -77,9 +81,13 @@ impl NativeBackend {
     ) -> Result<NativeBackend, BackendError> {
         let contract = Contract::new(media, decoder)?;
         let decoder = NativeStage::new(decoder, Arc::clone(&weights), Arc::clone(&kernels))?;
+        let media = NativeStage::new(media, weights, kernels)?;
+        let used: BTreeMap<&str, usize> =
+            media.weights_used().chain(decoder.weights_used()).collect();
         let shared = Shared {
-            media: NativeStage::new(media, weights, kernels)?,
+            weight_bytes: used.values().sum(),
             media_heads: decoder.media_heads(),
+            media,
             decoder,
             contract,
             decoder_buffers: Mutex::default(),
@@ -143,6 +151,18 @@ impl Backend for NativeBackend {
         let media = pixel_values.chunks_exact(medium_elements).map(encode).collect();
         give_back(&self.shared.media_buffers, buffers);
         media
+    }
+
+    /// Buffers of calls that run at this moment are not counted.
+    fn memory(&self) -> Option<BackendMemory> {
+        let bytes = |free: &Mutex<Vec<Buffers>>| -> usize {
+            let free = free.lock().unwrap_or_else(PoisonError::into_inner);
+            free.iter().map(Buffers::bytes).sum()
+        };
+        Some(BackendMemory {
+            weight_bytes: self.shared.weight_bytes,
+            buffer_bytes: bytes(&self.shared.decoder_buffers) + bytes(&self.shared.media_buffers),
+        })
     }
 
     fn set_profiling(&self, is_on: bool) -> bool {
@@ -301,7 +321,7 @@ impl BatchRows {
 }
 
 /// Keys and values of one sequence, in caches of fixed capacity.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct NativeSequence {
     shared: Arc<Shared>,
     caches: Vec<KvCache>,
@@ -325,7 +345,42 @@ impl Sequence for NativeSequence {
     }
 
     fn truncate(&mut self, len: usize) {
-        self.len = self.len.min(len);
+        if len < self.len {
+            self.len = len;
+            self.caches.iter_mut().for_each(|cache| cache.truncate(len));
+        }
+    }
+
+    fn fork(&self) -> Box<dyn Sequence> {
+        Box::new(self.clone())
+    }
+
+    fn kv_bytes(&self) -> usize {
+        self.caches.iter().map(KvCache::bytes).sum()
+    }
+
+    fn share(&self, block_idx: usize) -> Option<TokenBlock> {
+        let is_there = block_idx < self.len.div_ceil(KV_BLOCK);
+        let blocks = self.caches.iter().filter(|_| is_there).map(|cache| cache.share(block_idx));
+        let blocks: Vec<SharedBlock> = blocks.collect::<Option<_>>()?;
+        (!blocks.is_empty()).then(|| Arc::new(blocks))
+    }
+
+    fn adopt(&mut self, blocks: &[TokenBlock], len: usize) -> bool {
+        let fits = self.len == 0
+            && len <= self.max_context
+            && blocks.len() == len.div_ceil(KV_BLOCK)
+            && blocks.iter().all(|block| block.len() == self.caches.len());
+        if !fits {
+            return false;
+        }
+        for (layer, cache) in self.caches.iter_mut().enumerate() {
+            let of_layer: Vec<SharedBlock> =
+                blocks.iter().map(|block| block[layer].clone()).collect();
+            cache.adopt(&of_layer);
+        }
+        self.len = len;
+        true
     }
 
     fn as_any_mut(&mut self) -> &mut dyn Any {

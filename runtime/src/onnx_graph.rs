@@ -46,7 +46,7 @@ pub(crate) enum Input<'a, T> {
 /// Executes the two graphs of one artifact.
 pub(crate) trait Engine: Send + Sync + 'static {
     /// An output, in the engine's own memory.
-    type Tensor: Send + 'static;
+    type Tensor: Send + Sync + 'static;
 
     /// Name on the command line.
     const NAME: &'static str;
@@ -403,8 +403,8 @@ struct OnnxSequence<E: Engine> {
     max_context: usize,
     len: usize,
     /// Keys and values in the order of [`DecoderInputs::caches`], [n_kv_heads, kept_len, head_dim];
-    /// none before the first step.
-    kept: Vec<E::Tensor>,
+    /// none before the first step. Forks share them: a step makes new ones.
+    kept: Vec<Arc<E::Tensor>>,
     /// Tokens in `kept`: `len`, or more since the sequence was cut.
     kept_len: usize,
 }
@@ -436,8 +436,8 @@ impl<E: Engine + 'static> Sequence for OnnxSequence<E> {
         let logits = self.shared.numbers(&outputs[place], n_rows * width)?;
         let logits = logits[..step.logit_rows.len() * width].to_vec();
         let mut kept: Vec<Option<E::Tensor>> = outputs.drain(..).map(Some).collect();
-        self.kept =
-            signature.decoder_inputs.caches.iter().filter_map(|c| kept[c.output].take()).collect();
+        let caches = signature.decoder_inputs.caches.iter();
+        self.kept = caches.filter_map(|c| kept[c.output].take().map(Arc::new)).collect();
         self.len += step.input_ids.len();
         self.kept_len = self.len;
         Ok(logits)
@@ -445,6 +445,22 @@ impl<E: Engine + 'static> Sequence for OnnxSequence<E> {
 
     fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);
+    }
+
+    fn fork(&self) -> Box<dyn Sequence> {
+        Box::new(OnnxSequence {
+            shared: Arc::clone(&self.shared),
+            max_context: self.max_context,
+            len: self.len,
+            kept: self.kept.clone(),
+            kept_len: self.kept_len,
+        })
+    }
+
+    fn kv_bytes(&self) -> usize {
+        let caches = self.shared.signature.decoder_inputs.caches.iter().take(self.kept.len());
+        let elements = caches.map(|cache| cache.n_kv_heads * self.kept_len * cache.head_dim);
+        elements.sum::<usize>() * size_of::<f32>()
     }
 
     fn as_any_mut(&mut self) -> &mut dyn Any {

@@ -123,6 +123,16 @@ pub enum PromptError {
         /// Tokens that fit.
         limit: usize,
     },
+    /// A place in a conversation that it does not have.
+    #[error(
+        "session: a mark at {mark} tokens, it has {tokens}\n\nhint: rewind to the later mark first, or fork before rewinding"
+    )]
+    NoMark {
+        /// Tokens at the mark.
+        mark: usize,
+        /// Tokens now.
+        tokens: usize,
+    },
     /// There is nothing to continue.
     #[error("prompt: no text and no picture\n\nhint: pass `--prompt` or `--prompt-file`")]
     Empty,
@@ -229,14 +239,29 @@ impl PromptEncoder<'_> {
     /// # Errors
     /// No segments, special tokens that the model lacks, or text that itself holds image tokens.
     pub fn encode(&self, prompt: &PromptFile) -> Result<Vec<u32>, PromptError> {
+        self.encode_after(None, prompt)
+    }
+
+    /// Token ids of what follows the token `last`: a further turn has no beginning token.
+    ///
+    /// # Errors
+    /// As [`PromptEncoder::encode`].
+    pub fn encode_after(
+        &self,
+        last: Option<u32>,
+        prompt: &PromptFile,
+    ) -> Result<Vec<u32>, PromptError> {
         if prompt.segments.is_empty() {
             return Err(PromptError::Empty);
         }
         let text = match self.family {
-            Family::Idefics => self.idefics_text(prompt)?,
+            Family::Idefics => {
+                let after_image = last.is_some() && last == self.tokens.around_image;
+                self.idefics_text(prompt, after_image)?
+            }
             Family::OpenFlamingo | Family::Otter => self.plain_text(prompt)?,
         };
-        let encoding = self.tokenizer.encode(text, true);
+        let encoding = self.tokenizer.encode(text, last.is_none());
         let encoding = encoding.map_err(|error| PromptError::Tokenizer(error.to_string()))?;
         let ids = encoding.get_ids().to_vec();
         let in_text = ids.iter().filter(|id| **id == self.tokens.image).count();
@@ -266,11 +291,14 @@ impl PromptEncoder<'_> {
         Ok(text)
     }
 
-    fn idefics_text(&self, prompt: &PromptFile) -> Result<String, PromptError> {
+    fn idefics_text(
+        &self,
+        prompt: &PromptFile,
+        mut after_image: bool,
+    ) -> Result<String, PromptError> {
         let image = self.word(Some(self.tokens.image), "image")?;
         let around = self.word(self.tokens.around_image, "around-image")?;
         let mut text = String::new();
-        let mut after_image = false;
         for segment in &prompt.segments {
             match segment {
                 Segment::Image { .. } | Segment::Video { .. } => {

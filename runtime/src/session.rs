@@ -1,600 +1,469 @@
-//! A model opened for use, and sessions that answer prompts.
+//! One conversation: tokens given and generated, their keys and values, and the pictures they see. It grows at its end,
+//! can be rewound to a mark, and forks share what they have in common.
 
-use std::collections::VecDeque;
-use std::num::NonZeroUsize;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Instant;
 
-use flamingo_kernels::KvFormat;
-use flamingo_models::manifest::Manifest;
-use flamingo_models::{MediaClock, SourceError, read_tokenizer};
-use tokenizers::Tokenizer;
+use flamingo_models::MediaClock;
 
-use crate::artifact::{Artifact, ArtifactError};
-use crate::backend::{Backend, BackendError, Media, Step};
-use crate::image::{self, ImageError};
-use crate::native::NativeBackend;
-use crate::prompt::{PromptEncoder, PromptError, PromptFile, Segment, VideoFiles};
-use crate::sampling::{Sampler, SamplingOptions};
+use crate::answer::{Answer, CacheCounts, GenerateOptions, Generated, Limits, Stop, Timings};
+use crate::backend::{Media, Sequence, Step};
+use crate::model::{Model, RunError};
+use crate::prefix_cache::{MediaKey, STEP, step_keys};
+use crate::prompt::{PromptError, PromptFile};
+use crate::sampling::Sampler;
+use crate::text_stream::TextStream;
 
-/// Media whose visual tokens a model keeps in memory.
-const CACHED_MEDIA: usize = 256;
+/// Tokens of a prompt that are read at once; between them a session looks whether to stop.
+const PREFILL_TOKENS: usize = 512;
 
-/// Why a prompt was not answered.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum RunError {
-    /// The artifact cannot be opened.
-    #[error(transparent)]
-    Artifact(#[from] ArtifactError),
-    /// The backend refused.
-    #[error(transparent)]
-    Backend(#[from] BackendError),
-    /// The prompt cannot be used.
-    #[error(transparent)]
-    Prompt(#[from] PromptError),
-    /// A picture cannot be used.
-    #[error(transparent)]
-    Image(#[from] ImageError),
-    /// The tokenizer cannot be read.
-    #[error(transparent)]
-    Tokenizer(#[from] SourceError),
-    /// The artifact has no tokenizer.
-    #[error(
-        "{0}: the artifact has no tokenizer.json\n\nhint: name `tokenizer` in the recipe and compile again, or use \
-         `trace`, which takes token ids"
-    )]
-    NoTokenizer(PathBuf),
-    /// A backend that this program was built without, or that does not exist.
-    #[error("backend `{name}`: {reason}\n\nhint: {hint}")]
-    NoBackend {
-        /// What was asked for.
-        name: String,
-        /// Why it is not there.
-        reason: &'static str,
-        /// What to do.
-        hint: &'static str,
-    },
-    /// A video without frames.
-    #[error("{path}: {reason}\n\nhint: {hint}")]
-    Video {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong.
-        reason: String,
-        /// What to do.
-        hint: &'static str,
-    },
+/// An encoded medium, and what tells it from others.
+#[derive(Clone, Debug)]
+pub struct Medium {
+    /// Visual tokens, keys and values.
+    pub media: Arc<Media>,
+    /// Hash of the pixel values, if known: without it, tokens that see the medium are not shared with other sessions.
+    pub key: Option<[u8; 32]>,
 }
 
-/// How a model is opened.
-#[derive(Clone, Debug, Default)]
-pub struct OpenOptions {
-    /// `native` (default), `ort` or `tract`.
-    pub backend: Option<String>,
-    /// Execution provider of `ort`: `cpu` (default), `cuda`, `tensorrt`.
-    pub execution_provider: Option<String>,
-    /// ONNX Runtime's shared library.
-    pub ort_library: Option<PathBuf>,
-    /// Threads; default: one for each physical core.
-    pub n_threads: Option<NonZeroUsize>,
-    /// How the native engine keeps keys and values, of text and of media; default: f32 for an artifact in f32, f16 for
-    /// others.
-    pub kv_format: Option<KvFormat>,
-    /// Whether to check the hash of every file.
-    pub verify: bool,
+impl From<Arc<Media>> for Medium {
+    fn from(media: Arc<Media>) -> Medium {
+        Medium { media, key: None }
+    }
 }
 
-/// An artifact ready to answer.
-pub struct Model {
-    path: PathBuf,
-    manifest: Manifest,
-    backend: Box<dyn Backend>,
-    kv_format: KvFormat,
-    tokenizer: Option<Tokenizer>,
-    cache: Mutex<VecDeque<(blake3::Hash, Arc<Media>)>>,
+/// A place in a session to come back to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mark {
+    n_tokens: usize,
 }
 
-/// Pixels of one medium.
-struct Pixels {
-    /// [n_frames, 3, size, size].
-    values: Vec<f32>,
-    n_frames: usize,
+/// Memory that a session uses, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SessionMemory {
+    /// Weights in the memory map, shared by all sessions of the model; 0 where the engine does not say.
+    pub weight_bytes: usize,
+    /// Keys and values of the session's tokens; blocks that it shares count in full.
+    pub kv_bytes: usize,
+    /// Visual tokens, keys and values of its media; each medium once.
+    pub media_bytes: usize,
+    /// Buffers of the model's calls, shared by all sessions; 0 where the engine does not say.
+    pub buffer_bytes: usize,
+    /// Keys and values that the model keeps for prompts that begin alike; each block once.
+    pub prefix_bytes: usize,
 }
 
-impl Model {
-    /// Opens an artifact.
-    ///
-    /// # Errors
-    /// A broken artifact, or a backend that cannot run it.
-    pub fn open(path: &Path, options: &OpenOptions) -> Result<Model, RunError> {
-        let artifact = Artifact::open(path, options.verify)?;
-        let kv_format = kv_format(&artifact.manifest, options);
-        let backend = open_backend(&artifact, options)?;
-        let tokenizer = path.join("tokenizer.json");
-        let tokenizer = match tokenizer.is_file() {
-            true => Some(read_tokenizer(&tokenizer)?),
-            false => None,
-        };
-        let Artifact { path, manifest } = artifact;
-        Ok(Model {
-            path,
-            manifest,
-            backend,
-            kv_format,
-            tokenizer,
-            cache: Mutex::new(VecDeque::new()),
+/// One conversation with a model.
+pub struct Session {
+    model: Model,
+    sequence: Box<dyn Sequence>,
+    ids: Vec<u32>,
+    /// The medium that each token sees, 0 for none.
+    media_time: Vec<u32>,
+    /// Whether each token was given, not generated.
+    is_given: Vec<bool>,
+    /// Media that there were when each token came.
+    n_media: Vec<usize>,
+    media: Vec<Arc<Media>>,
+    media_keys: Vec<Option<MediaKey>>,
+    clock: MediaClock,
+    /// Logits of the last token, if it was advanced and they were not used yet.
+    logits: Option<Vec<f32>>,
+    counts: CacheCounts,
+}
+
+impl Session {
+    /// An empty conversation of up to `max_context` tokens.
+    pub(crate) fn new(model: Model, max_context: usize) -> Result<Session, RunError> {
+        let config = &model.manifest().config;
+        Ok(Session {
+            sequence: model.backend().new_sequence(max_context)?,
+            clock: MediaClock::new(config.family, &config.tokens),
+            model,
+            ids: Vec::new(),
+            media_time: Vec::new(),
+            is_given: Vec::new(),
+            n_media: Vec::new(),
+            media: Vec::new(),
+            media_keys: Vec::new(),
+            logits: None,
+            counts: CacheCounts::default(),
         })
     }
 
-    /// The artifact's manifest.
-    pub fn manifest(&self) -> &Manifest {
-        &self.manifest
+    /// All tokens so far.
+    pub fn ids(&self) -> &[u32] {
+        &self.ids
     }
 
-    /// Bytes of the keys and values of `n_tokens` tokens of text.
-    pub fn kv_bytes(&self, n_tokens: usize) -> usize {
-        let language = &self.manifest.config.language;
-        let layer = self.kv_format.token_bytes(language.n_kv_heads, language.head_dim);
-        layer.saturating_mul(language.n_layers).saturating_mul(n_tokens)
+    /// What was found in caches since the last answer.
+    pub fn cache(&self) -> CacheCounts {
+        self.counts
     }
 
-    /// The engine that runs it.
-    pub fn backend(&self) -> &dyn Backend {
-        self.backend.as_ref()
+    /// Tokens that it can hold.
+    pub fn max_context(&self) -> usize {
+        self.sequence.max_context()
     }
 
-    /// The tokenizer.
+    /// Appends a turn and reads it: text, pictures and videos, as a prompt. The first turn of a session has the
+    /// tokenizer's beginning token, later ones do not. After an error the session is as before.
     ///
     /// # Errors
-    /// If the artifact has none.
-    pub fn tokenizer(&self) -> Result<&Tokenizer, RunError> {
-        self.tokenizer.as_ref().ok_or_else(|| RunError::NoTokenizer(self.path.clone()))
+    /// Whatever is wrong with the turn; more tokens or media than there is room for; a limit that was reached.
+    pub fn append(&mut self, turn: &PromptFile, limits: &Limits) -> Result<(), RunError> {
+        let ids = self.model.encode_turn(self.ids.last().copied(), self.media.len(), turn)?;
+        self.check_room(ids.len())?;
+        let media = self.model.media(turn, &mut self.counts)?;
+        self.append_ids(&ids, &media, limits)
     }
 
-    /// Token ids of a prompt.
+    /// Appends tokens and reads them; `media` stand behind their image tokens, in order. After an error the session is as
+    /// before.
     ///
     /// # Errors
-    /// As [`PromptEncoder::encode`]; more media or tokens than the artifact is limited to.
-    pub fn encode_prompt(&self, prompt: &PromptFile) -> Result<Vec<u32>, RunError> {
-        let config = &self.manifest.config;
-        let encoder = PromptEncoder {
-            tokenizer: self.tokenizer()?,
-            family: config.family,
-            tokens: &config.tokens,
+    /// Ids, media or lengths that do not fit the model; a limit that was reached.
+    pub fn append_ids(
+        &mut self,
+        ids: &[u32],
+        media: &[Medium],
+        limits: &Limits,
+    ) -> Result<(), RunError> {
+        if self.ids.is_empty() && ids.is_empty() {
+            return Err(PromptError::Empty.into());
+        }
+        self.check_room(ids.len())?;
+        let before = self.mark();
+        self.media.extend(media.iter().map(|medium| Arc::clone(&medium.media)));
+        self.media_keys.extend(media.iter().map(|medium| medium.key));
+        for id in ids {
+            let media_time = self.clock.tick(*id);
+            self.push(*id, media_time, true);
+        }
+        let read = self.read(limits);
+        if read.is_err() {
+            self.rewind(before)?;
+        }
+        read
+    }
+
+    fn push(&mut self, id: u32, media_time: u32, is_given: bool) {
+        self.ids.push(id);
+        self.media_time.push(media_time);
+        self.is_given.push(is_given);
+        self.n_media.push(self.media.len());
+    }
+
+    fn check_room(&self, n_new: usize) -> Result<(), RunError> {
+        let (tokens, limit) = (self.ids.len().saturating_add(n_new), self.max_context());
+        match tokens > limit {
+            true => Err(PromptError::TooLong { tokens, limit }.into()),
+            false => Ok(()),
+        }
+    }
+
+    /// Advances the sequence over the tokens that it lacks.
+    fn read(&mut self, limits: &Limits) -> Result<(), RunError> {
+        let keys = step_keys(&self.ids, &self.media_time, &self.media_keys);
+        self.counts.prefix_tokens_reused += self.adopt(&keys);
+        while self.sequence.len() < self.ids.len() {
+            if let Some(stop) = limits.reached() {
+                let is_late = stop == Stop::Deadline;
+                let reason = if is_late { "the deadline passed" } else { "it was cancelled" };
+                return Err(RunError::Interrupted { reason });
+            }
+            self.advance(self.sequence.len() + PREFILL_TOKENS)?;
+        }
+        self.model.prefixes().keep(&keys, self.sequence.as_ref());
+        Ok(())
+    }
+
+    /// Begins with what sessions before have read of the same; the last token is always left, for its logits.
+    fn adopt(&mut self, keys: &[[u8; 32]]) -> usize {
+        if !self.sequence.is_empty() {
+            return 0;
+        }
+        let n_steps = self.ids.len().saturating_sub(1) / STEP;
+        let (blocks, len) = self.model.prefixes().find(&keys[..n_steps.min(keys.len())]);
+        match len > 0 && self.sequence.adopt(&blocks, len) {
+            true => len,
+            false => 0,
+        }
+    }
+
+    /// Advances the sequence up to `end`, or to the last token, whose logits are kept.
+    fn advance(&mut self, end: usize) -> Result<(), RunError> {
+        let (start, end) = (self.sequence.len(), end.min(self.ids.len()));
+        let last = [end - start - 1];
+        let is_whole = end == self.ids.len();
+        let step = Step {
+            input_ids: &self.ids[start..end],
+            media_time: &self.media_time[start..end],
+            media: &self.media,
+            logit_rows: if is_whole { &last } else { &[] },
         };
-        let ids = encoder.encode(prompt)?;
-        let (given, limit) = (prompt.media().count(), self.manifest.limits.max_images);
-        if given > limit {
-            return Err(PromptError::TooManyMedia { given, limit }.into());
-        }
-        let limit = self.manifest.limits.max_context;
-        if ids.len() >= limit {
-            return Err(PromptError::TooLong { tokens: ids.len(), limit }.into());
-        }
-        Ok(ids)
+        let logits = self.sequence.advance(&step)?;
+        self.logits = is_whole.then_some(logits);
+        Ok(())
     }
 
-    /// The pixel values of a prompt's medium.
-    fn pixels(&self, segment: &Segment) -> Result<Pixels, RunError> {
-        let spec = &self.manifest.image;
-        match segment {
-            Segment::Image { image } => {
-                Ok(Pixels { values: image::load(image, spec)?, n_frames: 1 })
-            }
-            Segment::Video { video: VideoFiles::Frames(files), .. } => {
-                let mut values = Vec::new();
-                for file in files {
-                    values.extend(image::load(file, spec)?);
-                }
-                let hint = "name at least one frame";
-                match files.is_empty() {
-                    false => Ok(Pixels { values, n_frames: files.len() }),
-                    true => Err(RunError::Video {
-                        path: PathBuf::new(),
-                        reason: "a video without frames".into(),
-                        hint,
-                    }),
-                }
-            }
-            Segment::Video { video: VideoFiles::File(file), fps, frames } => {
-                self.video_pixels(file, fps.unwrap_or(1.0), frames.unwrap_or(8))
-            }
-            Segment::Text { .. } | Segment::EndOfChunk { .. } => {
-                Ok(Pixels { values: Vec::new(), n_frames: 0 })
+    /// Logits of the next token `[vocabulary]`; they are computed again when they were taken before.
+    fn take_logits(&mut self) -> Result<Vec<f32>, RunError> {
+        let last = self.ids.len().checked_sub(1).ok_or(PromptError::Empty)?;
+        if self.logits.is_none() {
+            self.sequence.truncate(last);
+            while self.sequence.len() < self.ids.len() {
+                self.advance(self.sequence.len() + PREFILL_TOKENS)?;
             }
         }
+        Ok(self.logits.take().unwrap_or_default())
     }
 
-    /// Frames of a file at `fps` frames a second, at most `max_frames`.
-    fn video_pixels(&self, file: &Path, fps: f32, max_frames: usize) -> Result<Pixels, RunError> {
-        let wrong = |reason: String, hint| RunError::Video { path: file.to_owned(), reason, hint };
-        if !fps.is_finite() || fps <= 0.0 || max_frames == 0 {
-            let reason = format!("expected `fps` and `frames` above 0, got {fps} and {max_frames}");
-            return Err(wrong(reason, "leave them out for 1 frame a second and 8 frames"));
-        }
-        let frames = image::open_frames(file)?;
-        let mut values = Vec::new();
-        let (mut shown_until, mut due, mut n_frames) = (0.0f32, 0.0f32, 0usize);
-        for frame in &frames {
-            shown_until += frame.delay.as_secs_f32().max(1e-3);
-            while due < shown_until && n_frames < max_frames {
-                values.extend(image::preprocess(&frame.picture, &self.manifest.image)?);
-                n_frames += 1;
-                due += 1.0 / fps;
-            }
-        }
-        match n_frames {
-            0 => Err(wrong("no frames".into(), "is this a picture? use an image segment")),
-            _ => Ok(Pixels { values, n_frames }),
-        }
-    }
-
-    /// Encodes a medium, or finds it in memory; tells whether it was found.
-    fn medium(&self, pixels: &Pixels) -> Result<(Arc<Media>, bool), RunError> {
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(&(pixels.n_frames as u64).to_le_bytes());
-        hasher.update(bytemuck::cast_slice(&pixels.values));
-        let key = hasher.finalize();
-        let lock = || self.cache.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, media)) = lock().iter().find(|(known, _)| *known == key) {
-            return Ok((Arc::clone(media), true));
-        }
-        let encoded = self.backend.encode(&pixels.values, 1, pixels.n_frames)?;
-        let media = Arc::new(encoded.into_iter().next().unwrap_or_default());
-        let mut cache = lock();
-        if cache.len() == CACHED_MEDIA {
-            cache.pop_front();
-        }
-        cache.push_back((key, Arc::clone(&media)));
-        Ok((media, false))
-    }
-
-    /// Answers a prompt; `on_text` is given the text as it comes.
+    /// Logits of the token that comes next, `[vocabulary]`.
     ///
     /// # Errors
-    /// Whatever is wrong with prompt, pictures or model.
+    /// If the session is empty or full.
+    pub fn logits(&mut self) -> Result<Vec<f32>, RunError> {
+        let logits = self.take_logits()?;
+        self.logits = Some(logits.clone());
+        Ok(logits)
+    }
+
+    /// Generates an answer, which becomes part of the session; `on_text` is given the text as it comes.
+    ///
+    /// # Errors
+    /// If there is nothing to continue, or the artifact has no tokenizer.
     pub fn generate(
-        &self,
-        prompt: &PromptFile,
+        &mut self,
         options: &GenerateOptions,
         on_text: &mut dyn FnMut(&str),
     ) -> Result<Answer, RunError> {
-        let started = Instant::now();
-        let tokenizer = self.tokenizer()?;
-        let ids = self.encode_prompt(prompt)?;
-        let mut media = Vec::new();
-        let mut cache = CacheCounts::default();
-        for segment in prompt.media() {
-            let (medium, found) = self.medium(&self.pixels(segment)?)?;
-            media.push(medium);
-            match found {
-                true => cache.visual_hits += 1,
-                false => cache.visual_misses += 1,
-            }
-        }
-        let mut stream = tokenizer.decode_stream(true);
-        let mut text = String::new();
-        let mut decoded = Ok(());
-        let mut first_token_ms = None;
-        let decode_started = std::cell::Cell::new(started);
-        let mut on_token = |id: u32| {
-            if first_token_ms.is_none() {
-                first_token_ms = Some(started.elapsed().as_secs_f64() * 1e3);
-                decode_started.set(Instant::now());
-            }
-            match stream.step(id) {
-                Ok(Some(piece)) => {
-                    on_text(&piece);
-                    text.push_str(&piece);
-                }
-                Ok(None) => {}
-                Err(error) => decoded = Err(PromptError::Tokenizer(error.to_string())),
-            }
-        };
-        let generated = self.generate_ids(&ids, &media, options, &mut on_token)?;
-        decoded?;
-        let decode_s = decode_started.get().elapsed().as_secs_f64();
-        // The first token comes from the prompt's pass; the rate is that of the steps after it.
-        let n_steps = generated.n_steps.saturating_sub(1);
-        let decode_tokens_per_s = (n_steps > 0).then(|| n_steps as f64 / decode_s);
-        Ok(Answer {
-            text,
-            tokens: generated.tokens,
-            n_prompt_tokens: ids.len(),
-            stop: generated.stop,
-            timings: Timings { first_token_ms: first_token_ms.unwrap_or(0.0), decode_tokens_per_s },
-            cache,
-        })
+        self.answer(Instant::now(), options, on_text)
     }
 
-    /// Continues token ids over encoded media.
-    ///
-    /// # Errors
-    /// Ids, media or lengths that do not fit the model.
-    pub fn generate_ids(
-        &self,
-        ids: &[u32],
-        media: &[Arc<Media>],
+    /// Generates an answer; the first token's time counts from `started`.
+    pub(crate) fn answer(
+        &mut self,
+        started: Instant,
         options: &GenerateOptions,
-        on_token: &mut dyn FnMut(u32),
-    ) -> Result<Generated, RunError> {
-        let config = &self.manifest.config;
-        let limit = self.manifest.limits.max_context;
-        if ids.is_empty() {
-            return Err(PromptError::Empty.into());
-        }
-        if ids.len() > limit {
-            return Err(PromptError::TooLong { tokens: ids.len(), limit }.into());
-        }
-        let room = (limit - ids.len()).saturating_add(1);
-        let max_context = limit.min(ids.len().saturating_add(options.max_new_tokens));
-        let mut sequence = self.backend.new_sequence(max_context)?;
-        let mut clock = MediaClock::new(config.family, &config.tokens);
-        let media_time: Vec<u32> = ids.iter().map(|id| clock.tick(*id)).collect();
-        let last = [ids.len() - 1];
-        let prompt = Step { input_ids: ids, media_time: &media_time, media, logit_rows: &last };
-        let mut logits = sequence.advance(&prompt)?;
-        let mut sampler = Sampler::new(options.sampling.clone());
-        let mut forbidden: Vec<u32> =
-            if options.allow_image_token { vec![] } else { vec![config.tokens.image] };
-        forbidden.extend(config.tokens.around_image.filter(|_| !options.allow_image_token));
-        let stops = self.stops(options);
-        let mut history = ids.to_vec();
-        let mut generated = Generated { tokens: Vec::new(), n_steps: 0, stop: Stop::Length };
-        for n in 0..options.max_new_tokens {
-            if n == room {
-                generated.stop = Stop::Context;
-                break;
+        on_text: &mut dyn FnMut(&str),
+    ) -> Result<Answer, RunError> {
+        let n_prompt_tokens = self.ids.len();
+        let cache = std::mem::take(&mut self.counts);
+        let (mut text, mut first) = (String::new(), None);
+        let mut pieces = self.pieces(options)?;
+        while let Some(piece) = pieces.next().transpose()? {
+            first.get_or_insert_with(|| (started.elapsed(), Instant::now()));
+            if !piece.text.is_empty() {
+                on_text(&piece.text);
+                text.push_str(&piece.text);
             }
-            if n > 0 {
-                let step = Step {
-                    input_ids: &history[history.len() - 1..],
-                    media_time: &[clock.generated()],
-                    media,
-                    logit_rows: &[0],
-                };
-                logits = sequence.advance(&step)?;
-            }
-            generated.n_steps += 1;
-            let id = sampler.choose(&mut logits, &forbidden, &history);
-            if stops.contains(&id) {
-                generated.stop = Stop::Token(id);
-                break;
-            }
-            history.push(id);
-            generated.tokens.push(id);
-            on_token(id);
         }
-        Ok(generated)
+        let Generated { tokens, n_steps, stop } = pieces.finish();
+        // The first token comes from the prompt's pass; the rate is that of the steps after it.
+        let n_later = n_steps.saturating_sub(1);
+        let rate = first
+            .filter(|_| n_later > 0)
+            .map(|(_, at)| n_later as f64 / at.elapsed().as_secs_f64());
+        let first_token_ms = first.map_or(0.0, |(time, _)| time.as_secs_f64() * 1e3);
+        let timings = Timings { first_token_ms, decode_tokens_per_s: rate };
+        Ok(Answer { text, tokens, n_prompt_tokens, stop, timings, cache })
     }
 
-    fn stops(&self, options: &GenerateOptions) -> Vec<u32> {
-        if options.ignore_stops {
-            return Vec::new();
-        }
-        let tokens = &self.manifest.config.tokens;
-        let mut stops = tokens.stop.clone();
-        stops.extend(tokens.end_of_chunk);
-        stops.extend(tokens.end);
-        stops
-    }
-
-    /// Encodes raw pixel values [n_media, n_frames, 3, size, size]; the parity hook.
+    /// Generates text piece by piece; what was taken is part of the session.
     ///
     /// # Errors
-    /// Sizes that do not fit the model.
-    pub fn encode_pixels(
-        &self,
-        pixel_values: &[f32],
-        n_media: usize,
-        n_frames: usize,
-    ) -> Result<Vec<Arc<Media>>, RunError> {
-        let media = self.backend.encode(pixel_values, n_media, n_frames)?;
-        Ok(media.into_iter().map(Arc::new).collect())
+    /// If the artifact has no tokenizer.
+    pub fn pieces<'a>(&'a mut self, options: &'a GenerateOptions) -> Result<Pieces<'a>, RunError> {
+        self.model.tokenizer()?;
+        let stream = TextStream::new(options.stop_strings.clone());
+        Ok(Pieces { tokens: self.tokens(options), stream })
     }
 
-    /// Logits [len, vocabulary] of a whole sequence; the parity hook.
+    /// Generates token by token, without text: stop strings are not looked for.
+    pub fn tokens<'a>(&'a mut self, options: &'a GenerateOptions) -> Tokens<'a> {
+        let tokens = &self.model.manifest().config.tokens;
+        let mut forbidden = Vec::new();
+        if !options.allow_image_token {
+            forbidden.push(tokens.image);
+            forbidden.extend(tokens.around_image);
+        }
+        let mut stops = Vec::new();
+        if !options.ignore_stops {
+            stops.extend_from_slice(&tokens.stop);
+            stops.extend(tokens.end_of_chunk);
+            stops.extend(tokens.end);
+        }
+        let generated = Generated { tokens: Vec::new(), n_steps: 0, stop: Stop::Length };
+        let sampler = Sampler::new(options.sampling.clone());
+        Tokens { session: self, options, sampler, forbidden, stops, generated, has_ended: false }
+    }
+
+    /// Where the session is now.
+    pub fn mark(&self) -> Mark {
+        Mark { n_tokens: self.ids.len() }
+    }
+
+    /// Forgets everything since the mark, tokens and media.
     ///
     /// # Errors
-    /// Ids, media or lengths that do not fit the model.
-    pub fn logits(&self, ids: &[u32], media: &[Arc<Media>]) -> Result<Vec<f32>, RunError> {
-        let limit = self.manifest.limits.max_context;
-        if ids.len() > limit {
-            return Err(PromptError::TooLong { tokens: ids.len(), limit }.into());
+    /// If the session has been rewound to before the mark.
+    pub fn rewind(&mut self, mark: Mark) -> Result<(), RunError> {
+        let (mark, tokens) = (mark.n_tokens, self.ids.len());
+        if mark > tokens {
+            return Err(PromptError::NoMark { mark, tokens }.into());
         }
-        let config = &self.manifest.config;
-        let mut sequence = self.backend.new_sequence(ids.len().max(1))?;
-        let media_time = flamingo_models::media_time(config.family, &config.tokens, ids);
-        let logit_rows: Vec<usize> = (0..ids.len()).collect();
-        let step = Step { input_ids: ids, media_time: &media_time, media, logit_rows: &logit_rows };
-        Ok(sequence.advance(&step)?)
+        if mark == tokens && self.sequence.len() == tokens {
+            return Ok(());
+        }
+        self.ids.truncate(mark);
+        self.media_time.truncate(mark);
+        self.is_given.truncate(mark);
+        self.sequence.truncate(mark);
+        self.logits = None;
+        let config = &self.model.manifest().config;
+        self.clock = MediaClock::new(config.family, &config.tokens);
+        for (id, _) in self.ids.iter().zip(&self.is_given).filter(|(_, is_given)| **is_given) {
+            self.clock.tick(*id);
+        }
+        self.n_media.truncate(mark);
+        let n_media = self.n_media.last().copied().unwrap_or(0);
+        self.media.truncate(n_media);
+        self.media_keys.truncate(n_media);
+        Ok(())
     }
-}
 
-/// What to generate.
-#[derive(Clone, Debug)]
-pub struct GenerateOptions {
-    /// Most new tokens.
-    pub max_new_tokens: usize,
-    /// How tokens are chosen.
-    pub sampling: SamplingOptions,
-    /// Go on after end-of-chunk and end-of-text tokens.
-    pub ignore_stops: bool,
-    /// Let the model generate image tokens, which nothing stands behind.
-    pub allow_image_token: bool,
-}
-
-impl Default for GenerateOptions {
-    fn default() -> GenerateOptions {
-        GenerateOptions {
-            max_new_tokens: 64,
-            sampling: SamplingOptions::default(),
-            ignore_stops: false,
-            allow_image_token: false,
+    /// A session that has the same so far, and goes its own way from here on.
+    #[must_use]
+    pub fn fork(&self) -> Session {
+        Session {
+            model: self.model.clone(),
+            sequence: self.sequence.fork(),
+            ids: self.ids.clone(),
+            media_time: self.media_time.clone(),
+            is_given: self.is_given.clone(),
+            n_media: self.n_media.clone(),
+            media: self.media.clone(),
+            media_keys: self.media_keys.clone(),
+            clock: self.clock.clone(),
+            logits: self.logits.clone(),
+            counts: CacheCounts::default(),
         }
     }
-}
 
-/// Why generation ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stop {
-    /// As many tokens as asked for.
-    Length,
-    /// The context is full.
-    Context,
-    /// This token came.
-    Token(u32),
-}
-
-/// Generated ids.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Generated {
-    /// The new tokens, without the one that stopped.
-    pub tokens: Vec<u32>,
-    /// Tokens chosen, with the one that stopped.
-    pub n_steps: usize,
-    /// Why it ended.
-    pub stop: Stop,
-}
-
-/// An answer with what it cost.
-#[derive(Clone, Debug)]
-pub struct Answer {
-    /// The text.
-    pub text: String,
-    /// The new tokens.
-    pub tokens: Vec<u32>,
-    /// Tokens of the prompt.
-    pub n_prompt_tokens: usize,
-    /// Why it ended.
-    pub stop: Stop,
-    /// Times.
-    pub timings: Timings,
-    /// Media found in memory, and encoded.
-    pub cache: CacheCounts,
-}
-
-impl Answer {
-    /// The answer for machines: the contract of `run --json`.
-    pub fn to_json(&self) -> serde_json::Value {
-        let stop = match self.stop {
-            Stop::Length => serde_json::json!("length"),
-            Stop::Context => serde_json::json!("context"),
-            Stop::Token(id) => serde_json::json!({ "token": id }),
+    /// Memory that it uses, and shares.
+    pub fn memory(&self) -> SessionMemory {
+        let backend = self.model.backend().memory().unwrap_or_default();
+        let is_first = |(index, media): &(usize, &Arc<Media>)| {
+            !self.media[..*index].iter().any(|other| Arc::ptr_eq(other, media))
         };
-        serde_json::json!({
-            "text": self.text,
-            "tokens": self.tokens,
-            "n_prompt_tokens": self.n_prompt_tokens,
-            "stop": stop,
-            "timings": {
-                "first_token_ms": self.timings.first_token_ms,
-                "decode_tokens_per_s": self.timings.decode_tokens_per_s,
-            },
-            "cache": {
-                "visual_hits": self.cache.visual_hits,
-                "visual_misses": self.cache.visual_misses,
-                "prefix_tokens_reused": 0,
-            },
-        })
-    }
-}
-
-/// Times of an answer.
-#[derive(Clone, Copy, Debug)]
-pub struct Timings {
-    /// From the call to the first token, pictures included, in milliseconds.
-    pub first_token_ms: f64,
-    /// Tokens a second after the first; `None` if there was no second.
-    pub decode_tokens_per_s: Option<f64>,
-}
-
-/// Visual-token cache counts.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct CacheCounts {
-    /// Media found in memory.
-    pub visual_hits: usize,
-    /// Media encoded.
-    pub visual_misses: usize,
-}
-
-/// How keys and values are kept: engines other than ours keep f32.
-fn kv_format(manifest: &Manifest, options: &OpenOptions) -> KvFormat {
-    let is_native = options.backend.as_deref().is_none_or(|name| name == "native");
-    let is_f32 = manifest.precision.values().all(|precision| precision == "f32");
-    match options.kv_format {
-        _ if !is_native => KvFormat::F32,
-        Some(format) => format,
-        None if is_f32 => KvFormat::F32,
-        None => KvFormat::F16,
-    }
-}
-
-fn open_backend(artifact: &Artifact, options: &OpenOptions) -> Result<Box<dyn Backend>, RunError> {
-    match options.backend.as_deref().unwrap_or("native") {
-        "native" => {
-            let graphs = artifact.load()?;
-            let (media, decoder) = (&graphs.media, &graphs.decoder);
-            let backend = NativeBackend::new(media, decoder, graphs.weights, options.n_threads)?;
-            Ok(Box::new(backend.with_kv_format(kv_format(&artifact.manifest, options))))
+        let media = self.media.iter().enumerate().filter(is_first);
+        SessionMemory {
+            weight_bytes: backend.weight_bytes,
+            kv_bytes: self.sequence.kv_bytes(),
+            media_bytes: media.map(|(_, media)| media.bytes()).sum(),
+            buffer_bytes: backend.buffer_bytes,
+            prefix_bytes: self.model.prefixes().bytes(),
         }
-        "ort" => open_ort(artifact, options),
-        "tract" => open_tract(artifact),
-        other => Err(RunError::NoBackend {
-            name: other.to_owned(),
-            reason: "there is no such backend",
-            hint: "choose native, ort or tract",
-        }),
     }
 }
 
-/// Opens the graphs made for ONNX Runtime's CPU provider, or the portable ones.
-#[cfg(feature = "ort")]
-fn open_ort(artifact: &Artifact, options: &OpenOptions) -> Result<Box<dyn Backend>, RunError> {
-    use crate::ort::{ExecutionProvider, OrtBackend, OrtOptions};
-    let name = options.execution_provider.as_deref().unwrap_or("cpu");
-    let no_provider = || RunError::NoBackend {
-        name: format!("ort, execution provider {name}"),
-        reason: "there is no such execution provider",
-        hint: "choose cpu, cuda or tensorrt",
-    };
-    let execution_provider = ExecutionProvider::from_name(name).ok_or_else(no_provider)?;
-    let graph = |stage| {
-        let own = artifact.graph_path(stage, "ort-cpu");
-        match execution_provider {
-            ExecutionProvider::Cpu => own.or_else(|_| artifact.graph_path(stage, "portable")),
-            ExecutionProvider::Cuda | ExecutionProvider::TensorRt => {
-                artifact.graph_path(stage, "portable")
-            }
+/// Tokens as they are generated.
+pub struct Tokens<'a> {
+    session: &'a mut Session,
+    options: &'a GenerateOptions,
+    sampler: Sampler,
+    forbidden: Vec<u32>,
+    stops: Vec<u32>,
+    generated: Generated,
+    has_ended: bool,
+}
+
+impl Tokens<'_> {
+    /// The next token, or `None` at the end.
+    ///
+    /// # Errors
+    /// If there is nothing to continue.
+    pub fn next_id(&mut self) -> Result<Option<u32>, RunError> {
+        if self.has_ended {
+            return Ok(None);
         }
-    };
-    let library = options.ort_library.clone();
-    let options = OrtOptions { library, n_threads: options.n_threads, execution_provider };
-    Ok(Box::new(OrtBackend::open(&graph("media")?, &graph("decoder")?, &options)?))
+        if let Some(stop) = self.reason_to_stop() {
+            self.end(stop);
+            return Ok(None);
+        }
+        let mut logits = self.session.take_logits()?;
+        self.generated.n_steps += 1;
+        let id = self.sampler.choose(&mut logits, &self.forbidden, &self.session.ids);
+        if self.stops.contains(&id) {
+            self.end(Stop::Token(id));
+            return Ok(None);
+        }
+        self.session.push(id, self.session.clock.generated(), false);
+        self.generated.tokens.push(id);
+        Ok(Some(id))
+    }
+
+    /// What was generated, and why it ended.
+    pub fn finish(self) -> Generated {
+        self.generated
+    }
+
+    fn reason_to_stop(&self) -> Option<Stop> {
+        if self.generated.tokens.len() >= self.options.max_new_tokens {
+            return Some(Stop::Length);
+        }
+        // One token more than there is room for can be chosen: nothing comes after it.
+        if self.session.ids.len() > self.session.max_context() {
+            return Some(Stop::Context);
+        }
+        self.options.limits.reached()
+    }
+
+    fn end(&mut self, stop: Stop) {
+        self.generated.stop = stop;
+        self.has_ended = true;
+    }
 }
 
-#[cfg(not(feature = "ort"))]
-fn open_ort(_artifact: &Artifact, _options: &OpenOptions) -> Result<Box<dyn Backend>, RunError> {
-    Err(RunError::NoBackend {
-        name: "ort".into(),
-        reason: "this program was built without it",
-        hint: "build with `--features ort`",
-    })
+/// A token with the text that is certain since it came.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// The token; `None` for text that was held back until the end.
+    pub id: Option<u32>,
+    /// The text, often empty in the middle of a word or of what may be a stop string.
+    pub text: String,
 }
 
-#[cfg(feature = "tract")]
-fn open_tract(artifact: &Artifact) -> Result<Box<dyn Backend>, RunError> {
-    let graph = |stage| artifact.graph_path(stage, "portable");
-    Ok(Box::new(crate::tract::TractBackend::open(&graph("media")?, &graph("decoder")?)?))
+/// Text as it is generated.
+pub struct Pieces<'a> {
+    tokens: Tokens<'a>,
+    stream: TextStream,
 }
 
-#[cfg(not(feature = "tract"))]
-fn open_tract(_artifact: &Artifact) -> Result<Box<dyn Backend>, RunError> {
-    Err(RunError::NoBackend {
-        name: "tract".into(),
-        reason: "this program was built without it",
-        hint: "build with `--features tract`",
-    })
+impl Pieces<'_> {
+    /// What was generated, and why it ended.
+    pub fn finish(self) -> Generated {
+        self.tokens.finish()
+    }
+
+    fn piece(&mut self) -> Result<Option<Piece>, RunError> {
+        let Some(id) = self.tokens.next_id()? else {
+            let text = self.stream.finish();
+            return Ok((!text.is_empty()).then_some(Piece { id: None, text }));
+        };
+        let (text, stop) = self.stream.push(self.tokens.session.model.tokenizer()?, id)?;
+        if let Some(stop) = stop {
+            self.tokens.end(Stop::Text(stop));
+        }
+        Ok(Some(Piece { id: Some(id), text }))
+    }
+}
+
+impl Iterator for Pieces<'_> {
+    type Item = Result<Piece, RunError>;
+
+    fn next(&mut self) -> Option<Result<Piece, RunError>> {
+        self.piece().transpose()
+    }
 }

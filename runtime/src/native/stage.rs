@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use flamingo_ir::{Bindings, DType, Graph};
-use flamingo_kernels::{KV_SLOTS, Kernels, KvCache, KvFormat};
+use flamingo_kernels::{KV_BLOCK, Kernels, KvCache, KvFormat};
 
 use super::execute::{Context, Stored, Unresolved};
 use super::plan::{
@@ -157,6 +157,12 @@ impl NativeStage {
         heads
     }
 
+    /// Names of the weights it reads, and their bytes.
+    pub(super) fn weights_used(&self) -> impl Iterator<Item = (&str, usize)> {
+        let weights = self.plan.weights.iter();
+        weights.map(|w| (w.name.as_str(), w.n_elements.saturating_mul(w.dtype.size())))
+    }
+
     /// Number of layers with a cache.
     pub fn n_layers(&self) -> usize {
         self.plan.caches.len()
@@ -183,7 +189,8 @@ impl NativeStage {
         })
     }
 
-    /// Empty caches for sequences of up to `capacity` tokens, one a layer.
+    /// Empty caches for sequences of up to `capacity` tokens, one a layer. Their blocks are allocated as tokens come;
+    /// that all of them could be had is checked here.
     ///
     /// # Errors
     /// If that memory cannot be had.
@@ -193,7 +200,7 @@ impl NativeStage {
         format: KvFormat,
     ) -> Result<Vec<KvCache>, BackendError> {
         let size = |shape: &CacheShape| {
-            let n_slots = capacity.checked_next_multiple_of(KV_SLOTS)?;
+            let n_slots = capacity.checked_next_multiple_of(KV_BLOCK)?;
             format.token_bytes(shape.n_kv_heads, shape.head_dim).checked_mul(n_slots)
         };
         let sizes = self.plan.caches.iter();

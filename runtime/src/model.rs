@@ -1,0 +1,474 @@
+//! A model opened for use: tokenizer, pictures, caches, and one-shot answers. Conversations are sessions.
+
+use std::collections::VecDeque;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use flamingo_kernels::KvFormat;
+use flamingo_models::manifest::Manifest;
+use flamingo_models::{SourceError, read_tokenizer};
+use tokenizers::Tokenizer;
+
+use crate::answer::{Answer, CacheCounts, GenerateOptions, Generated};
+use crate::artifact::{Artifact, ArtifactError};
+use crate::backend::{Backend, BackendError, Media, Step};
+use crate::image::{self, ImageError};
+use crate::native::NativeBackend;
+use crate::prefix_cache::PrefixCache;
+use crate::prompt::{PromptEncoder, PromptError, PromptFile, Segment, VideoFiles};
+use crate::session::{Medium, Session};
+
+/// Media whose visual tokens a model keeps in memory.
+const CACHED_MEDIA: usize = 256;
+
+/// Most bytes of keys and values that prompts that begin alike share.
+const PREFIX_BYTES: usize = 256 << 20;
+
+/// Why a prompt was not answered.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RunError {
+    /// The artifact cannot be opened.
+    #[error(transparent)]
+    Artifact(#[from] ArtifactError),
+    /// The backend refused.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    /// The prompt cannot be used.
+    #[error(transparent)]
+    Prompt(#[from] PromptError),
+    /// A picture cannot be used.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The tokenizer cannot be read.
+    #[error(transparent)]
+    Tokenizer(#[from] SourceError),
+    /// The artifact has no tokenizer.
+    #[error(
+        "{0}: the artifact has no tokenizer.json\n\nhint: name `tokenizer` in the recipe and compile again, or use \
+         `trace`, which takes token ids"
+    )]
+    NoTokenizer(PathBuf),
+    /// A backend that this program was built without, or that does not exist.
+    #[error("backend `{name}`: {reason}\n\nhint: {hint}")]
+    NoBackend {
+        /// What was asked for.
+        name: String,
+        /// Why it is not there.
+        reason: &'static str,
+        /// What to do.
+        hint: &'static str,
+    },
+    /// Reading a prompt was given up; the session is as before.
+    #[error("prompt: {reason} before it was read\n\nhint: allow more time, or give less at once")]
+    Interrupted {
+        /// Why.
+        reason: &'static str,
+    },
+    /// A video without frames.
+    #[error("{path}: {reason}\n\nhint: {hint}")]
+    Video {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+        /// What to do.
+        hint: &'static str,
+    },
+}
+
+/// How a model is opened.
+#[derive(Clone, Debug, Default)]
+pub struct OpenOptions {
+    /// `native` (default), `ort` or `tract`.
+    pub backend: Option<String>,
+    /// Execution provider of `ort`: `cpu` (default), `cuda`, `tensorrt`.
+    pub execution_provider: Option<String>,
+    /// ONNX Runtime's shared library.
+    pub ort_library: Option<PathBuf>,
+    /// Threads; default: one for each physical core.
+    pub n_threads: Option<NonZeroUsize>,
+    /// How the native engine keeps keys and values, of text and of media; default: f32 for an artifact in f32, f16 for
+    /// others.
+    pub kv_format: Option<KvFormat>,
+    /// Most bytes of keys and values of prompts that others may begin with; default 256 MiB, 0 keeps none. Engines other
+    /// than ours keep none.
+    pub prefix_bytes: Option<usize>,
+    /// Whether to check the hash of every file.
+    pub verify: bool,
+}
+
+/// An artifact ready to answer; clones are the same model.
+#[derive(Clone)]
+pub struct Model {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    path: PathBuf,
+    manifest: Manifest,
+    backend: Box<dyn Backend>,
+    kv_format: KvFormat,
+    tokenizer: Option<Tokenizer>,
+    cache: Mutex<VecDeque<(blake3::Hash, Arc<Media>)>>,
+    prefixes: Mutex<PrefixCache>,
+}
+
+/// Pixels of one medium.
+struct Pixels {
+    /// [n_frames, 3, size, size].
+    values: Vec<f32>,
+    n_frames: usize,
+}
+
+impl Model {
+    /// Opens an artifact.
+    ///
+    /// # Errors
+    /// A broken artifact, or a backend that cannot run it.
+    pub fn open(path: &Path, options: &OpenOptions) -> Result<Model, RunError> {
+        let artifact = Artifact::open(path, options.verify)?;
+        let kv_format = kv_format(&artifact.manifest, options);
+        let backend = open_backend(&artifact, options)?;
+        let tokenizer = path.join("tokenizer.json");
+        let tokenizer = match tokenizer.is_file() {
+            true => Some(read_tokenizer(&tokenizer)?),
+            false => None,
+        };
+        let Artifact { path, manifest } = artifact;
+        let prefixes = PrefixCache::new(options.prefix_bytes.unwrap_or(PREFIX_BYTES));
+        let shared = Shared {
+            path,
+            manifest,
+            backend,
+            kv_format,
+            tokenizer,
+            cache: Mutex::new(VecDeque::new()),
+            prefixes: Mutex::new(prefixes),
+        };
+        Ok(Model { shared: Arc::new(shared) })
+    }
+
+    /// The artifact's manifest.
+    pub fn manifest(&self) -> &Manifest {
+        &self.shared.manifest
+    }
+
+    /// Bytes of the keys and values of `n_tokens` tokens of text.
+    pub fn kv_bytes(&self, n_tokens: usize) -> usize {
+        let language = &self.shared.manifest.config.language;
+        let layer = self.shared.kv_format.token_bytes(language.n_kv_heads, language.head_dim);
+        layer.saturating_mul(language.n_layers).saturating_mul(n_tokens)
+    }
+
+    /// The engine that runs it.
+    pub fn backend(&self) -> &dyn Backend {
+        self.shared.backend.as_ref()
+    }
+
+    /// The tokenizer.
+    ///
+    /// # Errors
+    /// If the artifact has none.
+    pub fn tokenizer(&self) -> Result<&Tokenizer, RunError> {
+        self.shared
+            .tokenizer
+            .as_ref()
+            .ok_or_else(|| RunError::NoTokenizer(self.shared.path.clone()))
+    }
+
+    /// Token ids of a prompt.
+    ///
+    /// # Errors
+    /// As [`PromptEncoder::encode`]; more media or tokens than the artifact is limited to.
+    pub fn encode_prompt(&self, prompt: &PromptFile) -> Result<Vec<u32>, RunError> {
+        let ids = self.encode_turn(None, 0, prompt)?;
+        let limit = self.shared.manifest.limits.max_context;
+        if ids.len() >= limit {
+            return Err(PromptError::TooLong { tokens: ids.len(), limit }.into());
+        }
+        Ok(ids)
+    }
+
+    /// Token ids of a prompt after the token `last` and `n_media` media.
+    pub(crate) fn encode_turn(
+        &self,
+        last: Option<u32>,
+        n_media: usize,
+        prompt: &PromptFile,
+    ) -> Result<Vec<u32>, RunError> {
+        let config = &self.shared.manifest.config;
+        let encoder = PromptEncoder {
+            tokenizer: self.tokenizer()?,
+            family: config.family,
+            tokens: &config.tokens,
+        };
+        let ids = encoder.encode_after(last, prompt)?;
+        let limit = self.shared.manifest.limits.max_images;
+        match n_media + prompt.media().count() {
+            given if given > limit => Err(PromptError::TooManyMedia { given, limit }.into()),
+            _ => Ok(ids),
+        }
+    }
+
+    /// Encodes a prompt's media, or finds them in memory.
+    pub(crate) fn media(
+        &self,
+        prompt: &PromptFile,
+        counts: &mut CacheCounts,
+    ) -> Result<Vec<Medium>, RunError> {
+        let medium = |segment| {
+            let (media, key, found) = self.medium(&self.pixels(segment)?)?;
+            match found {
+                true => counts.visual_hits += 1,
+                false => counts.visual_misses += 1,
+            }
+            Ok(Medium { media, key: Some(key.into()) })
+        };
+        prompt.media().map(medium).collect()
+    }
+
+    /// The cache of prompts that begin alike.
+    pub(crate) fn prefixes(&self) -> MutexGuard<'_, PrefixCache> {
+        self.shared.prefixes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The pixel values of a prompt's medium.
+    fn pixels(&self, segment: &Segment) -> Result<Pixels, RunError> {
+        let spec = &self.shared.manifest.image;
+        match segment {
+            Segment::Image { image } => {
+                Ok(Pixels { values: image::load(image, spec)?, n_frames: 1 })
+            }
+            Segment::Video { video: VideoFiles::Frames(files), .. } => {
+                let mut values = Vec::new();
+                for file in files {
+                    values.extend(image::load(file, spec)?);
+                }
+                let hint = "name at least one frame";
+                match files.is_empty() {
+                    false => Ok(Pixels { values, n_frames: files.len() }),
+                    true => Err(RunError::Video {
+                        path: PathBuf::new(),
+                        reason: "a video without frames".into(),
+                        hint,
+                    }),
+                }
+            }
+            Segment::Video { video: VideoFiles::File(file), fps, frames } => {
+                self.video_pixels(file, fps.unwrap_or(1.0), frames.unwrap_or(8))
+            }
+            Segment::Text { .. } | Segment::EndOfChunk { .. } => {
+                Ok(Pixels { values: Vec::new(), n_frames: 0 })
+            }
+        }
+    }
+
+    /// Frames of a file at `fps` frames a second, at most `max_frames`.
+    fn video_pixels(&self, file: &Path, fps: f32, max_frames: usize) -> Result<Pixels, RunError> {
+        let wrong = |reason: String, hint| RunError::Video { path: file.to_owned(), reason, hint };
+        if !fps.is_finite() || fps <= 0.0 || max_frames == 0 {
+            let reason = format!("expected `fps` and `frames` above 0, got {fps} and {max_frames}");
+            return Err(wrong(reason, "leave them out for 1 frame a second and 8 frames"));
+        }
+        let frames = image::open_frames(file)?;
+        let mut values = Vec::new();
+        let (mut shown_until, mut due, mut n_frames) = (0.0f32, 0.0f32, 0usize);
+        for frame in &frames {
+            shown_until += frame.delay.as_secs_f32().max(1e-3);
+            while due < shown_until && n_frames < max_frames {
+                values.extend(image::preprocess(&frame.picture, &self.shared.manifest.image)?);
+                n_frames += 1;
+                due += 1.0 / fps;
+            }
+        }
+        match n_frames {
+            0 => Err(wrong("no frames".into(), "is this a picture? use an image segment")),
+            _ => Ok(Pixels { values, n_frames }),
+        }
+    }
+
+    /// Encodes a medium, or finds it in memory; tells whether it was found.
+    fn medium(&self, pixels: &Pixels) -> Result<(Arc<Media>, blake3::Hash, bool), RunError> {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&(pixels.n_frames as u64).to_le_bytes());
+        hasher.update(bytemuck::cast_slice(&pixels.values));
+        let key = hasher.finalize();
+        let lock = || self.shared.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, media)) = lock().iter().find(|(known, _)| *known == key) {
+            return Ok((Arc::clone(media), key, true));
+        }
+        let encoded = self.shared.backend.encode(&pixels.values, 1, pixels.n_frames)?;
+        let media = Arc::new(encoded.into_iter().next().unwrap_or_default());
+        let mut cache = lock();
+        if cache.len() == CACHED_MEDIA {
+            cache.pop_front();
+        }
+        cache.push_back((key, Arc::clone(&media)));
+        Ok((media, key, false))
+    }
+
+    /// An empty conversation of up to the artifact's limit of tokens.
+    ///
+    /// # Errors
+    /// If the memory for its keys and values cannot be had.
+    pub fn session(&self) -> Result<Session, RunError> {
+        Session::new(self.clone(), self.manifest().limits.max_context)
+    }
+
+    /// Answers a prompt; `on_text` is given the text as it comes.
+    ///
+    /// # Errors
+    /// Whatever is wrong with prompt, pictures or model.
+    pub fn generate(
+        &self,
+        prompt: &PromptFile,
+        options: &GenerateOptions,
+        on_text: &mut dyn FnMut(&str),
+    ) -> Result<Answer, RunError> {
+        let started = Instant::now();
+        let n_tokens = self.encode_prompt(prompt)?.len();
+        let mut session = self.session_for(n_tokens, options)?;
+        session.append(prompt, &options.limits)?;
+        session.answer(started, options, on_text)
+    }
+
+    /// Continues token ids over encoded media.
+    ///
+    /// # Errors
+    /// Ids, media or lengths that do not fit the model.
+    pub fn generate_ids(
+        &self,
+        ids: &[u32],
+        media: &[Arc<Media>],
+        options: &GenerateOptions,
+        on_token: &mut dyn FnMut(u32),
+    ) -> Result<Generated, RunError> {
+        let mut session = self.session_for(ids.len(), options)?;
+        let media: Vec<Medium> = media.iter().map(Arc::clone).map(Medium::from).collect();
+        session.append_ids(ids, &media, &options.limits)?;
+        let mut tokens = session.tokens(options);
+        while let Some(id) = tokens.next_id()? {
+            on_token(id);
+        }
+        Ok(tokens.finish())
+    }
+
+    /// A session with room for a prompt and what is generated.
+    fn session_for(&self, n_tokens: usize, options: &GenerateOptions) -> Result<Session, RunError> {
+        let wanted = n_tokens.saturating_add(options.max_new_tokens);
+        Session::new(self.clone(), self.manifest().limits.max_context.min(wanted))
+    }
+
+    /// Encodes raw pixel values [n_media, n_frames, 3, size, size]; the parity hook.
+    ///
+    /// # Errors
+    /// Sizes that do not fit the model.
+    pub fn encode_pixels(
+        &self,
+        pixel_values: &[f32],
+        n_media: usize,
+        n_frames: usize,
+    ) -> Result<Vec<Arc<Media>>, RunError> {
+        let media = self.shared.backend.encode(pixel_values, n_media, n_frames)?;
+        Ok(media.into_iter().map(Arc::new).collect())
+    }
+
+    /// Logits [len, vocabulary] of a whole sequence; the parity hook.
+    ///
+    /// # Errors
+    /// Ids, media or lengths that do not fit the model.
+    pub fn logits(&self, ids: &[u32], media: &[Arc<Media>]) -> Result<Vec<f32>, RunError> {
+        let limit = self.shared.manifest.limits.max_context;
+        if ids.len() > limit {
+            return Err(PromptError::TooLong { tokens: ids.len(), limit }.into());
+        }
+        let config = &self.shared.manifest.config;
+        let mut sequence = self.shared.backend.new_sequence(ids.len().max(1))?;
+        let media_time = flamingo_models::media_time(config.family, &config.tokens, ids);
+        let logit_rows: Vec<usize> = (0..ids.len()).collect();
+        let step = Step { input_ids: ids, media_time: &media_time, media, logit_rows: &logit_rows };
+        Ok(sequence.advance(&step)?)
+    }
+}
+
+/// How keys and values are kept: engines other than ours keep f32.
+fn kv_format(manifest: &Manifest, options: &OpenOptions) -> KvFormat {
+    let is_native = options.backend.as_deref().is_none_or(|name| name == "native");
+    let is_f32 = manifest.precision.values().all(|precision| precision == "f32");
+    match options.kv_format {
+        _ if !is_native => KvFormat::F32,
+        Some(format) => format,
+        None if is_f32 => KvFormat::F32,
+        None => KvFormat::F16,
+    }
+}
+
+fn open_backend(artifact: &Artifact, options: &OpenOptions) -> Result<Box<dyn Backend>, RunError> {
+    match options.backend.as_deref().unwrap_or("native") {
+        "native" => {
+            let graphs = artifact.load()?;
+            let (media, decoder) = (&graphs.media, &graphs.decoder);
+            let backend = NativeBackend::new(media, decoder, graphs.weights, options.n_threads)?;
+            Ok(Box::new(backend.with_kv_format(kv_format(&artifact.manifest, options))))
+        }
+        "ort" => open_ort(artifact, options),
+        "tract" => open_tract(artifact),
+        other => Err(RunError::NoBackend {
+            name: other.to_owned(),
+            reason: "there is no such backend",
+            hint: "choose native, ort or tract",
+        }),
+    }
+}
+
+/// Opens the graphs made for ONNX Runtime's CPU provider, or the portable ones.
+#[cfg(feature = "ort")]
+fn open_ort(artifact: &Artifact, options: &OpenOptions) -> Result<Box<dyn Backend>, RunError> {
+    use crate::ort::{ExecutionProvider, OrtBackend, OrtOptions};
+    let name = options.execution_provider.as_deref().unwrap_or("cpu");
+    let no_provider = || RunError::NoBackend {
+        name: format!("ort, execution provider {name}"),
+        reason: "there is no such execution provider",
+        hint: "choose cpu, cuda or tensorrt",
+    };
+    let execution_provider = ExecutionProvider::from_name(name).ok_or_else(no_provider)?;
+    let graph = |stage| {
+        let own = artifact.graph_path(stage, "ort-cpu");
+        match execution_provider {
+            ExecutionProvider::Cpu => own.or_else(|_| artifact.graph_path(stage, "portable")),
+            ExecutionProvider::Cuda | ExecutionProvider::TensorRt => {
+                artifact.graph_path(stage, "portable")
+            }
+        }
+    };
+    let library = options.ort_library.clone();
+    let options = OrtOptions { library, n_threads: options.n_threads, execution_provider };
+    Ok(Box::new(OrtBackend::open(&graph("media")?, &graph("decoder")?, &options)?))
+}
+
+#[cfg(not(feature = "ort"))]
+fn open_ort(_artifact: &Artifact, _options: &OpenOptions) -> Result<Box<dyn Backend>, RunError> {
+    Err(RunError::NoBackend {
+        name: "ort".into(),
+        reason: "this program was built without it",
+        hint: "build with `--features ort`",
+    })
+}
+
+#[cfg(feature = "tract")]
+fn open_tract(artifact: &Artifact) -> Result<Box<dyn Backend>, RunError> {
+    let graph = |stage| artifact.graph_path(stage, "portable");
+    Ok(Box::new(crate::tract::TractBackend::open(&graph("media")?, &graph("decoder")?)?))
+}
+
+#[cfg(not(feature = "tract"))]
+fn open_tract(_artifact: &Artifact) -> Result<Box<dyn Backend>, RunError> {
+    Err(RunError::NoBackend {
+        name: "tract".into(),
+        reason: "this program was built without it",
+        hint: "build with `--features tract`",
+    })
+}

@@ -1,0 +1,169 @@
+//! Prompts that begin alike share keys and values: of every 16 tokens, by a hash of all that they depend on.
+//!
+//! A step is one panel of keys. The key of a step is a hash of the key of the step before, and of each of its tokens:
+//! id, and the content of the medium that it sees. Keys and values of a token depend on nothing else, so equal keys mean
+//! equal numbers. Entries hold blocks that sequences share and copy before they write, never numbers of their own.
+
+use std::collections::BTreeMap;
+
+use flamingo_kernels::{KV_BLOCK, KV_SLOTS};
+
+use crate::backend::{Sequence, TokenBlock};
+
+/// Tokens of a step.
+pub(crate) const STEP: usize = KV_SLOTS;
+
+const STEPS_OF_BLOCK: usize = KV_BLOCK / STEP;
+
+/// Hash of what a medium's pixels are.
+pub(crate) type MediaKey = [u8; 32];
+
+/// Hash of all that the keys and values of a step depend on.
+pub(crate) type StepKey = [u8; 32];
+
+/// Keys of the whole steps of a sequence; they end where a token sees a medium whose content is not known.
+pub(crate) fn step_keys(
+    ids: &[u32],
+    media_time: &[u32],
+    media_keys: &[Option<MediaKey>],
+) -> Vec<StepKey> {
+    let mut previous = StepKey::default();
+    let key = |(ids, times): (&[u32], &[u32])| {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&previous);
+        for (id, time) in ids.iter().zip(times) {
+            hasher.update(&id.to_le_bytes());
+            let medium = usize::try_from(*time).ok()?.checked_sub(1);
+            match medium {
+                Some(medium) => hasher.update(&[1]).update(&(*media_keys.get(medium)?)?),
+                None => hasher.update(&[0]),
+            };
+        }
+        previous = hasher.finalize().into();
+        Some(previous)
+    };
+    ids.chunks_exact(STEP).zip(media_time.chunks_exact(STEP)).map_while(key).collect()
+}
+
+/// Blocks of prompts that were read, within a budget; those not used for longest go first.
+#[derive(Debug)]
+pub(crate) struct PrefixCache {
+    max_bytes: usize,
+    entries: BTreeMap<StepKey, Entry>,
+    now: u64,
+}
+
+#[derive(Debug)]
+struct Entry {
+    /// Holds the step, and the steps before it in the same block.
+    block: TokenBlock,
+    used: u64,
+}
+
+impl PrefixCache {
+    /// An empty cache that holds up to `max_bytes` of keys and values.
+    pub(crate) fn new(max_bytes: usize) -> PrefixCache {
+        PrefixCache { max_bytes, entries: BTreeMap::new(), now: 0 }
+    }
+
+    /// Blocks of the longest known beginning of a prompt with these keys, and its tokens.
+    pub(crate) fn find(&mut self, keys: &[StepKey]) -> (Vec<TokenBlock>, usize) {
+        let n_known = keys.iter().take_while(|key| self.entries.contains_key(*key)).count();
+        let known = &keys[..n_known];
+        let last_of_block = known.chunks(STEPS_OF_BLOCK).filter_map(|steps| steps.last());
+        let blocks = last_of_block.filter_map(|key| self.entries.get(key));
+        let blocks = blocks.map(|entry| TokenBlock::clone(&entry.block)).collect();
+        self.touch(known);
+        (blocks, n_known * STEP)
+    }
+
+    /// Keeps what `sequence`, whose steps have these keys, holds of them.
+    pub(crate) fn keep(&mut self, keys: &[StepKey], sequence: &dyn Sequence) {
+        if self.max_bytes == 0 {
+            return;
+        }
+        for (block_idx, steps) in keys.chunks(STEPS_OF_BLOCK).enumerate() {
+            let is_kept = |key| self.entries.contains_key(key);
+            if steps.iter().all(is_kept) {
+                continue;
+            }
+            let Some(block) = sequence.share(block_idx) else { return };
+            for key in steps {
+                // Also where one is kept already: the newer block holds its steps too, and one block is less memory.
+                let block = TokenBlock::clone(&block);
+                self.entries.insert(*key, Entry { block, used: 0 });
+            }
+        }
+        self.touch(keys);
+        self.evict();
+    }
+
+    /// Bytes of the blocks that entries hold, each block once.
+    pub(crate) fn bytes(&self) -> usize {
+        self.blocks().values().map(|(_, bytes)| bytes).sum()
+    }
+
+    /// Entries and bytes of each distinct block of a layer.
+    fn blocks(&self) -> BTreeMap<usize, (usize, usize)> {
+        let mut blocks = BTreeMap::new();
+        for block in self.entries.values().flat_map(|entry| entry.block.iter()) {
+            blocks.entry(block.id()).or_insert((0, block.bytes())).0 += 1;
+        }
+        blocks
+    }
+
+    /// Marks entries as used now: the first of a prompt last, because the others are found through it.
+    fn touch(&mut self, keys: &[StepKey]) {
+        for key in keys.iter().rev() {
+            self.now += 1;
+            if let Some(entry) = self.entries.get_mut(key) {
+                entry.used = self.now;
+            }
+        }
+    }
+
+    fn evict(&mut self) {
+        let mut blocks = self.blocks();
+        let mut bytes: usize = blocks.values().map(|(_, bytes)| bytes).sum();
+        let mut order: Vec<(u64, StepKey)> =
+            self.entries.iter().map(|(key, entry)| (entry.used, *key)).collect();
+        order.sort_unstable();
+        for (_, key) in order {
+            if bytes <= self.max_bytes {
+                return;
+            }
+            let Some(entry) = self.entries.remove(&key) else { continue };
+            for block in entry.block.iter() {
+                let Some((n_entries, block_bytes)) = blocks.get_mut(&block.id()) else { continue };
+                *n_entries -= 1;
+                if *n_entries == 0 {
+                    bytes -= *block_bytes;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_tell_text_media_and_what_came_before_apart() {
+        let ids: Vec<u32> = (0..40).collect();
+        let (none, sees) = (vec![0; 40], vec![1; 40]);
+        let keys =
+            |ids: &[u32], times: &[u32], media: &[Option<MediaKey>]| step_keys(ids, times, media);
+        let plain = keys(&ids, &none, &[]);
+        assert_eq!(plain.len(), 2, "whole steps only");
+        let mut other = ids.clone();
+        other[3] = 99;
+        let changed = keys(&other, &none, &[]);
+        assert!(plain[0] != changed[0] && plain[1] != changed[1], "later steps change too");
+        let [a, b] = [[1; 32], [2; 32]].map(|key| keys(&ids, &sees, &[Some(key)]));
+        assert!(a[0] != b[0] && a[0] != plain[0]);
+        assert_eq!(a, keys(&ids, &[2; 40], &[None, Some([1; 32])]), "content, not number");
+        let mixed: Vec<u32> = (0..40).map(|i| u32::from(i >= 20)).collect();
+        assert_eq!(keys(&ids, &mixed, &[None]), plain[..1], "unknown content ends the keys");
+    }
+}
