@@ -14,6 +14,7 @@
 mod artifact;
 pub mod backend;
 mod contract;
+pub mod env;
 pub mod image;
 pub mod machine;
 pub mod native;
@@ -27,6 +28,8 @@ mod sampling;
 mod session;
 #[cfg(feature = "tract")]
 pub mod tract;
+mod units;
+pub mod visual_cache;
 
 pub use flamingo_kernels::KvFormat;
 
@@ -36,3 +39,5 @@ pub use sampling::{Sampler, SamplingOptions, argmax};
 pub use session::{
     Answer, CacheCounts, GenerateOptions, Generated, Model, OpenOptions, RunError, Stop, Timings,
 };
+pub use units::bytes_from_text;
+pub use visual_cache::{VisualCache, VisualCacheOptions};

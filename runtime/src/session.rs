@@ -1,9 +1,10 @@
 //! A model opened for use, and sessions that answer prompts.
 
-use std::collections::VecDeque;
+mod media;
+
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Instant;
 
 use flamingo_kernels::KvFormat;
@@ -13,13 +14,11 @@ use tokenizers::Tokenizer;
 
 use crate::artifact::{Artifact, ArtifactError};
 use crate::backend::{Backend, BackendError, Media, Step};
-use crate::image::{self, ImageError};
+use crate::image::ImageError;
 use crate::native::NativeBackend;
-use crate::prompt::{PromptEncoder, PromptError, PromptFile, Segment, VideoFiles};
+use crate::prompt::{PromptEncoder, PromptError, PromptFile};
 use crate::sampling::{Sampler, SamplingOptions};
-
-/// Media whose visual tokens a model keeps in memory.
-const CACHED_MEDIA: usize = 256;
+use crate::visual_cache::{Fingerprint, Found, VisualCache};
 
 /// Why a prompt was not answered.
 #[derive(Debug, thiserror::Error)]
@@ -84,6 +83,9 @@ pub struct OpenOptions {
     pub kv_format: Option<KvFormat>,
     /// Whether to check the hash of every file.
     pub verify: bool,
+    /// Where visual tokens are kept; default: a cache of the model's own, in memory. One cache may
+    /// serve several models.
+    pub visual_cache: Option<Arc<VisualCache>>,
 }
 
 /// An artifact ready to answer.
@@ -93,14 +95,8 @@ pub struct Model {
     backend: Box<dyn Backend>,
     kv_format: KvFormat,
     tokenizer: Option<Tokenizer>,
-    cache: Mutex<VecDeque<(blake3::Hash, Arc<Media>)>>,
-}
-
-/// Pixels of one medium.
-struct Pixels {
-    /// [n_frames, 3, size, size].
-    values: Vec<f32>,
-    n_frames: usize,
+    visual_cache: Arc<VisualCache>,
+    fingerprint: Fingerprint,
 }
 
 impl Model {
@@ -118,13 +114,16 @@ impl Model {
             false => None,
         };
         let Artifact { path, manifest } = artifact;
+        let provider = options.execution_provider.as_deref().unwrap_or("cpu");
+        let arithmetic = format!("{} {provider}", backend.arithmetic());
         Ok(Model {
+            fingerprint: Fingerprint::new(&manifest, &arithmetic),
+            visual_cache: options.visual_cache.clone().unwrap_or_default(),
             path,
             manifest,
             backend,
             kv_format,
             tokenizer,
-            cache: Mutex::new(VecDeque::new()),
         })
     }
 
@@ -176,81 +175,6 @@ impl Model {
         Ok(ids)
     }
 
-    /// The pixel values of a prompt's medium.
-    fn pixels(&self, segment: &Segment) -> Result<Pixels, RunError> {
-        let spec = &self.manifest.image;
-        match segment {
-            Segment::Image { image } => {
-                Ok(Pixels { values: image::load(image, spec)?, n_frames: 1 })
-            }
-            Segment::Video { video: VideoFiles::Frames(files), .. } => {
-                let mut values = Vec::new();
-                for file in files {
-                    values.extend(image::load(file, spec)?);
-                }
-                let hint = "name at least one frame";
-                match files.is_empty() {
-                    false => Ok(Pixels { values, n_frames: files.len() }),
-                    true => Err(RunError::Video {
-                        path: PathBuf::new(),
-                        reason: "a video without frames".into(),
-                        hint,
-                    }),
-                }
-            }
-            Segment::Video { video: VideoFiles::File(file), fps, frames } => {
-                self.video_pixels(file, fps.unwrap_or(1.0), frames.unwrap_or(8))
-            }
-            Segment::Text { .. } | Segment::EndOfChunk { .. } => {
-                Ok(Pixels { values: Vec::new(), n_frames: 0 })
-            }
-        }
-    }
-
-    /// Frames of a file at `fps` frames a second, at most `max_frames`.
-    fn video_pixels(&self, file: &Path, fps: f32, max_frames: usize) -> Result<Pixels, RunError> {
-        let wrong = |reason: String, hint| RunError::Video { path: file.to_owned(), reason, hint };
-        if !fps.is_finite() || fps <= 0.0 || max_frames == 0 {
-            let reason = format!("expected `fps` and `frames` above 0, got {fps} and {max_frames}");
-            return Err(wrong(reason, "leave them out for 1 frame a second and 8 frames"));
-        }
-        let frames = image::open_frames(file)?;
-        let mut values = Vec::new();
-        let (mut shown_until, mut due, mut n_frames) = (0.0f32, 0.0f32, 0usize);
-        for frame in &frames {
-            shown_until += frame.delay.as_secs_f32().max(1e-3);
-            while due < shown_until && n_frames < max_frames {
-                values.extend(image::preprocess(&frame.picture, &self.manifest.image)?);
-                n_frames += 1;
-                due += 1.0 / fps;
-            }
-        }
-        match n_frames {
-            0 => Err(wrong("no frames".into(), "is this a picture? use an image segment")),
-            _ => Ok(Pixels { values, n_frames }),
-        }
-    }
-
-    /// Encodes a medium, or finds it in memory; tells whether it was found.
-    fn medium(&self, pixels: &Pixels) -> Result<(Arc<Media>, bool), RunError> {
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(&(pixels.n_frames as u64).to_le_bytes());
-        hasher.update(bytemuck::cast_slice(&pixels.values));
-        let key = hasher.finalize();
-        let lock = || self.cache.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, media)) = lock().iter().find(|(known, _)| *known == key) {
-            return Ok((Arc::clone(media), true));
-        }
-        let encoded = self.backend.encode(&pixels.values, 1, pixels.n_frames)?;
-        let media = Arc::new(encoded.into_iter().next().unwrap_or_default());
-        let mut cache = lock();
-        if cache.len() == CACHED_MEDIA {
-            cache.pop_front();
-        }
-        cache.push_back((key, Arc::clone(&media)));
-        Ok((media, false))
-    }
-
     /// Answers a prompt; `on_text` is given the text as it comes.
     ///
     /// # Errors
@@ -269,10 +193,7 @@ impl Model {
         for segment in prompt.media() {
             let (medium, found) = self.medium(&self.pixels(segment)?)?;
             media.push(medium);
-            match found {
-                true => cache.visual_hits += 1,
-                false => cache.visual_misses += 1,
-            }
+            cache.count(found);
         }
         let mut stream = tokenizer.decode_stream(true);
         let mut text = String::new();
@@ -472,7 +393,7 @@ pub struct Answer {
     pub stop: Stop,
     /// Times.
     pub timings: Timings,
-    /// Media found in memory, and encoded.
+    /// Media found in the cache, and encoded.
     pub cache: CacheCounts,
 }
 
@@ -496,6 +417,7 @@ impl Answer {
             "cache": {
                 "visual_hits": self.cache.visual_hits,
                 "visual_misses": self.cache.visual_misses,
+                "visual_disk_hits": self.cache.visual_disk_hits,
                 "prefix_tokens_reused": 0,
             },
         })
@@ -514,10 +436,25 @@ pub struct Timings {
 /// Visual-token cache counts.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct CacheCounts {
-    /// Media found in memory.
+    /// Media found, in memory or on disk.
     pub visual_hits: usize,
     /// Media encoded.
     pub visual_misses: usize,
+    /// Those of the media found that came from disk.
+    pub visual_disk_hits: usize,
+}
+
+impl CacheCounts {
+    fn count(&mut self, found: Found) {
+        match found {
+            Found::Memory => self.visual_hits += 1,
+            Found::Disk => {
+                self.visual_hits += 1;
+                self.visual_disk_hits += 1;
+            }
+            Found::Encoded => self.visual_misses += 1,
+        }
+    }
 }
 
 /// How keys and values are kept: engines other than ours keep f32.
