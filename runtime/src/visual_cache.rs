@@ -183,6 +183,11 @@ impl VisualCache {
         Ok((media, Found::Encoded))
     }
 
+    /// A medium, if it lies in memory.
+    pub fn get(&self, key: &MediaKey) -> Option<Arc<Media>> {
+        self.lock().media.get(key)
+    }
+
     /// Keeps a medium in memory, whatever the budget, until [`VisualCache::unpin`] was called as
     /// often.
     pub fn pin(&self, key: MediaKey, media: &Arc<Media>) {
