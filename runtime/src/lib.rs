@@ -29,6 +29,7 @@ mod session;
 #[cfg(feature = "tract")]
 pub mod tract;
 mod units;
+pub mod video;
 pub mod visual_cache;
 
 pub use flamingo_kernels::KvFormat;

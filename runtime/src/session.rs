@@ -18,6 +18,7 @@ use crate::image::ImageError;
 use crate::native::NativeBackend;
 use crate::prompt::{PromptEncoder, PromptError, PromptFile};
 use crate::sampling::{Sampler, SamplingOptions};
+use crate::video::VideoError;
 use crate::visual_cache::{Fingerprint, Found, VisualCache};
 
 /// Why a prompt was not answered.
@@ -36,6 +37,9 @@ pub enum RunError {
     /// A picture cannot be used.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// A video that needs ffmpeg cannot be decoded.
+    #[error(transparent)]
+    Decode(#[from] VideoError),
     /// The tokenizer cannot be read.
     #[error(transparent)]
     Tokenizer(#[from] SourceError),

@@ -7,6 +7,7 @@ use super::{Model, RunError};
 use crate::backend::Media;
 use crate::image;
 use crate::prompt::{PromptFile, Segment, VideoFiles};
+use crate::video::{self, Decoder, Sampling};
 use crate::visual_cache::{Found, MediaKey, VisualCache};
 
 /// Pixels of one medium.
@@ -83,8 +84,21 @@ impl Model {
             let reason = format!("expected `fps` and `frames` above 0, got {fps} and {max_frames}");
             return Err(wrong(reason, "leave them out for 1 frame a second and 8 frames"));
         }
-        let frames = image::open_frames(file)?;
         let mut values = Vec::new();
+        // A file that cannot be opened is the error of `open_frames`.
+        if let Ok(Some(container)) = video::container(file) {
+            let sampling = Sampling { fps, max_frames };
+            let on_frame = &mut |picture| {
+                values.extend(image::preprocess(&picture, &self.manifest.image)?);
+                Ok::<(), RunError>(())
+            };
+            let n_frames = Decoder::default().frames(file, container, sampling, on_frame)?;
+            return match n_frames {
+                0 => Err(wrong("no frames".into(), "is there a picture in this file?")),
+                _ => Ok(Pixels { values, n_frames }),
+            };
+        }
+        let frames = image::open_frames(file)?;
         let (mut shown_until, mut due, mut n_frames) = (0.0f32, 0.0f32, 0usize);
         for frame in &frames {
             shown_until += frame.delay.as_secs_f32().max(1e-3);
