@@ -6,7 +6,7 @@
 mod toy;
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -42,8 +42,12 @@ fn act() {
     match role.as_str() {
         "write until killed" => {
             let cache = disk_cache(folder, LIMIT);
-            println!("ready");
-            (0..).for_each(|n| drop(ask(&cache, &toy, n % N_PICTURES)));
+            std::io::stdout().write_all(b"ready\n").unwrap();
+            let mut n = 0;
+            loop {
+                ask(&cache, &toy, n % N_PICTURES);
+                n += 1;
+            }
         }
         "ask often" => {
             let start = std::process::id() as usize;

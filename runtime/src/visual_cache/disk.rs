@@ -179,12 +179,16 @@ impl DiskCache {
         listed.sort_by(|a, b| (a.last_use, &a.path).cmp(&(b.last_use, &b.path)));
         let mut total = needed.saturating_add(listed.iter().map(|file| file.bytes).sum());
         for file in listed {
-            let is_over = !file.is_temporary && total > self.limit;
-            if !is_over && !(file.is_temporary && is_stale(file.last_use)) {
+            let must_leave = match file.is_temporary {
+                true => is_stale(file.last_use),
+                false => total > self.limit,
+            };
+            if !must_leave {
                 continue;
             }
+            let n_evicted = u64::from(!file.is_temporary);
             match fs::remove_file(&file.path) {
-                Ok(()) => self.n_evicted.fetch_add(u64::from(is_over), Ordering::Relaxed),
+                Ok(()) => self.n_evicted.fetch_add(n_evicted, Ordering::Relaxed),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
                 Err(error) => return Err(error),
             };
