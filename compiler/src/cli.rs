@@ -16,10 +16,13 @@ mod trace;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
-use flamingo_runtime::{KvFormat, OpenOptions};
+use flamingo_runtime::{
+    KvFormat, OpenOptions, VisualCache, VisualCacheOptions, bytes_from_text, env,
+};
 
 use output::Output;
 
@@ -96,6 +99,35 @@ impl Opening {
             verify: self.verify,
             ..OpenOptions::default()
         }
+    }
+}
+
+/// Options of verbs that keep what is known of pictures.
+#[derive(Args, Clone)]
+struct Caching {
+    /// Keep what is known of each picture in this folder, for the next run too
+    /// [default: FLAMINGO_CACHE_DIR, else none]
+    #[arg(long, value_name = "DIR")]
+    cache_dir: Option<PathBuf>,
+    /// Most bytes in the cache folder
+    #[arg(long, value_name = "SIZE", default_value = "1GB", value_parser = bytes_from_text)]
+    cache_limit: u64,
+    /// Encode every picture, even one that comes twice
+    #[arg(long, conflicts_with_all = ["cache_dir", "cache_limit"])]
+    no_cache: bool,
+}
+
+impl Caching {
+    fn visual_cache(&self) -> Arc<VisualCache> {
+        let options = match self.no_cache {
+            true => VisualCacheOptions::off(),
+            false => VisualCacheOptions {
+                dir: self.cache_dir.clone().or_else(env::cache_dir),
+                disk_bytes: self.cache_limit,
+                ..VisualCacheOptions::default()
+            },
+        };
+        Arc::new(VisualCache::new(&options))
     }
 }
 

@@ -3,6 +3,8 @@
 
 #[path = "cli/bench.rs"]
 mod bench;
+#[path = "cli/cache.rs"]
+mod cache;
 mod common;
 
 use std::ffi::OsStr;

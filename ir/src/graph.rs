@@ -258,6 +258,41 @@ impl Graph {
         known
     }
 
+    /// The part of the graph that computes `outputs` from `inputs`: these values become its inputs,
+    /// whatever computes them here. Values keep their ids and nodes their order.
+    ///
+    /// # Errors
+    /// If an output needs a value that is neither an input, nor constant, nor computed from them.
+    pub fn part(
+        &self,
+        inputs: Vec<(String, ValueId)>,
+        outputs: Vec<(String, ValueId)>,
+    ) -> Result<Graph, GraphError> {
+        let mut known: BTreeSet<ValueId> = inputs.iter().map(|(_, id)| *id).collect();
+        let mut needed: BTreeSet<ValueId> = outputs.iter().map(|(_, id)| *id).collect();
+        needed.retain(|id| !known.contains(id));
+        let mut nodes = Vec::new();
+        for node in self.nodes.iter().rev() {
+            if node.outputs.iter().any(|output| needed.contains(output)) {
+                needed.extend(node.inputs.iter().filter(|input| !known.contains(input)));
+                nodes.push(node.clone());
+            }
+        }
+        nodes.reverse();
+        known.extend(self.values().filter(|(_, v)| v.constant.is_some()).map(|(id, _)| id));
+        let computed: Vec<ValueId> = nodes.iter().flat_map(|node| node.outputs.clone()).collect();
+        if let Some(twice) = computed.iter().find(|output| !known.insert(**output)) {
+            return Err(self.broken(format!("value {} is an input and computed", twice.0)));
+        }
+        match needed.iter().find(|id| !known.contains(id)) {
+            None => Ok(Graph { nodes, inputs, outputs, ..self.clone() }),
+            Some(id) => {
+                let fact = self.fact(*id);
+                Err(self.broken(format!("value {} ({fact}) is needed and not given", id.0)))
+            }
+        }
+    }
+
     /// Makes every reader of a value (nodes and outputs) read another one, drops nodes that
     /// nothing reads any more, and restores a runnable order.
     pub(crate) fn substitute(
@@ -361,4 +396,38 @@ enum Visit {
     New,
     Open,
     Done,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::op::{Add, Mul};
+    use crate::verify;
+
+    fn named(values: &[(&str, ValueId)]) -> Vec<(String, ValueId)> {
+        values.iter().map(|(name, id)| ((*name).to_owned(), *id)).collect()
+    }
+
+    #[test]
+    fn parts_meet_where_the_graph_is_cut() {
+        let mut graph = Graph::new("whole");
+        let x = graph.input("x", Fact::f32([2]));
+        let w = graph.weight("w", Fact::f32([2]));
+        let scaled = graph.add("scaled", Mul, &[w, w]).unwrap();
+        let sum = graph.add("sum", Add, &[x, scaled]).unwrap();
+        let product = graph.add("product", Mul, &[sum, scaled]).unwrap();
+        graph.output("product", product);
+
+        let names =
+            |graph: &Graph| graph.nodes().iter().map(|n| n.name.clone()).collect::<Vec<_>>();
+        let first = graph.part(named(&[("x", x)]), named(&[("sum", sum)])).unwrap();
+        assert_eq!(names(&first), ["scaled", "sum"]);
+        let second = graph.part(named(&[("sum", sum)]), named(&[("product", product)])).unwrap();
+        assert_eq!(names(&second), ["scaled", "product"]);
+        for part in [first, second] {
+            verify(part).unwrap();
+        }
+        let error = graph.part(vec![], named(&[("product", product)])).unwrap_err();
+        assert!(error.to_string().contains("(f32[2]) is needed and not given"), "{error}");
+    }
 }

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use crate::sampling::SamplingOptions;
+use crate::visual_cache::Found;
 
 /// What to generate.
 #[derive(Clone, Debug)]
@@ -146,6 +147,7 @@ impl Answer {
             "cache": {
                 "visual_hits": self.cache.visual_hits,
                 "visual_misses": self.cache.visual_misses,
+                "visual_disk_hits": self.cache.visual_disk_hits,
                 "prefix_tokens_reused": self.cache.prefix_tokens_reused,
             },
         })
@@ -164,10 +166,25 @@ pub struct Timings {
 /// What was found in caches since the last answer of a session.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct CacheCounts {
-    /// Media found in memory.
+    /// Media found, in memory or on disk.
     pub visual_hits: usize,
     /// Media encoded.
     pub visual_misses: usize,
+    /// Those of the media found that came from disk.
+    pub visual_disk_hits: usize,
     /// Tokens whose keys and values were there, from a prompt that begins alike.
     pub prefix_tokens_reused: usize,
+}
+
+impl CacheCounts {
+    pub(crate) fn count(&mut self, found: Found) {
+        match found {
+            Found::Memory => self.visual_hits += 1,
+            Found::Disk => {
+                self.visual_hits += 1;
+                self.visual_disk_hits += 1;
+            }
+            Found::Encoded => self.visual_misses += 1,
+        }
+    }
 }

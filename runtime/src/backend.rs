@@ -108,6 +108,15 @@ pub struct Step<'a> {
     pub logit_rows: &'a [usize],
 }
 
+/// How visual tokens are kept without losing a bit of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TokenFormat {
+    /// 4 bytes a number.
+    F32,
+    /// 2 bytes a number: the engine rounded the numbers to it.
+    F16,
+}
+
 /// An engine that executes the two graphs of an artifact.
 pub trait Backend: Send + Sync {
     /// Name on the command line: `native`, `ort`, `tract`.
@@ -123,6 +132,35 @@ pub trait Backend: Send + Sync {
         n_media: usize,
         n_frames: usize,
     ) -> Result<Vec<Media>, BackendError>;
+
+    /// How the visual tokens of a medium may be kept for [`Backend::media_from_tokens`]; `None` if
+    /// this engine has no such thing.
+    fn token_format(&self) -> Option<TokenFormat> {
+        None
+    }
+
+    /// The medium of `n_frames` frames whose visual tokens `[n_latents, dim]`, f32, these are: bit
+    /// for bit what [`Backend::encode`] gave.
+    ///
+    /// # Errors
+    /// If their number does not fit the model, or [`Backend::token_format`] is `None`.
+    fn media_from_tokens(
+        &self,
+        _visual_tokens: Vec<f32>,
+        _n_frames: usize,
+    ) -> Result<Media, BackendError> {
+        Err(BackendError::Engine {
+            engine: self.name(),
+            place: "visual tokens".into(),
+            reason: "this engine encodes from pixels alone".into(),
+            hint: "use `--backend native`",
+        })
+    }
+
+    /// What beside graphs and weights decides the bits of media: engine, instruction set, formats.
+    fn arithmetic(&self) -> String {
+        self.name().to_owned()
+    }
 
     /// Advances several sequences together, as [`Sequence::advance`] does each: engines that can
     /// read the weights once for all of them. Numbers do not depend on the company. After an error

@@ -55,6 +55,12 @@ impl Contract {
         Ok(Contract { pictures, media_outputs, n_blocks })
     }
 
+    /// Place of `visual_tokens` among the media graph's outputs.
+    pub(crate) fn tokens_place(&self) -> usize {
+        let is_tokens = |output: &MediaOutput| matches!(output, MediaOutput::VisualTokens { .. });
+        self.media_outputs.iter().position(is_tokens).unwrap_or(0)
+    }
+
     /// One medium from the media graph's outputs, in the order of the graph.
     pub(crate) fn media_from_outputs(&self, outputs: Vec<Vec<f32>>) -> Media {
         let mut media = Media::default();

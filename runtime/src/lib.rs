@@ -21,6 +21,7 @@ mod answer;
 mod artifact;
 pub mod backend;
 mod contract;
+pub mod env;
 pub mod image;
 pub mod machine;
 mod model;
@@ -37,6 +38,9 @@ mod session;
 mod text_stream;
 #[cfg(feature = "tract")]
 pub mod tract;
+mod units;
+pub mod video;
+pub mod visual_cache;
 
 pub use flamingo_kernels::KvFormat;
 
@@ -48,3 +52,5 @@ pub use model::{Model, OpenOptions, RunError};
 pub use prompt::{PromptEncoder, PromptError, PromptFile, Segment, VideoFiles};
 pub use sampling::{Sampler, SamplingOptions, argmax};
 pub use session::{Mark, Medium, Piece, Pieces, Session, SessionMemory, Tokens};
+pub use units::bytes_from_text;
+pub use visual_cache::{VisualCache, VisualCacheOptions};

@@ -1,6 +1,7 @@
 //! A model opened for use: tokenizer, pictures, caches, and one-shot answers. Conversations are sessions.
 
-use std::collections::VecDeque;
+mod media;
+
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,14 +15,13 @@ use tokenizers::Tokenizer;
 use crate::answer::{Answer, CacheCounts, GenerateOptions, Generated};
 use crate::artifact::{Artifact, ArtifactError};
 use crate::backend::{Backend, BackendError, Media, Step};
-use crate::image::{self, ImageError};
+use crate::image::ImageError;
 use crate::native::NativeBackend;
 use crate::prefix_cache::PrefixCache;
-use crate::prompt::{PromptEncoder, PromptError, PromptFile, Segment, VideoFiles};
+use crate::prompt::{PromptEncoder, PromptError, PromptFile};
 use crate::session::{Medium, Session};
-
-/// Media whose visual tokens a model keeps in memory.
-const CACHED_MEDIA: usize = 256;
+use crate::video::VideoError;
+use crate::visual_cache::{Fingerprint, VisualCache};
 
 /// Most bytes of keys and values that prompts that begin alike share.
 const PREFIX_BYTES: usize = 256 << 20;
@@ -67,6 +67,9 @@ pub enum RunError {
         /// Why.
         reason: &'static str,
     },
+    /// A video that needs ffmpeg cannot be decoded.
+    #[error(transparent)]
+    Decode(#[from] VideoError),
     /// A video without frames.
     #[error("{path}: {reason}\n\nhint: {hint}")]
     Video {
@@ -96,6 +99,9 @@ pub struct OpenOptions {
     /// Most bytes of keys and values of prompts that others may begin with; default 256 MiB, 0 keeps none. Engines other
     /// than ours keep none.
     pub prefix_bytes: Option<usize>,
+    /// Where visual tokens are kept; default: a cache of the model's own, in memory. One cache may
+    /// serve several models.
+    pub visual_cache: Option<Arc<VisualCache>>,
     /// Whether to check the hash of every file.
     pub verify: bool,
 }
@@ -112,15 +118,9 @@ struct Shared {
     backend: Box<dyn Backend>,
     kv_format: KvFormat,
     tokenizer: Option<Tokenizer>,
-    cache: Mutex<VecDeque<(blake3::Hash, Arc<Media>)>>,
+    visual_cache: Arc<VisualCache>,
+    fingerprint: Fingerprint,
     prefixes: Mutex<PrefixCache>,
-}
-
-/// Pixels of one medium.
-struct Pixels {
-    /// [n_frames, 3, size, size].
-    values: Vec<f32>,
-    n_frames: usize,
 }
 
 impl Model {
@@ -138,6 +138,9 @@ impl Model {
             false => None,
         };
         let Artifact { path, manifest } = artifact;
+        let provider = options.execution_provider.as_deref().unwrap_or("cpu");
+        let arithmetic = format!("{} {provider}", backend.arithmetic());
+        let fingerprint = Fingerprint::new(&manifest, &arithmetic);
         let prefixes = PrefixCache::new(options.prefix_bytes.unwrap_or(PREFIX_BYTES));
         let shared = Shared {
             path,
@@ -145,7 +148,8 @@ impl Model {
             backend,
             kv_format,
             tokenizer,
-            cache: Mutex::new(VecDeque::new()),
+            visual_cache: options.visual_cache.clone().unwrap_or_default(),
+            fingerprint,
             prefixes: Mutex::new(prefixes),
         };
         Ok(Model { shared: Arc::new(shared) })
@@ -220,12 +224,9 @@ impl Model {
         counts: &mut CacheCounts,
     ) -> Result<Vec<Medium>, RunError> {
         let medium = |segment| {
-            let (media, key, found) = self.medium(&self.pixels(segment)?)?;
-            match found {
-                true => counts.visual_hits += 1,
-                false => counts.visual_misses += 1,
-            }
-            Ok(Medium { media, key: Some(key.into()) })
+            let (medium, found) = self.medium(&self.pixels(segment)?)?;
+            counts.count(found);
+            Ok(medium)
         };
         prompt.media().map(medium).collect()
     }
@@ -233,81 +234,6 @@ impl Model {
     /// The cache of prompts that begin alike.
     pub(crate) fn prefixes(&self) -> MutexGuard<'_, PrefixCache> {
         self.shared.prefixes.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The pixel values of a prompt's medium.
-    fn pixels(&self, segment: &Segment) -> Result<Pixels, RunError> {
-        let spec = &self.shared.manifest.image;
-        match segment {
-            Segment::Image { image } => {
-                Ok(Pixels { values: image::load(image, spec)?, n_frames: 1 })
-            }
-            Segment::Video { video: VideoFiles::Frames(files), .. } => {
-                let mut values = Vec::new();
-                for file in files {
-                    values.extend(image::load(file, spec)?);
-                }
-                let hint = "name at least one frame";
-                match files.is_empty() {
-                    false => Ok(Pixels { values, n_frames: files.len() }),
-                    true => Err(RunError::Video {
-                        path: PathBuf::new(),
-                        reason: "a video without frames".into(),
-                        hint,
-                    }),
-                }
-            }
-            Segment::Video { video: VideoFiles::File(file), fps, frames } => {
-                self.video_pixels(file, fps.unwrap_or(1.0), frames.unwrap_or(8))
-            }
-            Segment::Text { .. } | Segment::EndOfChunk { .. } => {
-                Ok(Pixels { values: Vec::new(), n_frames: 0 })
-            }
-        }
-    }
-
-    /// Frames of a file at `fps` frames a second, at most `max_frames`.
-    fn video_pixels(&self, file: &Path, fps: f32, max_frames: usize) -> Result<Pixels, RunError> {
-        let wrong = |reason: String, hint| RunError::Video { path: file.to_owned(), reason, hint };
-        if !fps.is_finite() || fps <= 0.0 || max_frames == 0 {
-            let reason = format!("expected `fps` and `frames` above 0, got {fps} and {max_frames}");
-            return Err(wrong(reason, "leave them out for 1 frame a second and 8 frames"));
-        }
-        let frames = image::open_frames(file)?;
-        let mut values = Vec::new();
-        let (mut shown_until, mut due, mut n_frames) = (0.0f32, 0.0f32, 0usize);
-        for frame in &frames {
-            shown_until += frame.delay.as_secs_f32().max(1e-3);
-            while due < shown_until && n_frames < max_frames {
-                values.extend(image::preprocess(&frame.picture, &self.shared.manifest.image)?);
-                n_frames += 1;
-                due += 1.0 / fps;
-            }
-        }
-        match n_frames {
-            0 => Err(wrong("no frames".into(), "is this a picture? use an image segment")),
-            _ => Ok(Pixels { values, n_frames }),
-        }
-    }
-
-    /// Encodes a medium, or finds it in memory; tells whether it was found.
-    fn medium(&self, pixels: &Pixels) -> Result<(Arc<Media>, blake3::Hash, bool), RunError> {
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(&(pixels.n_frames as u64).to_le_bytes());
-        hasher.update(bytemuck::cast_slice(&pixels.values));
-        let key = hasher.finalize();
-        let lock = || self.shared.cache.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, media)) = lock().iter().find(|(known, _)| *known == key) {
-            return Ok((Arc::clone(media), key, true));
-        }
-        let encoded = self.shared.backend.encode(&pixels.values, 1, pixels.n_frames)?;
-        let media = Arc::new(encoded.into_iter().next().unwrap_or_default());
-        let mut cache = lock();
-        if cache.len() == CACHED_MEDIA {
-            cache.pop_front();
-        }
-        cache.push_back((key, Arc::clone(&media)));
-        Ok((media, key, false))
     }
 
     /// An empty conversation of up to the artifact's limit of tokens.

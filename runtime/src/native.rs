@@ -1,6 +1,7 @@
 //! The native backend: the two graphs of an artifact on our own CPU kernels.
 //!
-//! At load each graph becomes a static plan: instructions over weights in the memory map, inputs,
+//! The media graph is cut at its visual tokens, so that keys and values can be made of tokens that
+//! were kept. At load each part becomes a static plan: instructions over weights in the memory map, inputs,
 //! and buffers that share memory. Keys and values of text live in caches that attention writes in
 //! place; keys and values of media are read where the encoder left them. A prompt and a single
 //! token take the same path.
@@ -20,14 +21,15 @@ use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use flamingo_ir::{Bindings, Graph};
+use flamingo_ir::{Bindings, Graph, ValueId};
 use flamingo_kernels::{KV_BLOCK, Kernels, KvCache, KvFormat, Matrix, SharedBlock};
+use half::f16;
 
 use crate::backend::{
-    Backend, BackendError, BackendMemory, Media, MediaKv, Sequence, Step, TokenBlock, WeightBytes,
-    frame_weights,
+    Backend, BackendError, BackendMemory, Media, MediaKv, Sequence, Step, TokenBlock, TokenFormat,
+    WeightBytes, frame_weights,
 };
-use crate::contract::{Contract, check_step, full, indices};
+use crate::contract::{Contract, broken, check_step, full, indices};
 use crate::profile::Record;
 
 pub use stage::{Buffers, Call, NativeStage, Span, StageMemory};
@@ -40,12 +42,17 @@ pub struct NativeBackend {
 
 #[derive(Debug)]
 struct Shared {
-    media: NativeStage,
+    /// Pixels → visual tokens.
+    vision: NativeStage,
+    /// Visual tokens → keys and values of every gated block.
+    media_kv: NativeStage,
     decoder: NativeStage,
     contract: Contract,
+    isa: &'static str,
     /// Rows of the decoder's buffers are shared by all sequences that do not run at the same time.
     decoder_buffers: Mutex<Vec<Buffers>>,
-    media_buffers: Mutex<Vec<Buffers>>,
+    vision_buffers: Mutex<Vec<Buffers>>,
+    media_kv_buffers: Mutex<Vec<Buffers>>,
     /// Heads of each gated block.
     media_heads: Vec<usize>,
     /// Bytes of the weights that the two stages read.
@@ -80,18 +87,26 @@ impl NativeBackend {
         kernels: Arc<Kernels>,
     ) -> Result<NativeBackend, BackendError> {
         let contract = Contract::new(media, decoder)?;
-        let decoder = NativeStage::new(decoder, Arc::clone(&weights), Arc::clone(&kernels))?;
-        let media = NativeStage::new(media, weights, kernels)?;
+        let isa = kernels.isa().name();
+        let stage =
+            |graph: &Graph| NativeStage::new(graph, Arc::clone(&weights), Arc::clone(&kernels));
+        let [vision, media_kv] = cut_at_tokens(media)?;
+        let decoder = stage(decoder)?;
+        let [vision, media_kv] = both(stage(&vision), stage(&media_kv))?;
+        let stages = [&vision, &media_kv, &decoder];
         let used: BTreeMap<&str, usize> =
-            media.weights_used().chain(decoder.weights_used()).collect();
+            stages.into_iter().flat_map(NativeStage::weights_used).collect();
         let shared = Shared {
             weight_bytes: used.values().sum(),
+            vision,
+            media_kv,
             media_heads: decoder.media_heads(),
-            media,
             decoder,
             contract,
+            isa,
             decoder_buffers: Mutex::default(),
-            media_buffers: Mutex::default(),
+            vision_buffers: Mutex::default(),
+            media_kv_buffers: Mutex::default(),
             kv_format: KvFormat::F32,
         };
         Ok(NativeBackend { shared: Arc::new(shared) })
@@ -107,9 +122,9 @@ impl NativeBackend {
         self
     }
 
-    /// The stage that encodes media.
-    pub fn media_stage(&self) -> &NativeStage {
-        &self.shared.media
+    /// The stages that encode media: pixels → visual tokens → keys and values.
+    pub fn media_stages(&self) -> [&NativeStage; 2] {
+        [&self.shared.vision, &self.shared.media_kv]
     }
 
     /// The stage that advances text.
@@ -136,20 +151,16 @@ impl Backend for NativeBackend {
         let n_max = self.shared.contract.pictures.n_max_frames.unwrap_or(0);
         let weights = frame_weights(n_frames, n_max);
         let bindings = bindings([("n_media", 1), ("n_frames", n_frames)]);
-        let mut buffers = take(&self.shared.media_buffers);
+        let mut buffers = take(&self.shared.vision_buffers);
         let encode = |pixel_values: &[f32]| {
-            let call = Call {
-                bindings: &bindings,
-                numbers: &[("pixel_values", pixel_values), ("frame_weights", &weights)],
-                indices: &[],
-                media: &[],
-                media_time: &[],
-            };
-            let outputs = self.shared.media.run(&call, &mut [], &mut buffers)?;
-            Ok(self.shared.pack(self.shared.contract.media_from_outputs(outputs)))
+            let numbers = [("pixel_values", pixel_values), ("frame_weights", &weights)];
+            let call = media_call(&bindings, &numbers);
+            let outputs = self.shared.vision.run(&call, &mut [], &mut buffers)?;
+            let visual_tokens = outputs.into_iter().next().unwrap_or_default();
+            self.shared.media_from_tokens(self.shared.rounded(visual_tokens), n_frames)
         };
         let media = pixel_values.chunks_exact(medium_elements).map(encode).collect();
-        give_back(&self.shared.media_buffers, buffers);
+        give_back(&self.shared.vision_buffers, buffers);
         media
     }
 
@@ -161,19 +172,36 @@ impl Backend for NativeBackend {
         };
         Some(BackendMemory {
             weight_bytes: self.shared.weight_bytes,
-            buffer_bytes: bytes(&self.shared.decoder_buffers) + bytes(&self.shared.media_buffers),
+            buffer_bytes: bytes(&self.shared.decoder_buffers)
+                + bytes(&self.shared.vision_buffers)
+                + bytes(&self.shared.media_kv_buffers),
         })
     }
 
+    fn token_format(&self) -> Option<TokenFormat> {
+        Some(self.shared.token_format())
+    }
+
+    fn media_from_tokens(
+        &self,
+        visual_tokens: Vec<f32>,
+        n_frames: usize,
+    ) -> Result<Media, BackendError> {
+        self.shared.media_from_tokens(visual_tokens, n_frames)
+    }
+
+    fn arithmetic(&self) -> String {
+        format!("{} {} {}", self.name(), self.shared.isa, self.shared.kv_format.name())
+    }
+
     fn set_profiling(&self, is_on: bool) -> bool {
-        self.shared.media.set_profiling(is_on);
-        self.shared.decoder.set_profiling(is_on);
+        self.shared.stages().iter().for_each(|stage| stage.set_profiling(is_on));
         true
     }
 
     fn take_profile(&self) -> Vec<Record> {
-        let mut records = self.shared.media.take_profile();
-        records.extend(self.shared.decoder.take_profile());
+        let stages = self.shared.stages();
+        let mut records: Vec<Record> = stages.iter().flat_map(|s| s.take_profile()).collect();
         records.sort_by_key(|record| record.start);
         records
     }
@@ -202,6 +230,49 @@ impl Backend for NativeBackend {
 }
 
 impl Shared {
+    fn stages(&self) -> [&NativeStage; 3] {
+        [&self.vision, &self.media_kv, &self.decoder]
+    }
+
+    /// Visual tokens are rounded where keys and values are.
+    fn token_format(&self) -> TokenFormat {
+        match self.kv_format {
+            KvFormat::F32 => TokenFormat::F32,
+            KvFormat::F16 | KvFormat::Int8 => TokenFormat::F16,
+        }
+    }
+
+    /// Visual tokens as they are kept. Rounding comes before keys and values, so that those of
+    /// tokens that were kept are the same.
+    fn rounded(&self, mut visual_tokens: Vec<f32>) -> Vec<f32> {
+        match self.token_format() {
+            TokenFormat::F32 => {}
+            TokenFormat::F16 => {
+                let largest = f16::MAX.to_f32();
+                for value in &mut visual_tokens {
+                    *value = f16::from_f32(value.clamp(-largest, largest)).to_f32();
+                }
+            }
+        }
+        visual_tokens
+    }
+
+    /// One medium with the keys and values of its visual tokens.
+    fn media_from_tokens(
+        &self,
+        visual_tokens: Vec<f32>,
+        n_frames: usize,
+    ) -> Result<Media, BackendError> {
+        let bindings = bindings([("n_media", 1), ("n_frames", n_frames)]);
+        let numbers = [("visual_tokens", visual_tokens.as_slice())];
+        let mut buffers = take(&self.media_kv_buffers);
+        let outputs = self.media_kv.run(&media_call(&bindings, &numbers), &mut [], &mut buffers);
+        give_back(&self.media_kv_buffers, buffers);
+        let mut outputs = outputs?;
+        outputs.insert(self.contract.tokens_place().min(outputs.len()), visual_tokens);
+        Ok(self.pack(self.contract.media_from_outputs(outputs)))
+    }
+
     /// Advances sequences in one pass over the weights; logits of each.
     fn advance(
         &self,
@@ -273,6 +344,43 @@ impl Shared {
         }
         media
     }
+}
+
+/// The media graph in two: pixels → `visual_tokens`, and `visual_tokens` → keys and values.
+fn cut_at_tokens(media: &Graph) -> Result<[Graph; 2], BackendError> {
+    let (tokens, kv): (Vec<_>, Vec<(String, ValueId)>) =
+        media.outputs().iter().cloned().partition(|(name, _)| name == "visual_tokens");
+    let vision = media.part(media.inputs().to_vec(), tokens.clone());
+    let media_kv = media.part(tokens, kv);
+    let part = |part: Result<Graph, _>| {
+        let expected = "keys and values: expected to be computed from `visual_tokens` alone";
+        part.map_err(|error| broken(media, vec![format!("{expected}: {error}")]))
+    };
+    Ok([part(vision)?, part(media_kv)?])
+}
+
+/// Both parts of a graph, or what is wrong with either.
+fn both(
+    first: Result<NativeStage, BackendError>,
+    second: Result<NativeStage, BackendError>,
+) -> Result<[NativeStage; 2], BackendError> {
+    use BackendError::{Unsupported, Weights};
+    match (first, second) {
+        (Ok(first), Ok(second)) => Ok([first, second]),
+        (Err(Unsupported { graph, mut nodes }), Err(Unsupported { nodes: more, .. })) => {
+            nodes.extend(more);
+            Err(Unsupported { graph, nodes })
+        }
+        (Err(Weights { graph, mut weights }), Err(Weights { weights: more, .. })) => {
+            weights.extend(more);
+            Err(Weights { graph, weights })
+        }
+        (Err(error), _) | (_, Err(error)) => Err(error),
+    }
+}
+
+fn media_call<'a>(bindings: &'a Bindings, numbers: &'a [(&'a str, &'a [f32])]) -> Call<'a> {
+    Call { bindings, numbers, indices: &[], media: &[], media_time: &[] }
 }
 
 fn other_backend() -> BackendError {

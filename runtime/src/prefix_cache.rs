@@ -9,14 +9,12 @@ use std::collections::BTreeMap;
 use flamingo_kernels::{KV_BLOCK, KV_SLOTS};
 
 use crate::backend::{Sequence, TokenBlock};
+use crate::visual_cache::MediaKey;
 
 /// Tokens of a step.
 pub(crate) const STEP: usize = KV_SLOTS;
 
 const STEPS_OF_BLOCK: usize = KV_BLOCK / STEP;
-
-/// Hash of what a medium's pixels are.
-pub(crate) type MediaKey = [u8; 32];
 
 /// Hash of all that the keys and values of a step depend on.
 pub(crate) type StepKey = [u8; 32];
@@ -35,7 +33,7 @@ pub(crate) fn step_keys(
             hasher.update(&id.to_le_bytes());
             let medium = usize::try_from(*time).ok()?.checked_sub(1);
             match medium {
-                Some(medium) => hasher.update(&[1]).update(&(*media_keys.get(medium)?)?),
+                Some(medium) => hasher.update(&[1]).update((*media_keys.get(medium)?)?.as_bytes()),
                 None => hasher.update(&[0]),
             };
         }
@@ -147,6 +145,7 @@ impl PrefixCache {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::visual_cache::Fingerprint;
 
     #[test]
     fn keys_tell_text_media_and_what_came_before_apart() {
@@ -160,9 +159,10 @@ mod tests {
         other[3] = 99;
         let changed = keys(&other, &none, &[]);
         assert!(plain[0] != changed[0] && plain[1] != changed[1], "later steps change too");
-        let [a, b] = [[1; 32], [2; 32]].map(|key| keys(&ids, &sees, &[Some(key)]));
+        let medium = |pixel| MediaKey::new(&Fingerprint::of(&["a model"]), &[pixel], 1);
+        let [a, b] = [1.0, 2.0].map(|pixel| keys(&ids, &sees, &[Some(medium(pixel))]));
         assert!(a[0] != b[0] && a[0] != plain[0]);
-        assert_eq!(a, keys(&ids, &[2; 40], &[None, Some([1; 32])]), "content, not number");
+        assert_eq!(a, keys(&ids, &[2; 40], &[None, Some(medium(1.0))]), "content, not number");
         let mixed: Vec<u32> = (0..40).map(|i| u32::from(i >= 20)).collect();
         assert_eq!(keys(&ids, &mixed, &[None]), plain[..1], "unknown content ends the keys");
     }

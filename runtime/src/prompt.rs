@@ -15,7 +15,8 @@ pub enum Segment {
         /// The file.
         image: PathBuf,
     },
-    /// A video: one file with frames (GIF, WebP, APNG), or its frames as picture files.
+    /// A video: one file with frames (GIF, WebP, APNG; with ffmpeg MP4, MOV, WebM, MKV, AVI), or its
+    /// frames as picture files.
     Video {
         /// The file or files.
         video: VideoFiles,

@@ -9,10 +9,11 @@ use flamingo_models::MediaClock;
 use crate::answer::{Answer, CacheCounts, GenerateOptions, Generated, Limits, Stop, Timings};
 use crate::backend::{Media, Sequence, Step};
 use crate::model::{Model, RunError};
-use crate::prefix_cache::{MediaKey, STEP, step_keys};
+use crate::prefix_cache::{STEP, step_keys};
 use crate::prompt::{PromptError, PromptFile};
 use crate::sampling::Sampler;
 use crate::text_stream::TextStream;
+use crate::visual_cache::MediaKey;
 
 /// Tokens of a prompt that are read at once; between them a session looks whether to stop.
 const PREFILL_TOKENS: usize = 512;
@@ -23,7 +24,7 @@ pub struct Medium {
     /// Visual tokens, keys and values.
     pub media: Arc<Media>,
     /// Hash of the pixel values, if known: without it, tokens that see the medium are not shared with other sessions.
-    pub key: Option<[u8; 32]>,
+    pub key: Option<MediaKey>,
 }
 
 impl From<Arc<Media>> for Medium {

@@ -215,7 +215,11 @@ fn memory_plan(artifact: &Artifact, graphs: &LoadedGraphs) -> Result<BTreeMap<St
     };
     let n_latents = config.n_latents();
     let one = [("n_media", 1), ("n_frames", 1), ("n_logits", 1)];
-    let media = backend.media_stage().memory(&bindings(&one))?;
+    let mut media_bytes = 0u64;
+    for stage in backend.media_stages() {
+        media_bytes =
+            media_bytes.saturating_add(stage.memory(&bindings(&one))?.buffer_bytes as u64);
+    }
     let at = |text_len: usize| -> Result<u64> {
         let text = [("text_len", text_len), ("past_len", 0)];
         let memory = backend.decoder_stage().memory(&bindings(&[&one[..], &text[..]].concat()))?;
@@ -226,7 +230,7 @@ fn memory_plan(artifact: &Artifact, graphs: &LoadedGraphs) -> Result<BTreeMap<St
     let keys_values = product(&[2, cross.layers.len(), cross.n_heads, cross.head_dim]);
     let per_latent = keys_values.saturating_add(config.vision.width as u64);
     Ok(BTreeMap::from([
-        ("encode one picture".to_owned(), media.buffer_bytes as u64),
+        ("encode one picture".to_owned(), media_bytes),
         ("prefill of 128 tokens".to_owned(), at(128)?),
         ("decode step".to_owned(), at(1)?),
         (

@@ -4,11 +4,11 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::Args;
-use flamingo_runtime::{GenerateOptions, Model, PromptFile, SamplingOptions, Stop};
+use flamingo_runtime::{GenerateOptions, Model, OpenOptions, PromptFile, SamplingOptions, Stop};
 
 use super::output::Output;
 use super::profile::Profiling;
-use super::{Opening, Outcome};
+use super::{Caching, Opening, Outcome};
 
 /// Answer a prompt with pictures; the text streams to stdout
 #[derive(Args)]
@@ -52,6 +52,8 @@ pub(super) struct Run {
     #[command(flatten)]
     opening: Opening,
     #[command(flatten)]
+    caching: Caching,
+    #[command(flatten)]
     profiling: Profiling,
     /// Print text, token ids, timings and cache counts as JSON at the end
     #[arg(long)]
@@ -68,7 +70,9 @@ impl Run {
             }
         };
         let options = self.options(&prompt)?;
-        let model = Model::open(&self.artifact, &self.opening.options())?;
+        let visual_cache = Some(self.caching.visual_cache());
+        let opening = OpenOptions { visual_cache, ..self.opening.options() };
+        let model = Model::open(&self.artifact, &opening)?;
         self.profiling.start(model.backend())?;
         let mut shown = Ok(());
         let answer = model.generate(&prompt, &options, &mut |piece| {
@@ -77,6 +81,9 @@ impl Run {
             }
         })?;
         shown?;
+        for warning in model.visual_cache().take_warnings() {
+            output.note(&format!("warning: {warning}"));
+        }
         match self.json {
             true => output.json(&answer.to_json())?,
             false => output.line("")?,

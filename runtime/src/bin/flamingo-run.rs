@@ -3,9 +3,11 @@
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use flamingo_runtime::{
-    GenerateOptions, KvFormat, Model, OpenOptions, PromptFile, SamplingOptions,
+    GenerateOptions, KvFormat, Model, OpenOptions, PromptFile, SamplingOptions, VisualCache,
+    VisualCacheOptions, bytes_from_text, env,
 };
 use lexopt::prelude::*;
 
@@ -23,6 +25,10 @@ Options:
   --threads N            threads [default: one for each physical core]
   --kv FORMAT            keep keys and values in f32, f16 or int8 [default: f32 for an artifact
                          in f32, f16 for others]
+  --cache-dir DIR        keep what is known of each picture in this folder, for the next run too
+                         [default: FLAMINGO_CACHE_DIR, else none]
+  --cache-limit SIZE     most bytes in that folder [default: 1GB]
+  --no-cache             encode every picture, even one that comes twice
   --verify               check the hash of every file first
   --json                 print text, token ids, timings and cache counts
   --help                 print this
@@ -43,6 +49,8 @@ struct Arguments {
     temperature: Option<f32>,
     seed: u64,
     opening: OpenOptions,
+    cache: VisualCacheOptions,
+    no_cache: bool,
     json: bool,
     help: bool,
 }
@@ -61,20 +69,21 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<(), Failure> {
-    let arguments = parse(lexopt::Parser::from_env())?;
+    let mut arguments = parse(lexopt::Parser::from_env())?;
     let mut stdout = io::stdout();
     if arguments.help {
         return Ok(stdout.write_all(HELP.as_bytes())?);
     }
     let artifact =
-        arguments.artifact.as_ref().ok_or("no artifact\n\nhint: see `flamingo-run --help`")?;
+        arguments.artifact.clone().ok_or("no artifact\n\nhint: see `flamingo-run --help`")?;
     let prompt = match (&arguments.prompt, &arguments.prompt_file) {
         (Some(text), None) => PromptFile::from_text(text, &arguments.images)?,
         (None, Some(path)) => PromptFile::read(path)?,
         _ => return Err("expected one of `--prompt` and `--prompt-file`".into()),
     };
     let options = options(&arguments, &prompt)?;
-    let model = Model::open(artifact, &arguments.opening)?;
+    arguments.opening.visual_cache = Some(Arc::new(visual_cache(&arguments)));
+    let model = Model::open(&artifact, &arguments.opening)?;
     let mut shown = Ok(());
     let answer = model.generate(&prompt, &options, &mut |piece| {
         if !arguments.json && shown.is_ok() {
@@ -82,6 +91,10 @@ fn run() -> Result<(), Failure> {
         }
     })?;
     shown?;
+    for warning in model.visual_cache().take_warnings() {
+        // A closed stderr must not end the work.
+        let _ = writeln!(io::stderr(), "warning: {warning}");
+    }
     match arguments.json {
         true => writeln!(stdout, "{}", answer.to_json())?,
         false => writeln!(stdout)?,
@@ -104,6 +117,11 @@ fn parse(mut parser: lexopt::Parser) -> Result<Arguments, lexopt::Error> {
             Long("kv") => {
                 arguments.opening.kv_format = Some(parser.value()?.parse_with(kv_format)?)
             }
+            Long("cache-dir") => arguments.cache.dir = Some(parser.value()?.into()),
+            Long("cache-limit") => {
+                arguments.cache.disk_bytes = parser.value()?.parse_with(bytes_from_text)?;
+            }
+            Long("no-cache") => arguments.no_cache = true,
             Long("verify") => arguments.opening.verify = true,
             Long("json") => arguments.json = true,
             Long("help") | Short('h') => arguments.help = true,
@@ -115,6 +133,14 @@ fn parse(mut parser: lexopt::Parser) -> Result<Arguments, lexopt::Error> {
 
 fn kv_format(name: &str) -> Result<KvFormat, String> {
     KvFormat::from_name(name).ok_or_else(|| format!("expected f32, f16 or int8, got `{name}`"))
+}
+
+fn visual_cache(arguments: &Arguments) -> VisualCache {
+    if arguments.no_cache {
+        return VisualCache::new(&VisualCacheOptions::off());
+    }
+    let dir = arguments.cache.dir.clone().or_else(env::cache_dir);
+    VisualCache::new(&VisualCacheOptions { dir, ..arguments.cache.clone() })
 }
 
 fn options(arguments: &Arguments, prompt: &PromptFile) -> Result<GenerateOptions, Failure> {

@@ -9,6 +9,7 @@ use flamingo_ir::op::{
     ResamplerAttention, Reshape, RmsNorm, Rounding, SelfAttention, Slice, Split,
 };
 use flamingo_ir::{Bindings, Dim, Fact, Tensor, ValueId, evaluate_with};
+use flamingo_kernels::KvFormat;
 
 use super::{Buffers, Model, Noise, assert_close, check, ids, kernels, run_native};
 use crate::backend::{Backend, Media, MediaKv, Sequence, Step, frame_weights};
@@ -361,6 +362,25 @@ fn encode_gives_each_medium_what_the_graph_gives_all() {
     }
     assert_eq!(media[0].n_latents, N_LATENTS);
     assert!(backend.encode(&[], 0, 1).unwrap().is_empty());
+}
+
+#[test]
+fn media_of_kept_tokens_are_those_of_the_pixels_to_the_bit() {
+    for (format, is_rounded) in
+        [(KvFormat::F32, false), (KvFormat::F16, true), (KvFormat::Int8, true)]
+    {
+        let backend = backend(&media_model(), &decoder_model(Position::None), 2);
+        let backend = backend.with_kv_format(format);
+        for medium in encoded(&backend, 2, 2) {
+            let tokens = medium.visual_tokens.clone();
+            let halves = tokens.iter().all(|v| half::f16::from_f32(*v).to_f32() == *v);
+            assert_eq!(halves, is_rounded, "{format}");
+            let again = backend.media_from_tokens(tokens, 2).unwrap();
+            assert_eq!(again, *medium, "{format}");
+        }
+        let error = backend.media_from_tokens(vec![0.0; 3], 2).unwrap_err().to_string();
+        assert!(error.contains("input `visual_tokens`"), "{error}");
+    }
 }
 
 #[test]
