@@ -219,7 +219,8 @@ fn run_json_keeps_its_contract() {
     assert_eq!(
         at(&found, "/cache"),
         &json!({
-            "visual_hits": 1, "visual_misses": 1, "prefix_tokens_reused": 0,
+            "visual_hits": 1, "visual_misses": 1, "visual_disk_hits": 0,
+            "prefix_tokens_reused": 0,
         })
     );
     assert_eq!(at(&found, "/n_prompt_tokens"), 9);
