@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use crate::model::RunError;
 use crate::sampling::SamplingOptions;
 use crate::visual_cache::Found;
 
@@ -63,6 +64,18 @@ pub struct Limits {
 }
 
 impl Limits {
+    /// Goes on, unless there is a reason to stop.
+    ///
+    /// # Errors
+    /// The reason.
+    pub(crate) fn check(&self) -> Result<(), RunError> {
+        match self.reached() {
+            None => Ok(()),
+            Some(Stop::Deadline) => Err(RunError::Interrupted { reason: "the deadline passed" }),
+            Some(_) => Err(RunError::Interrupted { reason: "it was cancelled" }),
+        }
+    }
+
     /// Why to stop now, if there is a reason.
     pub(crate) fn reached(&self) -> Option<Stop> {
         let is_late = |deadline| Instant::now() >= deadline;

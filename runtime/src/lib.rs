@@ -20,6 +20,7 @@
 mod answer;
 mod artifact;
 pub mod backend;
+mod beam;
 mod contract;
 pub mod env;
 pub mod image;
@@ -48,6 +49,7 @@ pub use answer::{
     Answer, CacheCounts, CancelToken, GenerateOptions, Generated, Limits, Stop, Timings,
 };
 pub use artifact::{Artifact, ArtifactError, LoadedGraphs, MappedWeights};
+pub use beam::BeamOptions;
 pub use model::{Model, OpenOptions, RunError};
 pub use prompt::{PromptEncoder, PromptError, PromptFile, Segment, VideoFiles};
 pub use sampling::{Sampler, SamplingOptions, argmax};

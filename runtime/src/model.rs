@@ -61,8 +61,8 @@ pub enum RunError {
         /// What to do.
         hint: &'static str,
     },
-    /// Reading a prompt was given up; the session is as before.
-    #[error("prompt: {reason} before it was read\n\nhint: allow more time, or give less at once")]
+    /// Reading a prompt, searching or scoring was given up; the session is as before.
+    #[error("session: {reason} before the end\n\nhint: allow more time, or give less at once")]
     Interrupted {
         /// Why.
         reason: &'static str,

@@ -168,11 +168,7 @@ impl Session {
         let keys = step_keys(&self.ids, &self.media_time, &self.media_keys);
         self.counts.prefix_tokens_reused += self.adopt(&keys);
         while self.sequence.len() < self.ids.len() {
-            if let Some(stop) = limits.reached() {
-                let is_late = stop == Stop::Deadline;
-                let reason = if is_late { "the deadline passed" } else { "it was cancelled" };
-                return Err(RunError::Interrupted { reason });
-            }
+            limits.check()?;
             self.advance(self.sequence.len() + PREFILL_TOKENS)?;
         }
         self.model.prefixes().keep(&keys, self.sequence.as_ref());
@@ -283,21 +279,68 @@ impl Session {
 
     /// Generates token by token, without text: stop strings are not looked for.
     pub fn tokens<'a>(&'a mut self, options: &'a GenerateOptions) -> Tokens<'a> {
+        let (forbidden, stops) =
+            self.special_tokens(options.allow_image_token, options.ignore_stops);
+        let generated = Generated { tokens: Vec::new(), n_steps: 0, stop: Stop::Length };
+        let sampler = Sampler::new(options.sampling.clone());
+        Tokens { session: self, options, sampler, forbidden, stops, generated, has_ended: false }
+    }
+
+    /// Tokens that are not generated, and those that end an answer, each once.
+    pub(crate) fn special_tokens(
+        &self,
+        allow_image_token: bool,
+        ignore_stops: bool,
+    ) -> (Vec<u32>, Vec<u32>) {
         let tokens = &self.model.manifest().config.tokens;
         let mut forbidden = Vec::new();
-        if !options.allow_image_token {
+        if !allow_image_token {
             forbidden.push(tokens.image);
             forbidden.extend(tokens.around_image);
         }
         let mut stops = Vec::new();
-        if !options.ignore_stops {
+        if !ignore_stops {
             stops.extend_from_slice(&tokens.stop);
             stops.extend(tokens.end_of_chunk);
             stops.extend(tokens.end);
         }
-        let generated = Generated { tokens: Vec::new(), n_steps: 0, stop: Stop::Length };
-        let sampler = Sampler::new(options.sampling.clone());
-        Tokens { session: self, options, sampler, forbidden, stops, generated, has_ended: false }
+        stops.sort_unstable();
+        stops.dedup();
+        (forbidden, stops)
+    }
+
+    /// Keys and values so far, for a continuation that may not last.
+    pub(crate) fn fork_sequence(&self) -> Box<dyn Sequence> {
+        self.sequence.fork()
+    }
+
+    /// The media that its tokens see.
+    pub(crate) fn media(&self) -> &[Arc<Media>] {
+        &self.media
+    }
+
+    /// Its model.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// The medium that generated tokens see.
+    pub(crate) fn generated_time(&self) -> u32 {
+        self.clock.generated()
+    }
+
+    /// The media that these tokens would see if they were given.
+    pub(crate) fn given_times(&self, ids: &[u32]) -> Vec<u32> {
+        let mut clock = self.clock.clone();
+        ids.iter().map(|id| clock.tick(*id)).collect()
+    }
+
+    /// Makes tokens that were found by search part of the session.
+    pub(crate) fn push_generated(&mut self, ids: &[u32]) {
+        for id in ids {
+            self.push(*id, self.clock.generated(), false);
+            self.logits = None;
+        }
     }
 
     /// Where the session is now.

@@ -1,15 +1,16 @@
 //! Sequences and sessions that are forked, rewound, fed in pieces and begun from the prefix cache: on the native engine
-//! the bits of one that was read fresh, on others the same numbers.
+//! the bits of one that was read fresh, on others the same numbers. Beams are PyTorch's.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use flamingo_models::{MediaClock, media_time};
+use flamingo_models::{Family, MediaClock, media_time};
 use flamingo_runtime::backend::{Media, Sequence, Step};
+use flamingo_runtime::visual_cache::{Fingerprint, MediaKey};
 use flamingo_runtime::{
-    CancelToken, GenerateOptions, Limits, Mark, Medium, Model, OpenOptions, PromptFile, RunError,
-    Segment, Session, Stop,
+    BeamOptions, CancelToken, GenerateOptions, Limits, Mark, Medium, Model, OpenOptions,
+    PromptFile, RunError, Segment, Session, Stop,
 };
 use flamingo_tests::{Golden, compiled, demo_folder, golden_folders, opening};
 use flamingoc::parity::{F32_BOUND, compare};
@@ -38,7 +39,7 @@ fn media_of(model: &Model, golden: &Golden, case: &str) -> Vec<Arc<Media>> {
 fn keyed(media: &[Arc<Media>]) -> Vec<Medium> {
     let medium = |(index, media): (usize, &Arc<Media>)| Medium {
         media: Arc::clone(media),
-        key: Some([index as u8; 32]),
+        key: Some(MediaKey::new(&Fingerprint::of(&["a model"]), &[index as f32], 1)),
     };
     media.iter().enumerate().map(medium).collect()
 }
@@ -470,4 +471,65 @@ fn a_full_context_is_an_error_for_turns_and_a_stop_for_answers() {
     let turn = PromptFile::from_text("red", &[]).unwrap();
     let error = session.append(&turn, &Limits::default()).unwrap_err().to_string();
     assert!(error.contains(&format!("do not fit the context of {limit}")), "{error}");
+}
+
+/// A session over a golden case's prompt.
+fn session_of(model: &Model, golden: &Golden, case: &str) -> Session {
+    let media = media_of(model, golden, case).into_iter().map(Medium::from);
+    let media: Vec<Medium> = media.collect();
+    let mut session = model.session().unwrap();
+    let ids = golden.ids(case, "input_ids").unwrap();
+    session.append_ids(&ids, &media, &Limits::default()).unwrap();
+    session
+}
+
+#[test]
+fn beams_are_those_of_pytorch() {
+    for folder in golden_folders() {
+        let (_scratch, artifact) = compiled(&folder);
+        let model = Model::open(&artifact, &opening("native")).unwrap();
+        let golden = Golden::read(&folder);
+        for case in golden.cases() {
+            let Some(expected) = golden.ids(&case, "beam3") else { continue };
+            let options = BeamOptions {
+                max_new_tokens: expected.len(),
+                length_penalty: 0.0,
+                ignore_stops: true,
+                allow_image_token: model.manifest().config.family == Family::Idefics,
+                ..BeamOptions::default()
+            };
+            let mut session = session_of(&model, &golden, &case);
+            let found = session.search(&options).unwrap();
+            assert_eq!(found.tokens, expected, "{} {case}", folder.display());
+            assert!(session.ids().ends_with(&expected));
+            let one = BeamOptions { n_beams: 1, ..options.clone() };
+            let greedy = session_of(&model, &golden, &case).search(&one).unwrap().tokens;
+            assert_eq!(Some(greedy), golden.ids(&case, "greedy"), "{} {case}", folder.display());
+        }
+    }
+}
+
+#[test]
+fn continuations_score_as_in_one_prefill() {
+    let folder = golden_folder("openflamingo-llama");
+    let (_scratch, artifact) = compiled(&folder);
+    let model = Model::open(&artifact, &opening("native")).unwrap();
+    let golden = Golden::read(&folder);
+    let mut session = session_of(&model, &golden, "A");
+    let before = session.ids().to_vec();
+    let continuations = vec![vec![], vec![3], vec![4, 5, 6], vec![3, 9]];
+    let scores = session.score(&continuations, &Limits::default()).unwrap();
+    assert_eq!(session.ids(), before);
+    let media = media_of(&model, &golden, "A");
+    let vocabulary = model.manifest().config.language.vocabulary;
+    for (ids, scores) in continuations.iter().zip(scores) {
+        assert_eq!(scores.len(), ids.len());
+        let logits = model.logits(&[before.as_slice(), ids].concat(), &media).unwrap();
+        for (at, (id, score)) in ids.iter().zip(scores).enumerate() {
+            let row = &logits[(before.len() - 1 + at) * vocabulary..][..vocabulary];
+            let sum: f64 = row.iter().map(|logit| f64::from(*logit).exp()).sum();
+            let expected = f64::from(row[*id as usize]) - sum.ln();
+            assert!((score - expected).abs() < 1e-6, "{ids:?}: {score}, expected {expected}");
+        }
+    }
 }
