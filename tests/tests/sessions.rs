@@ -9,7 +9,7 @@ use flamingo_models::{Family, MediaClock, media_time};
 use flamingo_runtime::backend::{Media, Sequence, Step};
 use flamingo_runtime::visual_cache::{Fingerprint, MediaKey};
 use flamingo_runtime::{
-    BeamOptions, CancelToken, GenerateOptions, Limits, Mark, Medium, Model, OpenOptions,
+    BeamOptions, CancelToken, GenerateOptions, KvFormat, Limits, Mark, Medium, Model, OpenOptions,
     PromptFile, RunError, Segment, Session, Stop,
 };
 use flamingo_tests::{Golden, compiled, demo_folder, golden_folders, opening};
@@ -274,9 +274,13 @@ impl Script<'_> {
 }
 
 /// Any order of appending, generating, forking, rewinding and beginning anew.
-fn check_orders(name: &str, prefix_bytes: Option<usize>, cases: u32) {
+fn check_orders(name: &str, kv: KvFormat, prefix_bytes: Option<usize>, cases: u32) {
     let (_scratch, artifact) = compiled(&golden_folder(name));
-    let model = Model::open(&artifact, &OpenOptions { prefix_bytes, ..opening("native") }).unwrap();
+    let model = Model::open(
+        &artifact,
+        &OpenOptions { prefix_bytes, kv_format: Some(kv), ..opening("native") },
+    )
+    .unwrap();
     let golden = Golden::read(&golden_folder(name));
     let media = media_of(&model, &golden, "A").into_iter().chain(media_of(&model, &golden, "B0"));
     let media: Vec<Arc<Media>> = media.take(3).collect();
@@ -318,9 +322,12 @@ fn check_orders(name: &str, prefix_bytes: Option<usize>, cases: u32) {
 #[test]
 fn any_order_of_operations_has_the_bits_of_a_fresh_sequence() {
     for name in KINDS {
-        check_orders(name, None, 40);
-        check_orders(name, Some(200_000), 40); // three blocks
-        check_orders(name, Some(0), 10);
+        check_orders(name, KvFormat::F32, None, 40);
+        check_orders(name, KvFormat::F32, Some(200_000), 40); // three blocks
+        check_orders(name, KvFormat::F32, Some(0), 10);
+    }
+    for kv in [KvFormat::F16, KvFormat::Int8] {
+        check_orders("openflamingo-llama", kv, None, 20);
     }
 }
 
