@@ -2,6 +2,7 @@
 //! success, 1 a failed check, 2 an error.
 
 mod bench;
+mod chat;
 mod check;
 mod compile;
 mod demo;
@@ -9,7 +10,9 @@ mod doctor;
 mod inspect;
 mod output;
 mod profile;
+mod prompt;
 mod run;
+mod score;
 mod synth;
 mod trace;
 
@@ -49,6 +52,8 @@ enum Verb {
     Demo(demo::Demo),
     Compile(compile::Compile),
     Run(run::Run),
+    Chat(chat::Chat),
+    Score(score::Score),
     Trace(trace::Trace),
     Check(check::Check),
     Inspect(inspect::Inspect),
@@ -175,6 +180,8 @@ fn dispatch(verb: Verb, output: &mut Output) -> Result<Outcome> {
         Verb::Demo(demo) => demo.run(output),
         Verb::Compile(compile) => compile.run(output),
         Verb::Run(run) => run.run(output),
+        Verb::Chat(chat) => chat.run(output),
+        Verb::Score(score) => score.run(output),
         Verb::Trace(trace) => trace.run(output),
         Verb::Check(check) => check.run(output),
         Verb::Inspect(inspect) => inspect.run(output),

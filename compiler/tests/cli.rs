@@ -6,6 +6,8 @@ mod bench;
 #[path = "cli/cache.rs"]
 mod cache;
 mod common;
+#[path = "cli/talk.rs"]
+mod talk;
 
 use std::ffi::OsStr;
 use std::fs;
@@ -18,8 +20,10 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-const VERBS: [&str; 9] =
-    ["demo", "compile", "run", "trace", "check", "inspect", "bench", "synth", "doctor"];
+const VERBS: [&str; 11] = [
+    "demo", "compile", "run", "chat", "score", "trace", "check", "inspect", "bench", "synth",
+    "doctor",
+];
 
 /// The value at a JSON pointer.
 #[track_caller]

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use crate::beam::BeamOptions;
 use crate::model::RunError;
 use crate::sampling::SamplingOptions;
 use crate::visual_cache::Found;
@@ -15,6 +16,8 @@ pub struct GenerateOptions {
     pub max_new_tokens: usize,
     /// How tokens are chosen.
     pub sampling: SamplingOptions,
+    /// Whether to follow several continuations at once, and how.
+    pub beams: BeamOptions,
     /// Go on after end-of-chunk and end-of-text tokens.
     pub ignore_stops: bool,
     /// Let the model generate image tokens, which nothing stands behind.
@@ -30,6 +33,7 @@ impl Default for GenerateOptions {
         GenerateOptions {
             max_new_tokens: 64,
             sampling: SamplingOptions::default(),
+            beams: BeamOptions::default(),
             ignore_stops: false,
             allow_image_token: false,
             stop_strings: Vec::new(),

@@ -35,6 +35,7 @@ mod prefix_cache;
 pub mod profile;
 mod prompt;
 mod sampling;
+mod score;
 mod session;
 mod text_stream;
 #[cfg(feature = "tract")]
@@ -53,6 +54,7 @@ pub use beam::BeamOptions;
 pub use model::{Model, OpenOptions, RunError};
 pub use prompt::{PromptEncoder, PromptError, PromptFile, Segment, VideoFiles};
 pub use sampling::{Sampler, SamplingOptions, argmax};
+pub use score::Score;
 pub use session::{Mark, Medium, Piece, Pieces, Session, SessionMemory, Tokens};
 pub use units::bytes_from_text;
 pub use visual_cache::{VisualCache, VisualCacheOptions};

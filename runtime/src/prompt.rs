@@ -134,6 +134,14 @@ pub enum PromptError {
         /// Tokens now.
         tokens: usize,
     },
+    /// A continuation that cannot be scored.
+    #[error("continuation {}: {flaw}\n\nhint: give texts that could follow the prompt", index + 1)]
+    Continuation {
+        /// Which, from 0.
+        index: usize,
+        /// What is wrong with it.
+        flaw: &'static str,
+    },
     /// There is nothing to continue.
     #[error("prompt: no text and no picture\n\nhint: pass `--prompt` or `--prompt-file`")]
     Empty,
@@ -160,8 +168,11 @@ impl PromptFile {
         Ok(file)
     }
 
-    /// Reads the segments one by one, so that the message names the wrong one.
-    fn from_json(text: &str) -> Result<PromptFile, String> {
+    /// Reads the text of a prompt file; picture paths stay as they are. The error says which segment is wrong.
+    ///
+    /// # Errors
+    /// A text that is not of this form.
+    pub fn from_json(text: &str) -> Result<PromptFile, String> {
         let file: PromptFileForm = serde_json::from_str(text).map_err(|error| error.to_string())?;
         let segment = |(index, value): (usize, serde_json::Value)| {
             let found: String = value.to_string().chars().take(100).collect();

@@ -14,13 +14,22 @@ pub struct SamplingOptions {
     pub top_p: f32,
     /// Divides positive and multiplies negative logits of tokens that occurred (CTRL, §4.1).
     pub repetition_penalty: f32,
+    /// No run of so many tokens occurs twice, prompt included; 0 for no such rule.
+    pub no_repeat_ngram: usize,
     /// Seed of the random numbers.
     pub seed: u64,
 }
 
 impl Default for SamplingOptions {
     fn default() -> SamplingOptions {
-        SamplingOptions { temperature: 0.0, top_k: 0, top_p: 1.0, repetition_penalty: 1.0, seed: 0 }
+        SamplingOptions {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            repetition_penalty: 1.0,
+            no_repeat_ngram: 0,
+            seed: 0,
+        }
     }
 }
 
@@ -39,11 +48,12 @@ impl Sampler {
         Sampler { options, random, candidates: Vec::new() }
     }
 
-    /// The next token. `logits` is changed: tokens in `forbidden` are never chosen, tokens in
-    /// `history` are penalised. Of equal logits the lowest id wins. NaN is never chosen.
+    /// The next token. `logits` is changed: tokens in `forbidden` are never chosen, nor those that
+    /// repeat a run of `history`, whose tokens are penalised. Of equal logits the lowest id wins. NaN is never chosen.
     pub fn choose(&mut self, logits: &mut [f32], forbidden: &[u32], history: &[u32]) -> u32 {
         self.penalise(logits, history);
-        for id in forbidden {
+        let repeated = repeated(history, self.options.no_repeat_ngram);
+        for id in forbidden.iter().chain(&repeated) {
             if let Some(logit) = logits.get_mut(*id as usize) {
                 *logit = f32::NEG_INFINITY;
             }
@@ -111,6 +121,15 @@ pub fn argmax(logits: &[f32]) -> u32 {
     best.0
 }
 
+/// Tokens that would make a run of `n` tokens occur a second time.
+pub(crate) fn repeated(history: &[u32], n: usize) -> Vec<u32> {
+    if n == 0 || history.len() < n {
+        return Vec::new();
+    }
+    let end = &history[history.len() + 1 - n..];
+    history.windows(n).filter(|run| run[..n - 1] == *end).map(|run| run[n - 1]).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -147,6 +166,14 @@ mod tests {
         let mut sampler = Sampler::new(options);
         assert_eq!(sampler.choose(&mut [3.0, 2.0], &[], &[0]), 1);
         assert_eq!(sampler.choose(&mut [-1.0, -1.5], &[], &[0, 0]), 1);
+    }
+
+    #[test]
+    fn runs_that_occurred_are_not_repeated() {
+        assert_eq!(repeated(&[1, 2, 3, 1, 2], 3), [3]);
+        assert_eq!(repeated(&[1, 2, 1], 2), [2]);
+        assert_eq!(repeated(&[4, 5], 1), [4, 5]);
+        assert!(repeated(&[1, 2, 3, 1, 2], 0).is_empty() && repeated(&[1], 2).is_empty());
     }
 
     #[test]

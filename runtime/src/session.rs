@@ -39,6 +39,18 @@ pub struct Mark {
     n_tokens: usize,
 }
 
+impl Mark {
+    /// The mark after `n_tokens` tokens.
+    pub fn at(n_tokens: usize) -> Mark {
+        Mark { n_tokens }
+    }
+
+    /// Tokens before it.
+    pub fn n_tokens(self) -> usize {
+        self.n_tokens
+    }
+}
+
 /// Memory that a session uses, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SessionMemory {
@@ -247,6 +259,9 @@ impl Session {
     ) -> Result<Answer, RunError> {
         let n_prompt_tokens = self.ids.len();
         let cache = std::mem::take(&mut self.counts);
+        if options.beams.n_beams > 1 {
+            return self.searched(started, cache, options, on_text);
+        }
         let (mut text, mut first) = (String::new(), None);
         let mut pieces = self.pieces(options)?;
         while let Some(piece) = pieces.next().transpose()? {
@@ -264,6 +279,35 @@ impl Session {
             .map(|(_, at)| n_later as f64 / at.elapsed().as_secs_f64());
         let first_token_ms = first.map_or(0.0, |(time, _)| time.as_secs_f64() * 1e3);
         let timings = Timings { first_token_ms, decode_tokens_per_s: rate };
+        Ok(Answer { text, tokens, n_prompt_tokens, stop, timings, cache })
+    }
+
+    /// The answer that beam search finds: its text comes at once, at the end.
+    fn searched(
+        &mut self,
+        started: Instant,
+        cache: CacheCounts,
+        options: &GenerateOptions,
+        on_text: &mut dyn FnMut(&str),
+    ) -> Result<Answer, RunError> {
+        let n_prompt_tokens = self.ids.len();
+        let searching = Instant::now();
+        let Generated { tokens, n_steps, mut stop } = self.search(options)?;
+        let rate = n_steps as f64 / searching.elapsed().as_secs_f64();
+        let first_token_ms = started.elapsed().as_secs_f64() * 1e3;
+        let mut stream = TextStream::new(options.stop_strings.clone());
+        let mut text = String::new();
+        for id in &tokens {
+            let (piece, found) = stream.push(self.model.tokenizer()?, *id)?;
+            text.push_str(&piece);
+            if let Some(found) = found {
+                stop = Stop::Text(found);
+                break;
+            }
+        }
+        text.push_str(&stream.finish());
+        on_text(&text);
+        let timings = Timings { first_token_ms, decode_tokens_per_s: Some(rate) };
         Ok(Answer { text, tokens, n_prompt_tokens, stop, timings, cache })
     }
 

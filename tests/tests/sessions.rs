@@ -498,18 +498,18 @@ fn beams_are_those_of_pytorch() {
         let golden = Golden::read(&folder);
         for case in golden.cases() {
             let Some(expected) = golden.ids(&case, "beam3") else { continue };
-            let options = BeamOptions {
+            let options = GenerateOptions {
                 max_new_tokens: expected.len(),
-                length_penalty: 0.0,
+                beams: BeamOptions { n_beams: 3, length_penalty: 0.0, stop_early: false },
                 ignore_stops: true,
                 allow_image_token: model.manifest().config.family == Family::Idefics,
-                ..BeamOptions::default()
+                ..GenerateOptions::default()
             };
             let mut session = session_of(&model, &golden, &case);
             let found = session.search(&options).unwrap();
             assert_eq!(found.tokens, expected, "{} {case}", folder.display());
             assert!(session.ids().ends_with(&expected));
-            let one = BeamOptions { n_beams: 1, ..options.clone() };
+            let one = GenerateOptions { beams: BeamOptions::default(), ..options.clone() };
             let greedy = session_of(&model, &golden, &case).search(&one).unwrap().tokens;
             assert_eq!(Some(greedy), golden.ids(&case, "greedy"), "{} {case}", folder.display());
         }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use comfy_table::{CellAlignment, Table, presets};
+use flamingo_runtime::Model;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
@@ -43,6 +44,19 @@ impl Output {
     /// As [`Output::table`], for the person who watches.
     pub(super) fn note_table(&mut self, header: &[&str], rows: &[Vec<String>]) {
         self.note(&table(header, rows));
+    }
+
+    /// What a model's caches have to say.
+    pub(super) fn warnings(&mut self, model: &Model) {
+        for warning in model.visual_cache().take_warnings() {
+            self.note(&format!("warning: {warning}"));
+        }
+    }
+
+    /// The beginning of a line that the person who watches will end.
+    pub(super) fn prompt(&mut self, text: &str) {
+        // A closed stderr must not end the work.
+        let _ = self.stderr.write_all(text.as_bytes()).and_then(|()| self.stderr.flush());
     }
 
     /// A line for the person who watches.

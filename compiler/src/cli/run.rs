@@ -1,13 +1,17 @@
 //! `flamingoc run`.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::Args;
-use flamingo_runtime::{GenerateOptions, Model, OpenOptions, PromptFile, SamplingOptions, Stop};
+use flamingo_runtime::{
+    BeamOptions, GenerateOptions, Model, OpenOptions, PromptFile, SamplingOptions, Stop,
+};
 
 use super::output::Output;
 use super::profile::Profiling;
+use super::prompt::PromptArgs;
 use super::{Caching, Opening, Outcome};
 
 /// Answer a prompt with pictures; the text streams to stdout
@@ -22,15 +26,8 @@ A prompt file: {\"segments\": [{\"image\": \"a.jpg\"}, {\"text\": \"Output: a ca
 pub(super) struct Run {
     /// The artifact
     artifact: PathBuf,
-    /// Text with `<image>` where each picture stands
-    #[arg(long, value_name = "TEXT", conflicts_with = "prompt_file")]
-    prompt: Option<String>,
-    /// A picture for the next `<image>`; repeat it for more
-    #[arg(long, value_name = "FILE", requires = "prompt")]
-    image: Vec<PathBuf>,
-    /// A prompt as JSON
-    #[arg(long, value_name = "FILE")]
-    prompt_file: Option<PathBuf>,
+    #[command(flatten)]
+    prompt: PromptArgs,
     /// Most new tokens [default: the prompt file's, else 64]
     #[arg(long, value_name = "N")]
     max_new_tokens: Option<usize>,
@@ -46,6 +43,18 @@ pub(super) struct Run {
     /// Make tokens that occurred less likely
     #[arg(long, value_name = "X", default_value = "1")]
     repetition_penalty: f32,
+    /// Let no run of N tokens occur twice, prompt included; 0 for no such rule
+    #[arg(long, value_name = "N", default_value = "0")]
+    no_repeat_ngram: usize,
+    /// Follow N continuations at once and answer with the best; the text comes at the end
+    #[arg(long, value_name = "N", default_value = "1")]
+    num_beams: NonZeroUsize,
+    /// With beams: divide scores by length^X; above 0 favours long answers
+    #[arg(long, value_name = "X", default_value = "1", allow_negative_numbers = true)]
+    length_penalty: f64,
+    /// End the answer before this text; repeat it for more
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
     /// Seed of sampling
     #[arg(long, value_name = "N", default_value = "0")]
     seed: u64,
@@ -62,13 +71,7 @@ pub(super) struct Run {
 
 impl Run {
     pub(super) fn run(self, output: &mut Output) -> Result<Outcome> {
-        let prompt = match (&self.prompt, &self.prompt_file) {
-            (Some(text), _) => PromptFile::from_text(text, &self.image)?,
-            (None, Some(path)) => PromptFile::read(path)?,
-            (None, None) => {
-                bail!("no prompt\n\nhint: pass `--prompt TEXT` or `--prompt-file FILE`")
-            }
-        };
+        let prompt = self.prompt.read()?;
         let options = self.options(&prompt)?;
         let visual_cache = Some(self.caching.visual_cache());
         let opening = OpenOptions { visual_cache, ..self.opening.options() };
@@ -81,9 +84,7 @@ impl Run {
             }
         })?;
         shown?;
-        for warning in model.visual_cache().take_warnings() {
-            output.note(&format!("warning: {warning}"));
-        }
+        output.warnings(&model);
         match self.json {
             true => output.json(&answer.to_json())?,
             false => output.line("")?,
@@ -107,6 +108,15 @@ impl Run {
         };
         within("temperature", temperature, 0.0, 100.0)?;
         within("top-p", self.top_p, 0.0, 1.0)?;
+        if !self.length_penalty.is_finite() {
+            bail!("`--length-penalty`: expected a number, got {}", self.length_penalty);
+        }
+        if self.num_beams.get() > 1 && temperature > 0.0 {
+            bail!(
+                "`--num-beams` and `--temperature`: beams take the most likely tokens\n\n\
+                 hint: leave one of them out"
+            );
+        }
         within("repetition-penalty", self.repetition_penalty, 0.01, 100.0)?;
         Ok(GenerateOptions {
             max_new_tokens: self.max_new_tokens.or(prompt.max_new_tokens).unwrap_or(64),
@@ -115,8 +125,15 @@ impl Run {
                 top_k: self.top_k,
                 top_p: self.top_p,
                 repetition_penalty: self.repetition_penalty,
+                no_repeat_ngram: self.no_repeat_ngram,
                 seed: self.seed,
             },
+            beams: BeamOptions {
+                n_beams: self.num_beams.get(),
+                length_penalty: self.length_penalty,
+                ..BeamOptions::default()
+            },
+            stop_strings: self.stop.clone(),
             ..GenerateOptions::default()
         })
     }
