@@ -96,8 +96,7 @@ fn score_ranks_candidates() {
     assert_eq!(at(&json, "/candidates/2/text"), "big blue");
     assert_eq!(at(&json, "/candidates/2/n_tokens"), 2);
     let number = |pointer: &str| at(&json, pointer).as_f64().unwrap();
-    let [sum, mean] =
-        ["/candidates/2/log_likelihood", "/candidates/2/per_token"].map(|pointer| number(pointer));
+    let [sum, mean] = ["/candidates/2/log_likelihood", "/candidates/2/per_token"].map(&number);
     assert!(sum < 0.0 && (sum / 2.0 - mean).abs() < 1e-9);
     let shares: f64 = (0..3).map(|i| number(&format!("/candidates/{i}/share"))).sum();
     assert!((shares - 1.0).abs() < 1e-9);
