@@ -8,6 +8,7 @@
 //! | resample | the resampler's instructions of one encode; native backend only |
 //! | prefill | a prompt over encoded pictures, to the logits of its last token |
 //! | decode | one token after a context over encoded pictures |
+//! | decode_reprojected | the same with the keys and values of every picture made again; where asked for |
 //! | first_token | a prompt and its pictures, nothing encoded before |
 //!
 //! Bytes and operations are counted by the native plan, also where another engine is timed.
@@ -55,6 +56,8 @@ pub struct BenchOptions {
     pub opening: OpenOptions,
     /// Whether to keep the instructions of a run of each stage.
     pub profile: bool,
+    /// Whether to time [`Stage::DecodeReprojected`].
+    pub reproject: bool,
 }
 
 /// Why nothing was timed.
@@ -72,6 +75,11 @@ pub enum BenchError {
         "`--profile`: backend `{0}` does not tell its instructions\n\nhint: pass `--backend native`"
     )]
     NoProfile(String),
+    /// A baseline that the backend cannot be.
+    #[error(
+        "`--baseline reproject`: backend `{0}` cannot make keys and values alone\n\nhint: pass `--backend native`"
+    )]
+    NoBaseline(String),
 }
 
 /// What was measured: the contract of `bench --json`.
@@ -178,10 +186,13 @@ pub fn bench(
     let load = time_load(path, options, &limits, on_progress)?;
 
     let model = Model::open(path, &options.opening)?;
+    if options.reproject && model.backend().token_format().is_none() {
+        return Err(BenchError::NoBaseline(model.backend().name().to_owned()));
+    }
     let inputs = Inputs::new(&manifest, options);
     let media = encoded(&model, &inputs, options.images.iter().copied().max().unwrap_or(0).max(1))?;
     let media_per_image = media.first().map_or(0, |medium| medium.bytes());
-    let mut cases = cases(&model, &inputs, &media)?;
+    let mut cases = cases(&model, &inputs, &media, options.reproject)?;
     let mut runs: Vec<measure::Run<'_>> = Vec::new();
     for case in &mut cases {
         runs.push(Box::new(|| (case.run)()));
@@ -276,7 +287,7 @@ fn profiles(
     let Ok(native) = Model::open(path, &opening) else { return Ok(Vec::new()) };
     let most = options.images.iter().copied().max().unwrap_or(0).max(1);
     let media = encoded(&native, inputs, most)?;
-    Ok(record_all(&native, &mut cases(&native, inputs, &media)?, 1)?)
+    Ok(record_all(&native, &mut cases(&native, inputs, &media, false)?, 1)?)
 }
 
 fn record_all(
@@ -286,7 +297,8 @@ fn record_all(
 ) -> Result<Vec<Profile>, RunError> {
     let mut profiles = Vec::new();
     for case in cases {
-        if matches!(case.stage, Stage::Load | Stage::Resample | Stage::FirstToken) {
+        let has_none = [Stage::Load, Stage::Resample, Stage::DecodeReprojected, Stage::FirstToken];
+        if has_none.contains(&case.stage) {
             continue;
         }
         let mut runs = Vec::new();
@@ -309,6 +321,18 @@ struct Counts {
     arithmetic: Arithmetic,
 }
 
+impl Report {
+    /// By number of pictures: how many times longer a token takes that makes all their keys and values again.
+    pub fn reprojection_factors(&self) -> Vec<(usize, f64)> {
+        let of = |stage| self.results.iter().filter(move |result| result.stage == stage);
+        let factor = |again: &StageResult| {
+            let cached = of(Stage::Decode).find(|result| result.images == again.images)?;
+            Some((again.images, again.ms.median / cached.ms.median))
+        };
+        of(Stage::DecodeReprojected).filter_map(factor).collect()
+    }
+}
+
 impl Counts {
     fn new<'r>(records: impl Iterator<Item = &'r Record>) -> Counts {
         let records: Vec<Record> = records.cloned().collect();
@@ -327,7 +351,7 @@ fn counts(profiles: &[Profile], case: &Case<'_>) -> Option<Counts> {
     };
     let encode = || of(Stage::Encode, 1).map(|profile| &profile.records);
     match case.stage {
-        Stage::Load => None,
+        Stage::Load | Stage::DecodeReprojected => None,
         Stage::Encode => Some(Counts::new(encode()?.iter())),
         Stage::Resample => {
             Some(Counts::new(encode()?.iter().filter(|record| is_resampler(record))))
@@ -364,7 +388,7 @@ fn result(
         ms: Milliseconds { median, p10, p90, n: samples.ms.len() },
         tokens_per_s: match stage {
             Stage::Prefill => Some(per_s(context as f64)),
-            Stage::Decode => Some(per_s(1.0)),
+            Stage::Decode | Stage::DecodeReprojected => Some(per_s(1.0)),
             Stage::Load | Stage::Encode | Stage::Resample | Stage::FirstToken => None,
         },
         weight_bytes: counts.map(|counts| counts.weight_bytes),
@@ -374,7 +398,7 @@ fn result(
         of_ceiling: match stage {
             Stage::Decode => gb_per_s.map(|rate| rate / machine.read_gb_per_s),
             Stage::Encode | Stage::Resample | Stage::Prefill => of_peak(),
-            Stage::Load | Stage::FirstToken => None,
+            Stage::Load | Stage::DecodeReprojected | Stage::FirstToken => None,
         },
         others: samples.others(),
     }
@@ -385,7 +409,9 @@ fn precision(manifest: &Manifest, stage: Stage) -> String {
     let groups: &[&str] = match stage {
         Stage::Encode => &["vision", "resampler", "media"],
         Stage::Resample => &["resampler"],
-        Stage::Prefill | Stage::Decode => &["language", "gated", "embedding", "head"],
+        Stage::Prefill | Stage::Decode | Stage::DecodeReprojected => {
+            &["language", "gated", "embedding", "head"]
+        }
         Stage::Load | Stage::FirstToken => {
             &["vision", "resampler", "media", "language", "gated", "embedding", "head"]
         }

@@ -114,6 +114,11 @@ impl Session {
         self.counts
     }
 
+    /// Media so far.
+    pub fn n_media(&self) -> usize {
+        self.media.len()
+    }
+
     /// Tokens that it can hold.
     pub fn max_context(&self) -> usize {
         self.sequence.max_context()

@@ -28,6 +28,8 @@ pub enum Stage {
     Prefill,
     /// One token over encoded pictures.
     Decode,
+    /// The same with keys and values of every picture made again: what runtimes without a cache of them do.
+    DecodeReprojected,
     /// Pictures and prompt, to the first logits.
     FirstToken,
 }
@@ -41,6 +43,7 @@ impl Stage {
             Stage::Resample => "resample",
             Stage::Prefill => "prefill",
             Stage::Decode => "decode",
+            Stage::DecodeReprojected => "decode_reprojected",
             Stage::FirstToken => "first_token",
         }
     }
@@ -95,6 +98,7 @@ pub(super) fn cases<'m>(
     model: &'m Model,
     inputs: &'m Inputs,
     media: &[Arc<Media>],
+    reprojects: bool,
 ) -> Result<Vec<Case<'m>>, RunError> {
     let mut cases = vec![encode(model, inputs)];
     if model.backend().set_profiling(false) {
@@ -105,6 +109,9 @@ pub(super) fn cases<'m>(
         cases.push(prefill(model, prompt, media.to_vec())?);
         if let Some(context) = inputs.contexts.get(&images) {
             cases.push(decode(model, context, media.to_vec())?);
+            if reprojects {
+                cases.push(reprojected(model, decode(model, context, media.to_vec())?, media));
+            }
         }
         cases.push(first_token(model, inputs, prompt, images));
     }
@@ -179,6 +186,20 @@ fn decode<'m>(
         timed(|| Ok(sequence.advance(&step)?))
     };
     Ok(Case { stage: Stage::Decode, images, context, run: Box::new(run) })
+}
+
+/// A step with the keys and values of all pictures made from their visual tokens before it.
+fn reprojected<'m>(model: &'m Model, decode: Case<'m>, media: &[Arc<Media>]) -> Case<'m> {
+    let Case { images, context, run: mut step, .. } = decode;
+    let media = media.to_vec();
+    let run = move || {
+        let start = Instant::now();
+        for medium in &media {
+            drop(model.backend().media_from_tokens(medium.visual_tokens.clone(), 1)?);
+        }
+        Ok(start.elapsed() + step()?)
+    };
+    Case { stage: Stage::DecodeReprojected, images, context, run: Box::new(run) }
 }
 
 /// Nothing is known before: every picture is encoded, and the caches are new.

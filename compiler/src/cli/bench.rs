@@ -17,6 +17,7 @@ use crate::bench::{BenchOptions, Report, StageResult, bench};
 #[derive(Args)]
 #[command(after_help = "Examples:
   flamingoc bench of-3b.flamingo --images 1,32 --context 128
+  flamingoc bench of-3b.flamingo --images 1,8,32 --baseline reproject
   flamingoc bench of-3b.flamingo --profile --trace trace.json --json
 
 Stages: load, encode (one picture), resample (the resampler's part of it), prefill,
@@ -41,6 +42,10 @@ pub(super) struct Bench {
     /// Seconds after which a stage gets no further sample
     #[arg(long, value_name = "S", default_value = "4")]
     budget_s: f64,
+    /// Also time a token as others decode it: `reproject` makes the keys and values of every
+    /// picture again for each token
+    #[arg(long, value_name = "NAME", value_parser = ["reproject"])]
+    baseline: Option<String>,
     /// Seed of inputs and order
     #[arg(long, value_name = "N", default_value = "0")]
     seed: u64,
@@ -94,6 +99,7 @@ impl Bench {
             seed: self.seed,
             opening: self.opening.options(),
             profile: self.profiling.is_on(),
+            reproject: self.baseline.is_some(),
         })
     }
 
@@ -159,6 +165,11 @@ fn show(report: &Report, output: &mut Output) -> Result<()> {
         "others",
     ];
     output.table(&header, &report.results.iter().map(row).collect::<Vec<_>>())?;
+    for (images, factor) in report.reprojection_factors() {
+        output.line(&format!(
+            "\n{images} pictures: {factor:.2} times the time of a token if keys and values are made again for each"
+        ))?;
+    }
     let known = |size: Option<u64>| size.map_or("unknown".to_owned(), bytes);
     let size = |size: usize| bytes(u64::try_from(size).unwrap_or(u64::MAX));
     output.line(&format!(

@@ -262,3 +262,24 @@ fn profiles_count_small_formats_in_their_own_bytes_and_arithmetic() {
         assert!((share..share * 1.2).contains(&found), "{precision}: {found}");
     }
 }
+
+#[test]
+fn the_baseline_makes_keys_and_values_again() {
+    let demo = Demo::new();
+    let flags = ["--images", "1,4", "--context", "32", "--prompt-tokens", "32", "--reps", "3"];
+    let table = {
+        let path = demo.path();
+        let mut all: Vec<&std::ffi::OsStr> = vec!["bench".as_ref(), path.as_ref()];
+        all.extend(flags.iter().map(AsRef::<std::ffi::OsStr>::as_ref));
+        all.extend(["--baseline", "reproject"].map(AsRef::<std::ffi::OsStr>::as_ref));
+        super::common::run(&all).ok()
+    };
+    let rows = table.lines().filter(|line| line.trim_start().starts_with("decode_reprojected"));
+    assert_eq!(rows.count(), 2, "{table}");
+    let factor = |images: &str| {
+        let start = format!("{images} pictures: ");
+        let line = table.lines().find_map(|line| line.strip_prefix(&start)).expect("a factor");
+        line.split(' ').next().and_then(|factor| factor.parse::<f64>().ok()).expect("a number")
+    };
+    assert!(factor("1") > 1.0 && factor("4") > factor("1"), "{table}");
+}

@@ -38,6 +38,15 @@ impl Model {
         prompt.media().map(pin).collect()
     }
 
+    /// Finds or encodes a medium of pixel values `[n_frames, 3, size, size]`, normalised.
+    ///
+    /// # Errors
+    /// Sizes that do not fit the model.
+    pub fn encode_medium(&self, pixel_values: &[f32], n_frames: usize) -> Result<Medium, RunError> {
+        let pixels = Pixels { values: pixel_values.to_vec(), n_frames };
+        Ok(self.medium(&pixels)?.0)
+    }
+
     /// Finds or encodes a medium; tells where it was found.
     pub(super) fn medium(&self, pixels: &Pixels) -> Result<(Medium, Found), RunError> {
         let Pixels { values, n_frames } = pixels;
