@@ -488,6 +488,11 @@ impl KvCache {
         self.blocks.extend(blocks.iter().map(|block| Arc::clone(&block.0)));
     }
 
+    /// Forgets the tokens of its first block: those that follow move to the front.
+    pub fn forget_first_block(&mut self) {
+        self.blocks.drain(..self.blocks.len().min(1));
+    }
+
     /// Forgets the tokens from `len` on. Blocks of its own stay for the next tokens; shared ones are let go.
     pub fn truncate(&mut self, len: usize) {
         let n_kept = len.div_ceil(self.shape.block_len).min(self.blocks.len());

@@ -667,3 +667,55 @@ proptest! {
         }
     }
 }
+
+/// With linear biases only distances count: what follows a block is the same with the block gone and never written.
+#[test]
+fn a_cache_without_its_first_block_counts_from_its_second() {
+    let (n_heads, head_dim, past_len, m) = (3, 20, KV_BLOCK + 37, 5);
+    let attributes = SelfAttention {
+        n_heads,
+        n_kv_heads: n_heads,
+        head_dim,
+        scale: 0.3,
+        position: Position::Alibi { slopes: vec![0.5, 0.25, 0.125] },
+    };
+    let width = n_heads * head_dim;
+    let rows = |seed| Random::new(seed, past_len, width, 0);
+    let (past_k, past_v) = (rows(1), rows(2));
+    let (q, k, v) =
+        (Random::new(3, m, width, 1), Random::new(4, m, width, 0), Random::new(5, m, width, 2));
+    for kernels in all_kernels() {
+        for format in KvFormat::ALL {
+            let run = |first: usize, forgets: bool| {
+                let mut cache = KvCache::with_format(n_heads, head_dim, past_len + m, format);
+                let rows = first..past_len;
+                cache.write(
+                    0,
+                    past_k.view().row_range(rows.clone()),
+                    past_v.view().row_range(rows),
+                );
+                if forgets {
+                    cache.forget_first_block();
+                }
+                output(m, width, |out| {
+                    let past_len = past_len - KV_BLOCK;
+                    kernels.self_attention(
+                        q.view(),
+                        k.view(),
+                        v.view(),
+                        &mut cache,
+                        past_len,
+                        &attributes,
+                        out,
+                    );
+                })
+            };
+            assert_eq!(
+                bits(&run(0, true)),
+                bits(&run(KV_BLOCK, false)),
+                "{} {format}",
+                kernels.isa()
+            );
+        }
+    }
+}

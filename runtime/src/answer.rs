@@ -22,6 +22,8 @@ pub struct GenerateOptions {
     pub ignore_stops: bool,
     /// Let the model generate image tokens, which nothing stands behind.
     pub allow_image_token: bool,
+    /// Whether to go on when the context is full, as [`Session::slide`](crate::Session::slide) does.
+    pub slide: bool,
     /// Texts that end the answer; it is cut before the first of them.
     pub stop_strings: Vec<String>,
     /// When to give up.
@@ -36,6 +38,7 @@ impl Default for GenerateOptions {
             beams: BeamOptions::default(),
             ignore_stops: false,
             allow_image_token: false,
+            slide: false,
             stop_strings: Vec::new(),
             limits: Limits::default(),
         }

@@ -226,6 +226,12 @@ pub trait Sequence: Send {
     /// Forgets the tokens from `len` on; nothing if there are fewer.
     fn truncate(&mut self, len: usize);
 
+    /// Forgets its oldest tokens and returns their number, 0 if this engine cannot or there are too few. What is left
+    /// counts from 0 again, which changes nothing only where positions are distances (ALiBi).
+    fn forget_oldest(&mut self) -> usize {
+        0
+    }
+
     /// A sequence of the same tokens that goes its own way from here on.
     fn fork(&self) -> Box<dyn Sequence>;
 

@@ -285,7 +285,12 @@ impl Model {
     /// A session with room for a prompt and what is generated.
     fn session_for(&self, n_tokens: usize, options: &GenerateOptions) -> Result<Session, RunError> {
         let wanted = n_tokens.saturating_add(options.max_new_tokens);
-        Session::new(self.clone(), self.manifest().limits.max_context.min(wanted))
+        let mut session =
+            Session::new(self.clone(), self.manifest().limits.max_context.min(wanted))?;
+        if options.slide {
+            session.slide()?;
+        }
+        Ok(session)
     }
 
     /// Encodes raw pixel values [n_media, n_frames, 3, size, size]; the parity hook.

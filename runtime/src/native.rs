@@ -459,6 +459,15 @@ impl Sequence for NativeSequence {
         }
     }
 
+    fn forget_oldest(&mut self) -> usize {
+        if self.len <= KV_BLOCK {
+            return 0;
+        }
+        self.caches.iter_mut().for_each(KvCache::forget_first_block);
+        self.len -= KV_BLOCK;
+        KV_BLOCK
+    }
+
     fn fork(&self) -> Box<dyn Sequence> {
         Box::new(self.clone())
     }

@@ -142,6 +142,14 @@ pub enum PromptError {
         /// What is wrong with it.
         flaw: &'static str,
     },
+    /// A context that cannot slide.
+    #[error(
+        "session: its context cannot slide, {reason}\n\nhint: models with linear position biases (MPT) can, on the native backend"
+    )]
+    NoSliding {
+        /// Why not.
+        reason: &'static str,
+    },
     /// There is nothing to continue.
     #[error("prompt: no text and no picture\n\nhint: pass `--prompt` or `--prompt-file`")]
     Empty,

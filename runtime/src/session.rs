@@ -4,7 +4,9 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use flamingo_kernels::KV_BLOCK;
 use flamingo_models::MediaClock;
+use flamingo_models::config::PositionConfig;
 
 use crate::answer::{Answer, CacheCounts, GenerateOptions, Generated, Limits, Stop, Timings};
 use crate::backend::{Media, Sequence, Step};
@@ -80,18 +82,35 @@ pub struct Session {
     media: Vec<Arc<Media>>,
     media_keys: Vec<Option<MediaKey>>,
     clock: MediaClock,
+    /// What the context forgets when it is full, and has forgotten.
+    sliding: Sliding,
     /// Logits of the last token, if it was advanced and they were not used yet.
     logits: Option<Vec<f32>>,
     counts: CacheCounts,
+}
+
+/// The beginning of a session that its context no longer has.
+#[derive(Clone, Debug)]
+struct Sliding {
+    is_on: bool,
+    /// Tokens that were forgotten.
+    n_tokens: usize,
+    /// Media that had come by then.
+    n_media: usize,
+    /// The clock after them.
+    clock: MediaClock,
 }
 
 impl Session {
     /// An empty conversation of up to `max_context` tokens.
     pub(crate) fn new(model: Model, max_context: usize) -> Result<Session, RunError> {
         let config = &model.manifest().config;
+        let clock = MediaClock::new(config.family, &config.tokens);
+        let sliding = Sliding { is_on: false, n_tokens: 0, n_media: 0, clock: clock.clone() };
         Ok(Session {
             sequence: model.backend().new_sequence(max_context)?,
-            clock: MediaClock::new(config.family, &config.tokens),
+            clock,
+            sliding,
             model,
             ids: Vec::new(),
             media_time: Vec::new(),
@@ -104,7 +123,43 @@ impl Session {
         })
     }
 
-    /// All tokens so far.
+    /// From now on a full context forgets its oldest tokens, 64 at a time, instead of ending: a sliding window. What is
+    /// left keeps what it has taken from the tokens that went.
+    ///
+    /// # Errors
+    /// If positions of the language model are not distances (ALiBi), the engine cannot, or the context is too short.
+    pub fn slide(&mut self) -> Result<(), RunError> {
+        let config = &self.model.manifest().config.language;
+        let reason = match config.position {
+            PositionConfig::Alibi { .. } => match self.model.backend().name() {
+                "native" if self.max_context() > KV_BLOCK => {
+                    self.sliding.is_on = true;
+                    return Ok(());
+                }
+                "native" => "it is too short",
+                _ => "the engine keeps it in one piece",
+            },
+            _ => "the language model counts positions from the beginning",
+        };
+        Err(PromptError::NoSliding { reason }.into())
+    }
+
+    /// Forgets the oldest tokens; whether it did.
+    fn forget_oldest(&mut self) -> bool {
+        let n = if self.sliding.is_on { self.sequence.forget_oldest() } else { 0 };
+        for (id, _) in self.ids[..n].iter().zip(&self.is_given).filter(|(_, is_given)| **is_given) {
+            self.sliding.clock.tick(*id);
+        }
+        self.sliding.n_media = self.n_media[..n].last().copied().unwrap_or(self.sliding.n_media);
+        self.sliding.n_tokens += n;
+        self.ids.drain(..n);
+        self.media_time.drain(..n);
+        self.is_given.drain(..n);
+        self.n_media.drain(..n);
+        n > 0
+    }
+
+    /// The tokens that its context has: all so far, unless it slid.
     pub fn ids(&self) -> &[u32] {
         &self.ids
     }
@@ -131,7 +186,9 @@ impl Session {
     /// Whatever is wrong with the turn; more tokens or media than there is room for; a limit that was reached.
     pub fn append(&mut self, turn: &PromptFile, limits: &Limits) -> Result<(), RunError> {
         let ids = self.model.encode_turn(self.ids.last().copied(), self.media.len(), turn)?;
-        self.check_room(ids.len())?;
+        if !self.sliding.is_on {
+            self.check_room(ids.len())?;
+        }
         let media = self.model.media(turn, &mut self.counts)?;
         self.append_ids(&ids, &media, limits)
     }
@@ -150,6 +207,7 @@ impl Session {
         if self.ids.is_empty() && ids.is_empty() {
             return Err(PromptError::Empty.into());
         }
+        while self.ids.len() + ids.len() > self.max_context() && self.forget_oldest() {}
         self.check_room(ids.len())?;
         let before = self.mark();
         self.media.extend(media.iter().map(|medium| Arc::clone(&medium.media)));
@@ -188,13 +246,15 @@ impl Session {
             limits.check()?;
             self.advance(self.sequence.len() + PREFILL_TOKENS)?;
         }
-        self.model.prefixes().keep(&keys, self.sequence.as_ref());
+        if self.sliding.n_tokens == 0 {
+            self.model.prefixes().keep(&keys, self.sequence.as_ref());
+        }
         Ok(())
     }
 
     /// Begins with what sessions before have read of the same; the last token is always left, for its logits.
     fn adopt(&mut self, keys: &[[u8; 32]]) -> usize {
-        if !self.sequence.is_empty() {
+        if !self.sequence.is_empty() || self.sliding.n_tokens > 0 {
             return 0;
         }
         let n_steps = self.ids.len().saturating_sub(1) / STEP;
@@ -394,18 +454,20 @@ impl Session {
 
     /// Where the session is now.
     pub fn mark(&self) -> Mark {
-        Mark { n_tokens: self.ids.len() }
+        Mark { n_tokens: self.sliding.n_tokens + self.ids.len() }
     }
 
     /// Forgets everything since the mark, tokens and media.
     ///
     /// # Errors
-    /// If the session has been rewound to before the mark.
+    /// If the session has been rewound to before the mark, or has forgotten what was there.
     pub fn rewind(&mut self, mark: Mark) -> Result<(), RunError> {
-        let (mark, tokens) = (mark.n_tokens, self.ids.len());
-        if mark > tokens {
-            return Err(PromptError::NoMark { mark, tokens }.into());
-        }
+        let tokens = self.ids.len();
+        let place = mark.n_tokens.checked_sub(self.sliding.n_tokens);
+        let Some(mark) = place.filter(|mark| *mark <= tokens) else {
+            let tokens = self.sliding.n_tokens + tokens;
+            return Err(PromptError::NoMark { mark: mark.n_tokens, tokens }.into());
+        };
         if mark == tokens && self.sequence.len() == tokens {
             return Ok(());
         }
@@ -414,13 +476,12 @@ impl Session {
         self.is_given.truncate(mark);
         self.sequence.truncate(mark);
         self.logits = None;
-        let config = &self.model.manifest().config;
-        self.clock = MediaClock::new(config.family, &config.tokens);
+        self.clock = self.sliding.clock.clone();
         for (id, _) in self.ids.iter().zip(&self.is_given).filter(|(_, is_given)| **is_given) {
             self.clock.tick(*id);
         }
         self.n_media.truncate(mark);
-        let n_media = self.n_media.last().copied().unwrap_or(0);
+        let n_media = self.n_media.last().copied().unwrap_or(self.sliding.n_media);
         self.media.truncate(n_media);
         self.media_keys.truncate(n_media);
         Ok(())
@@ -439,6 +500,7 @@ impl Session {
             media: self.media.clone(),
             media_keys: self.media_keys.clone(),
             clock: self.clock.clone(),
+            sliding: self.sliding.clone(),
             logits: self.logits.clone(),
             counts: CacheCounts::default(),
         }
@@ -502,12 +564,12 @@ impl Tokens<'_> {
         self.generated
     }
 
-    fn reason_to_stop(&self) -> Option<Stop> {
+    fn reason_to_stop(&mut self) -> Option<Stop> {
         if self.generated.tokens.len() >= self.options.max_new_tokens {
             return Some(Stop::Length);
         }
         // One token more than there is room for can be chosen: nothing comes after it.
-        if self.session.ids.len() > self.session.max_context() {
+        if self.session.ids.len() > self.session.max_context() && !self.session.forget_oldest() {
             return Some(Stop::Context);
         }
         self.options.limits.reached()

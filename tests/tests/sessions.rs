@@ -540,3 +540,57 @@ fn continuations_score_as_in_one_prefill() {
         }
     }
 }
+
+/// A full context that slides goes on as its sequence does after the oldest block went.
+#[test]
+fn a_full_context_slides_where_positions_are_distances() {
+    let (_scratch, artifact) = compiled(&golden_folder("openflamingo-mpt"));
+    let model = Model::open(&artifact, &opening("native")).unwrap();
+    let golden = Golden::read(&golden_folder("openflamingo-mpt"));
+    let media = media_of(&model, &golden, "A");
+    let ids = golden.ids("A", "input_ids").unwrap();
+    let mut session = session_of(&model, &golden, "A");
+    session.slide().unwrap();
+    let (limit, begin) = (session.max_context(), session.mark());
+    let n_tokens = limit + 100 - ids.len();
+    let options = GenerateOptions {
+        max_new_tokens: n_tokens,
+        ignore_stops: true,
+        ..GenerateOptions::default()
+    };
+    let mut tokens = session.tokens(&options);
+    let mut generated = Vec::new();
+    while let Some(id) = tokens.next_id().unwrap() {
+        generated.push(id);
+    }
+    assert_eq!((generated.len(), tokens.finish().stop), (n_tokens, Stop::Length));
+    assert!(session.ids().len() <= limit && session.mark().n_tokens() == limit + 100);
+    assert!(matches!(session.rewind(begin), Err(RunError::Prompt(_))), "what was there is gone");
+
+    let all = [ids.as_slice(), &generated].concat();
+    let config = &model.manifest().config;
+    let mut clock = MediaClock::new(config.family, &config.tokens);
+    let mut times: Vec<u32> = ids.iter().map(|id| clock.tick(*id)).collect();
+    times.resize(all.len(), clock.generated());
+    let mut sequence = model.backend().new_sequence(limit).unwrap();
+    advance(sequence.as_mut(), &ids, &times[..ids.len()], &media);
+    let mut last = Vec::new();
+    for at in ids.len()..all.len() {
+        if sequence.len() == limit {
+            assert!(sequence.forget_oldest() > 0);
+        }
+        last = advance(sequence.as_mut(), &all[at..=at], &times[at..=at], &media);
+    }
+    assert_eq!(bits(&session.logits().unwrap()), bits(&last));
+
+    let turn = &all[..3];
+    let before = session.mark();
+    session.append_ids(turn, &[], &Limits::default()).unwrap();
+    session.rewind(before).unwrap();
+    assert_eq!(bits(&session.logits().unwrap()), bits(&last), "rewound after it slid");
+
+    let rotary = golden_folder("openflamingo-llama");
+    let (_scratch, artifact) = compiled(&rotary);
+    let model = Model::open(&artifact, &opening("native")).unwrap();
+    assert!(model.session().unwrap().slide().is_err());
+}

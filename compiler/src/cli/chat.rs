@@ -42,6 +42,10 @@ pub(super) struct Chat {
     /// Sampling temperature; 0 takes the most likely token
     #[arg(long, value_name = "T", default_value = "0")]
     temperature: f32,
+    /// Go on when the context is full, without its oldest 64 tokens; models with linear position
+    /// biases only (MPT)
+    #[arg(long)]
+    slide: bool,
     /// Seed of sampling
     #[arg(long, value_name = "N", default_value = "0")]
     seed: u64,
@@ -150,9 +154,13 @@ struct Conversation {
 }
 
 impl Conversation {
-    fn new(model: &Model, template: &Template) -> Result<Conversation> {
+    fn new(model: &Model, template: &Template, slides: bool) -> Result<Conversation> {
+        let mut session = model.session()?;
+        if slides {
+            session.slide()?;
+        }
         Ok(Conversation {
-            session: model.session()?,
+            session,
             turns: Vec::new(),
             before: template.opening.to_owned(),
             pictures: Vec::new(),
@@ -180,7 +188,7 @@ impl Chat {
         let Some(template) = TEMPLATES.iter().find(|template| template.name == name) else {
             bail!("`--template`: there is no {name}");
         };
-        let mut conversation = Conversation::new(&model, template)?;
+        let mut conversation = Conversation::new(&model, template, self.slide)?;
         let is_asking = std::io::stdin().is_terminal();
         if is_asking {
             output.note("/image FILE puts a picture before the next turn; /help says more");
@@ -196,12 +204,12 @@ impl Chat {
                 ("/quit" | "/exit", _) => return Ok(Outcome::Ok),
                 ("/help", _) => output
                     .note("/image FILE, /undo, /reset, /quit; anything else is said to the model"),
-                ("/reset", _) => conversation = Conversation::new(&model, template)?,
-                ("/undo", _) => {
-                    if !conversation.undo()? {
-                        output.note("there is no turn to undo");
-                    }
-                }
+                ("/reset", _) => conversation = Conversation::new(&model, template, self.slide)?,
+                ("/undo", _) => match conversation.undo() {
+                    Ok(true) => {}
+                    Ok(false) => output.note("there is no turn to undo"),
+                    Err(error) => output.note(&format!("error: {error:#}")),
+                },
                 ("/image", file) => match Path::new(file.trim()).is_file() {
                     true => conversation.pictures.push(PathBuf::from(file.trim())),
                     false => output.note(&format!("{}: no such file", file.trim())),

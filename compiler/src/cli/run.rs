@@ -55,6 +55,10 @@ pub(super) struct Run {
     /// End the answer before this text; repeat it for more
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
+    /// Go on when the context is full, without its oldest 64 tokens; models with linear position
+    /// biases only (MPT)
+    #[arg(long)]
+    slide: bool,
     /// Seed of sampling
     #[arg(long, value_name = "N", default_value = "0")]
     seed: u64,
@@ -134,6 +138,7 @@ impl Run {
                 ..BeamOptions::default()
             },
             stop_strings: self.stop.clone(),
+            slide: self.slide,
             ..GenerateOptions::default()
         })
     }

@@ -123,4 +123,6 @@ fn beams_answer_and_stop_texts_cut() {
     assert_eq!((at(&cut, "/text"), at(&cut, "/stop/text")), (&"o".into(), &"ran".into()));
     let both = demo.run(&["--prompt", "red", "--num-beams", "2", "--temperature", "1"]);
     refused(both, &["--num-beams", "--temperature"]);
+    let slid = demo.run(&["--prompt", "red", "--slide", "--max-new-tokens", "2"]);
+    refused(slid, &["cannot slide", "counts positions from the beginning"]);
 }
