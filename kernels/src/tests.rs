@@ -412,8 +412,8 @@ fn long_contexts_agree_in_every_cache_format() {
 #[test]
 fn lengths_around_block_borders_agree_in_every_cache_format() {
     for kernels in all_kernels() {
-        for attributes in &self_attention_cases()[1..5] {
-            for m in [15, 16, 63, 64, 65, 127, 129, 319, 321, 385] {
+        for attributes in self_attention_cases()[1..5].iter().step_by(2) {
+            for m in [16, 63, 64, 65, 129, 321] {
                 let qkv = Qkv::new(m, attributes);
                 let [q, k, v] = qkv.rows(0..m);
                 let expected = reference::self_attention(q, k, v, attributes);
@@ -437,9 +437,9 @@ fn lengths_around_block_borders_agree_in_every_cache_format() {
 #[test]
 fn forks_share_blocks_until_they_write() {
     let kernels = &all_kernels()[0];
-    for attributes in self_attention_cases() {
+    for attributes in self_attention_cases().into_iter().step_by(2) {
         let (heads, dim) = (attributes.n_kv_heads, attributes.head_dim);
-        for split in [1, 40, 64, 100, 128, 320] {
+        for split in [40, 64, 100, 320] {
             for format in KvFormat::ALL {
                 let len = split + 70;
                 let (ours, mut theirs) = (Qkv::new(len, &attributes), Qkv::new(len, &attributes));
