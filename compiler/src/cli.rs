@@ -1,6 +1,7 @@
 //! The command line: one file a verb. Results go to stdout, progress to stderr; exit status 0 is
 //! success, 1 a failed check, 2 an error.
 
+mod bank;
 mod bench;
 mod check;
 mod compile;
@@ -49,6 +50,7 @@ enum Verb {
     Demo(demo::Demo),
     Compile(compile::Compile),
     Run(run::Run),
+    Bank(bank::Bank),
     Trace(trace::Trace),
     Check(check::Check),
     Inspect(inspect::Inspect),
@@ -175,6 +177,7 @@ fn dispatch(verb: Verb, output: &mut Output) -> Result<Outcome> {
         Verb::Demo(demo) => demo.run(output),
         Verb::Compile(compile) => compile.run(output),
         Verb::Run(run) => run.run(output),
+        Verb::Bank(bank) => bank.run(output),
         Verb::Trace(trace) => trace.run(output),
         Verb::Check(check) => check.run(output),
         Verb::Inspect(inspect) => inspect.run(output),

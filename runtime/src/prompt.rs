@@ -161,7 +161,7 @@ impl PromptFile {
     }
 
     /// Reads the segments one by one, so that the message names the wrong one.
-    fn from_json(text: &str) -> Result<PromptFile, String> {
+    pub(crate) fn from_json(text: &str) -> Result<PromptFile, String> {
         let file: PromptFileForm = serde_json::from_str(text).map_err(|error| error.to_string())?;
         let segment = |(index, value): (usize, serde_json::Value)| {
             let found: String = value.to_string().chars().take(100).collect();
