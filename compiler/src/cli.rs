@@ -1,6 +1,7 @@
 //! The command line: one file a verb. Results go to stdout, progress to stderr; exit status 0 is
 //! success, 1 a failed check, 2 an error.
 
+mod bank;
 mod bench;
 mod chat;
 mod check;
@@ -54,6 +55,7 @@ enum Verb {
     Run(run::Run),
     Chat(chat::Chat),
     Score(score::Score),
+    Bank(bank::Bank),
     Trace(trace::Trace),
     Check(check::Check),
     Inspect(inspect::Inspect),
@@ -182,6 +184,7 @@ fn dispatch(verb: Verb, output: &mut Output) -> Result<Outcome> {
         Verb::Run(run) => run.run(output),
         Verb::Chat(chat) => chat.run(output),
         Verb::Score(score) => score.run(output),
+        Verb::Bank(bank) => bank.run(output),
         Verb::Trace(trace) => trace.run(output),
         Verb::Check(check) => check.run(output),
         Verb::Inspect(inspect) => inspect.run(output),

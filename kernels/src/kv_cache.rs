@@ -96,6 +96,45 @@ impl Numbers {
         }
     }
 
+    /// Appends all numbers, little-endian; of bytes the scales follow.
+    fn append_to(&self, out: &mut Vec<u8>) {
+        match self {
+            Numbers::F32(numbers) => out.extend(numbers.iter().flat_map(|v| v.to_le_bytes())),
+            Numbers::F16(halves) => out.extend(halves.iter().flat_map(|v| v.to_le_bytes())),
+            Numbers::Int8 { bytes, scales } => {
+                out.extend(bytes.iter().map(|byte| byte.cast_unsigned()));
+                out.extend(scales.iter().flat_map(|v| v.to_le_bytes()));
+            }
+        }
+    }
+
+    /// Takes its numbers off `bytes`, as [`Numbers::append_to`] wrote them; whether there were enough.
+    fn fill_from(&mut self, bytes: &mut &[u8]) -> bool {
+        let n_bytes = self.bytes();
+        let Some(own) = bytes.split_off(..n_bytes) else { return false };
+        let floats = |own: &[u8], numbers: &mut [f32]| {
+            for (place, value) in numbers.iter_mut().zip(own.as_chunks::<4>().0) {
+                *place = f32::from_le_bytes(*value);
+            }
+        };
+        match self {
+            Numbers::F32(numbers) => floats(own, numbers),
+            Numbers::F16(halves) => {
+                for (place, value) in halves.iter_mut().zip(own.as_chunks::<2>().0) {
+                    *place = u16::from_le_bytes(*value);
+                }
+            }
+            Numbers::Int8 { bytes, scales } => {
+                let (own, of_scales) = own.split_at(bytes.len());
+                for (place, value) in bytes.iter_mut().zip(own) {
+                    *place = value.cast_signed();
+                }
+                floats(of_scales, scales);
+            }
+        }
+        true
+    }
+
     /// Writes a row at every `step`-th element from `start`; `slot` is the place of its scale.
     fn write(&mut self, row: &[f32], start: usize, step: usize, slot: usize) {
         match self {
@@ -399,6 +438,12 @@ impl SharedBlock {
         self.0.bytes()
     }
 
+    /// Appends its numbers, keys before values, little-endian, for [`KvCache::block_from_bytes`].
+    pub fn append_to(&self, out: &mut Vec<u8>) {
+        self.0.k.append_to(out);
+        self.0.v.append_to(out);
+    }
+
     /// Tells blocks that exist at the same time apart: equal for the same memory only.
     pub fn id(&self) -> usize {
         Arc::as_ptr(&self.0).addr()
@@ -475,6 +520,13 @@ impl KvCache {
     /// A block, shared; block `i` of a cache that was not made of rows holds the tokens from `i *` [`KV_BLOCK`] on.
     pub fn share(&self, block_idx: usize) -> Option<SharedBlock> {
         self.blocks.get(block_idx).cloned().map(SharedBlock)
+    }
+
+    /// A block of this cache's shape, taken off `bytes` as [`SharedBlock::append_to`] wrote it; `None` if there are too few.
+    pub fn block_from_bytes(&self, bytes: &mut &[u8]) -> Option<SharedBlock> {
+        let mut block = Block::empty(self.shape);
+        let is_whole = block.k.fill_from(bytes) && block.v.fill_from(bytes);
+        is_whole.then(|| SharedBlock(Arc::new(block)))
     }
 
     /// Takes blocks of another cache as its own first ones, and forgets what it held.
@@ -635,6 +687,14 @@ mod tests {
                 assert!(errors.fold(0.0, f32::max) <= bound, "{format}");
             }
             assert_eq!(cache.capacity(), len);
+            let mut bytes = Vec::new();
+            cache.share(0).unwrap().append_to(&mut bytes);
+            assert!(cache.block_from_bytes(&mut &bytes[..bytes.len() - 1]).is_none());
+            let mut rest = bytes.as_slice();
+            let block = cache.block_from_bytes(&mut rest).unwrap();
+            let mut again = KvCache::with_format(n_kv_heads, head_dim, len, format);
+            again.adopt(&[block]);
+            assert!(rest.is_empty() && again == cache, "{format}");
             let rows: Vec<f32> = (0..len * 15).map(|i| (i as f32).sin()).collect();
             let rows = Matrix::new(&rows, len, 15);
             let full = KvCache::from_rows(n_kv_heads, rows, rows, format);

@@ -17,10 +17,8 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     // Clones of a model are the same model; threads may share it.
     let model = Model::open(artifact.as_ref(), &OpenOptions::default())?;
-    let limits = Limits {
-        deadline: Some(Instant::now() + Duration::from_secs(60)),
-        ..Limits::default()
-    };
+    let limits =
+        Limits { deadline: Some(Instant::now() + Duration::from_secs(60)), ..Limits::default() };
     let options = GenerateOptions { max_new_tokens: 8, limits, ..GenerateOptions::default() };
 
     // The picture is read once.

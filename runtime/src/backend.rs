@@ -157,6 +157,19 @@ pub trait Backend: Send + Sync {
         })
     }
 
+    /// What the frozen vision encoder sees in a medium, `[vision_dim]`: its output, averaged over patches and frames and
+    /// scaled to length 1. `None` if this engine cannot say.
+    ///
+    /// # Errors
+    /// If the sizes do not fit the model.
+    fn vision_features(
+        &self,
+        _pixel_values: &[f32],
+        _n_frames: usize,
+    ) -> Result<Option<Vec<f32>>, BackendError> {
+        Ok(None)
+    }
+
     /// What beside graphs and weights decides the bits of media: engine, instruction set, formats.
     fn arithmetic(&self) -> String {
         self.name().to_owned()
@@ -250,12 +263,25 @@ pub trait Sequence: Send {
         false
     }
 
+    /// A block that [`block_bytes`] wrote of a sequence of the same model and format; `None` if the bytes are not one, or
+    /// this engine shares none.
+    fn block_from_bytes(&self, _bytes: &[u8]) -> Option<TokenBlock> {
+        None
+    }
+
     /// The sequence itself, for the backend that made it.
     fn as_any_mut(&mut self) -> &mut dyn Any;
 }
 
 /// Keys and values of a block of tokens, one [`SharedBlock`] a layer: memory that several sequences have.
 pub type TokenBlock = Arc<Vec<SharedBlock>>;
+
+/// The numbers of a block, layer after layer.
+pub fn block_bytes(block: &TokenBlock) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    block.iter().for_each(|layer| layer.append_to(&mut bytes));
+    bytes
+}
 
 /// Memory of a backend, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -57,6 +57,7 @@ impl Session {
         let n_most = options.max_new_tokens.min(room);
         let at_end = if n_most < options.max_new_tokens { Stop::Context } else { Stop::Length };
         let next = log_softmax(&self.logits()?);
+        self.make_media(&[self.generated_time()])?;
         let (sequence, tokens) = (self.fork_sequence(), Vec::new());
         let mut beams = vec![Beam { sequence, tokens, score: 0.0, next }];
         let mut ended: Vec<Hypothesis> = Vec::new();

@@ -20,6 +20,7 @@
 mod answer;
 mod artifact;
 pub mod backend;
+mod bank;
 mod beam;
 mod contract;
 pub mod env;
@@ -50,6 +51,7 @@ pub use answer::{
     Answer, CacheCounts, CancelToken, GenerateOptions, Generated, Limits, Stop, Timings,
 };
 pub use artifact::{Artifact, ArtifactError, LoadedGraphs, MappedWeights};
+pub use bank::{Bank, BankError, BankReport, Selection, Shots};
 pub use beam::BeamOptions;
 pub use model::{Model, OpenOptions, RunError};
 pub use prompt::{PromptEncoder, PromptError, PromptFile, Segment, VideoFiles};

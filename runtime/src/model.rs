@@ -1,6 +1,6 @@
 //! A model opened for use: tokenizer, pictures, caches, and one-shot answers. Conversations are sessions.
 
-mod media;
+pub(crate) mod media;
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
@@ -15,6 +15,7 @@ use tokenizers::Tokenizer;
 use crate::answer::{Answer, CacheCounts, GenerateOptions, Generated};
 use crate::artifact::{Artifact, ArtifactError};
 use crate::backend::{Backend, BackendError, Media, Step};
+use crate::bank::{BankError, Shots};
 use crate::image::ImageError;
 use crate::native::NativeBackend;
 use crate::prefix_cache::PrefixCache;
@@ -39,6 +40,9 @@ pub enum RunError {
     /// The prompt cannot be used.
     #[error(transparent)]
     Prompt(#[from] PromptError),
+    /// A bank of examples cannot be made or used.
+    #[error(transparent)]
+    Bank(#[from] BankError),
     /// A picture cannot be used.
     #[error(transparent)]
     Image(#[from] ImageError),
@@ -167,6 +171,11 @@ impl Model {
         layer.saturating_mul(language.n_layers).saturating_mul(n_tokens)
     }
 
+    /// How keys and values are kept.
+    pub fn kv_format(&self) -> KvFormat {
+        self.shared.kv_format
+    }
+
     /// The engine that runs it.
     pub fn backend(&self) -> &dyn Backend {
         self.shared.backend.as_ref()
@@ -254,10 +263,24 @@ impl Model {
         options: &GenerateOptions,
         on_text: &mut dyn FnMut(&str),
     ) -> Result<Answer, RunError> {
+        self.generate_after(&Shots::default(), prompt, options, on_text)
+    }
+
+    /// Answers a prompt that stands after examples of a bank, as [`Model::generate`] would if it began with them.
+    ///
+    /// # Errors
+    /// As [`Model::generate`]; a bank of another model, or one that is damaged.
+    pub fn generate_after(
+        &self,
+        shots: &Shots,
+        prompt: &PromptFile,
+        options: &GenerateOptions,
+        on_text: &mut dyn FnMut(&str),
+    ) -> Result<Answer, RunError> {
         let started = Instant::now();
-        let n_tokens = self.encode_prompt(prompt)?.len();
+        let n_tokens = self.encode_prompt(&shots.before(prompt))?.len();
         let mut session = self.session_for(n_tokens, options)?;
-        session.append(prompt, &options.limits)?;
+        session.append_after(shots, prompt, &options.limits)?;
         session.answer(started, options, on_text)
     }
 

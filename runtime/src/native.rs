@@ -7,6 +7,7 @@
 //! token take the same path.
 #![forbid(unsafe_code)]
 
+mod encoder;
 mod execute;
 mod lower;
 mod plan;
@@ -32,6 +33,7 @@ use crate::backend::{
 use crate::contract::{Contract, broken, check_step, full, indices};
 use crate::profile::Record;
 
+use encoder::Encoder;
 pub use stage::{Buffers, Call, NativeStage, Span, StageMemory};
 
 /// Runs the media and decoder graphs of an artifact on the CPU, in f32.
@@ -46,6 +48,8 @@ struct Shared {
     vision: NativeStage,
     /// Visual tokens → keys and values of every gated block.
     media_kv: NativeStage,
+    /// Pixels → output of the frozen vision encoder, if the graph says where that is.
+    encoder: Option<Encoder>,
     decoder: NativeStage,
     contract: Contract,
     isa: &'static str,
@@ -92,6 +96,7 @@ impl NativeBackend {
             |graph: &Graph| NativeStage::new(graph, Arc::clone(&weights), Arc::clone(&kernels));
         let [vision, media_kv] = cut_at_tokens(media)?;
         let decoder = stage(decoder)?;
+        let encoder = Encoder::new(media, &weights, &kernels);
         let [vision, media_kv] = both(stage(&vision), stage(&media_kv))?;
         let stages = [&vision, &media_kv, &decoder];
         let used: BTreeMap<&str, usize> =
@@ -100,6 +105,7 @@ impl NativeBackend {
             weight_bytes: used.values().sum(),
             vision,
             media_kv,
+            encoder,
             media_heads: decoder.media_heads(),
             decoder,
             contract,
@@ -188,6 +194,16 @@ impl Backend for NativeBackend {
         n_frames: usize,
     ) -> Result<Media, BackendError> {
         self.shared.media_from_tokens(visual_tokens, n_frames)
+    }
+
+    fn vision_features(
+        &self,
+        pixel_values: &[f32],
+        n_frames: usize,
+    ) -> Result<Option<Vec<f32>>, BackendError> {
+        self.shared.contract.pictures.check(pixel_values.len(), 1, n_frames)?;
+        let features = |encoder: &Encoder| encoder.features(pixel_values, n_frames);
+        self.shared.encoder.as_ref().map(features).transpose()
     }
 
     fn arithmetic(&self) -> String {
@@ -498,6 +514,12 @@ impl Sequence for NativeSequence {
         }
         self.len = len;
         true
+    }
+
+    fn block_from_bytes(&self, mut bytes: &[u8]) -> Option<TokenBlock> {
+        let layer = |cache: &KvCache| cache.block_from_bytes(&mut bytes);
+        let blocks: Vec<SharedBlock> = self.caches.iter().map(layer).collect::<Option<_>>()?;
+        (bytes.is_empty() && !blocks.is_empty()).then(|| Arc::new(blocks))
     }
 
     fn as_any_mut(&mut self) -> &mut dyn Any {

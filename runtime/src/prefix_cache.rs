@@ -14,7 +14,7 @@ use crate::visual_cache::MediaKey;
 /// Tokens of a step.
 pub(crate) const STEP: usize = KV_SLOTS;
 
-const STEPS_OF_BLOCK: usize = KV_BLOCK / STEP;
+pub(crate) const STEPS_OF_BLOCK: usize = KV_BLOCK / STEP;
 
 /// Hash of all that the keys and values of a step depend on.
 pub(crate) type StepKey = [u8; 32];
@@ -93,6 +93,35 @@ impl PrefixCache {
             }
         }
         self.touch(keys);
+        self.evict();
+    }
+
+    /// Whether it keeps anything.
+    pub(crate) fn is_on(&self) -> bool {
+        self.max_bytes > 0
+    }
+
+    /// Whether a prompt that begins with these steps would find them.
+    pub(crate) fn has(&self, keys: &[StepKey]) -> bool {
+        keys.iter().all(|key| self.entries.contains_key(key))
+    }
+
+    /// Keeps blocks that no sequence here has read, of a prompt whose steps have these keys. The budget grows to hold them
+    /// all.
+    pub(crate) fn insert(&mut self, keys: &[StepKey], blocks: &[(usize, TokenBlock)]) {
+        for (block_idx, block) in blocks {
+            for key in keys.iter().skip(block_idx * STEPS_OF_BLOCK).take(STEPS_OF_BLOCK) {
+                let block = TokenBlock::clone(block);
+                self.entries.insert(*key, Entry { block, used: 0 });
+            }
+        }
+        self.touch(keys);
+        let known: BTreeMap<usize, usize> = keys
+            .iter()
+            .filter_map(|key| self.entries.get(key))
+            .flat_map(|entry| entry.block.iter().map(|layer| (layer.id(), layer.bytes())))
+            .collect();
+        self.max_bytes = self.max_bytes.max(known.values().sum());
         self.evict();
     }
 

@@ -74,6 +74,9 @@ impl Session {
         limits: &Limits,
     ) -> Result<Vec<Vec<f64>>, RunError> {
         let first = log_softmax(&self.logits()?);
+        for ids in continuations {
+            self.make_media(&self.given_times(ids))?;
+        }
         let mut scores = Vec::with_capacity(continuations.len());
         for part in continuations.chunks(SCORED_TOGETHER) {
             limits.check()?;

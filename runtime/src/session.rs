@@ -1,6 +1,8 @@
 //! One conversation: tokens given and generated, their keys and values, and the pictures they see. It grows at its end,
 //! can be rewound to a mark, and forks share what they have in common.
 
+mod media;
+
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -9,13 +11,17 @@ use flamingo_models::MediaClock;
 use flamingo_models::config::PositionConfig;
 
 use crate::answer::{Answer, CacheCounts, GenerateOptions, Generated, Limits, Stop, Timings};
-use crate::backend::{Media, Sequence, Step};
+use crate::backend::{Media, Sequence, Step, TokenBlock};
+use crate::bank::{BankPrefix, Shots};
 use crate::model::{Model, RunError};
-use crate::prefix_cache::{STEP, step_keys};
+use crate::prefix_cache::{STEP, StepKey, step_keys};
 use crate::prompt::{PromptError, PromptFile};
 use crate::sampling::Sampler;
 use crate::text_stream::TextStream;
 use crate::visual_cache::MediaKey;
+
+pub(crate) use media::Given;
+use media::SessionMedia;
 
 /// Tokens of a prompt that are read at once; between them a session looks whether to stop.
 const PREFILL_TOKENS: usize = 512;
@@ -79,8 +85,7 @@ pub struct Session {
     is_given: Vec<bool>,
     /// Media that there were when each token came.
     n_media: Vec<usize>,
-    media: Vec<Arc<Media>>,
-    media_keys: Vec<Option<MediaKey>>,
+    media: SessionMedia,
     clock: MediaClock,
     /// What the context forgets when it is full, and has forgotten.
     sliding: Sliding,
@@ -116,8 +121,7 @@ impl Session {
             media_time: Vec::new(),
             is_given: Vec::new(),
             n_media: Vec::new(),
-            media: Vec::new(),
-            media_keys: Vec::new(),
+            media: SessionMedia::default(),
             logits: None,
             counts: CacheCounts::default(),
         })
@@ -185,12 +189,30 @@ impl Session {
     /// # Errors
     /// Whatever is wrong with the turn; more tokens or media than there is room for; a limit that was reached.
     pub fn append(&mut self, turn: &PromptFile, limits: &Limits) -> Result<(), RunError> {
-        let ids = self.model.encode_turn(self.ids.last().copied(), self.media.len(), turn)?;
+        self.append_after(&Shots::default(), turn, limits)
+    }
+
+    /// Appends examples of a bank and a turn after them, as [`Session::append`] does a turn that begins with the examples.
+    /// No picture of the bank is decoded or encoded.
+    ///
+    /// # Errors
+    /// As [`Session::append`]; a bank of another model, or one that is damaged.
+    pub fn append_after(
+        &mut self,
+        shots: &Shots,
+        turn: &PromptFile,
+        limits: &Limits,
+    ) -> Result<(), RunError> {
+        shots.check(&self.model)?;
+        let whole = shots.before(turn);
+        let ids = self.model.encode_turn(self.ids.last().copied(), self.media.len(), &whole)?;
         if !self.sliding.is_on {
             self.check_room(ids.len())?;
         }
-        let media = self.model.media(turn, &mut self.counts)?;
-        self.append_ids(&ids, &media, limits)
+        let mut given: Vec<Given> = shots.media().iter().cloned().map(Given::Kept).collect();
+        self.counts.visual_hits += given.len();
+        given.extend(self.model.media(turn, &mut self.counts)?.into_iter().map(Given::Made));
+        self.append_given(&ids, given, shots.prefix(), limits)
     }
 
     /// Appends tokens and reads them; `media` stand behind their image tokens, in order. After an error the session is as
@@ -204,19 +226,31 @@ impl Session {
         media: &[Medium],
         limits: &Limits,
     ) -> Result<(), RunError> {
+        let given = media.iter().cloned().map(Given::Made).collect();
+        self.append_given(ids, given, None, limits)
+    }
+
+    /// As [`Session::append_ids`], with media that need not be there before a token sees them, and with keys and values
+    /// that a bank has.
+    pub(crate) fn append_given(
+        &mut self,
+        ids: &[u32],
+        media: Vec<Given>,
+        prefix: Option<&BankPrefix>,
+        limits: &Limits,
+    ) -> Result<(), RunError> {
         if self.ids.is_empty() && ids.is_empty() {
             return Err(PromptError::Empty.into());
         }
         while self.ids.len() + ids.len() > self.max_context() && self.forget_oldest() {}
         self.check_room(ids.len())?;
         let before = self.mark();
-        self.media.extend(media.iter().map(|medium| Arc::clone(&medium.media)));
-        self.media_keys.extend(media.iter().map(|medium| medium.key));
+        media.into_iter().for_each(|medium| self.media.push(medium));
         for id in ids {
             let media_time = self.clock.tick(*id);
             self.push(*id, media_time, true);
         }
-        let read = self.read(limits);
+        let read = self.read(prefix, limits);
         if read.is_err() {
             self.rewind(before)?;
         }
@@ -239,8 +273,11 @@ impl Session {
     }
 
     /// Advances the sequence over the tokens that it lacks.
-    fn read(&mut self, limits: &Limits) -> Result<(), RunError> {
-        let keys = step_keys(&self.ids, &self.media_time, &self.media_keys);
+    fn read(&mut self, prefix: Option<&BankPrefix>, limits: &Limits) -> Result<(), RunError> {
+        let keys = step_keys(&self.ids, &self.media_time, self.media.keys());
+        if let Some(prefix) = prefix.filter(|_| self.sequence.is_empty()) {
+            prefix.load(&keys, &mut self.model.prefixes(), self.sequence.as_ref())?;
+        }
         self.counts.prefix_tokens_reused += self.adopt(&keys);
         while self.sequence.len() < self.ids.len() {
             limits.check()?;
@@ -253,7 +290,7 @@ impl Session {
     }
 
     /// Begins with what sessions before have read of the same; the last token is always left, for its logits.
-    fn adopt(&mut self, keys: &[[u8; 32]]) -> usize {
+    fn adopt(&mut self, keys: &[StepKey]) -> usize {
         if !self.sequence.is_empty() || self.sliding.n_tokens > 0 {
             return 0;
         }
@@ -268,12 +305,13 @@ impl Session {
     /// Advances the sequence up to `end`, or to the last token, whose logits are kept.
     fn advance(&mut self, end: usize) -> Result<(), RunError> {
         let (start, end) = (self.sequence.len(), end.min(self.ids.len()));
+        self.media.make(&self.media_time[start..end], &self.model, &mut self.counts)?;
         let last = [end - start - 1];
         let is_whole = end == self.ids.len();
         let step = Step {
             input_ids: &self.ids[start..end],
             media_time: &self.media_time[start..end],
-            media: &self.media,
+            media: self.media.made(),
             logit_rows: if is_whole { &last } else { &[] },
         };
         let logits = self.sequence.advance(&step)?;
@@ -423,9 +461,24 @@ impl Session {
         self.sequence.fork()
     }
 
-    /// The media that its tokens see.
+    /// The media that its tokens see; those that [`Session::make_media`] was not asked for may be others.
     pub(crate) fn media(&self) -> &[Arc<Media>] {
-        &self.media
+        self.media.made()
+    }
+
+    /// Makes the media of these numbers, as far as the session has them.
+    pub(crate) fn make_media(&mut self, media_time: &[u32]) -> Result<(), RunError> {
+        self.media.make(media_time, &self.model, &mut self.counts)
+    }
+
+    /// Keys and values of a block of its tokens.
+    pub(crate) fn share(&self, block_idx: usize) -> Option<TokenBlock> {
+        self.sequence.share(block_idx)
+    }
+
+    /// Keys of the whole steps of its tokens.
+    pub(crate) fn step_keys(&self) -> Vec<StepKey> {
+        step_keys(&self.ids, &self.media_time, self.media.keys())
     }
 
     /// Its model.
@@ -483,7 +536,6 @@ impl Session {
         self.n_media.truncate(mark);
         let n_media = self.n_media.last().copied().unwrap_or(self.sliding.n_media);
         self.media.truncate(n_media);
-        self.media_keys.truncate(n_media);
         Ok(())
     }
 
@@ -498,7 +550,6 @@ impl Session {
             is_given: self.is_given.clone(),
             n_media: self.n_media.clone(),
             media: self.media.clone(),
-            media_keys: self.media_keys.clone(),
             clock: self.clock.clone(),
             sliding: self.sliding.clone(),
             logits: self.logits.clone(),
@@ -509,14 +560,10 @@ impl Session {
     /// Memory that it uses, and shares.
     pub fn memory(&self) -> SessionMemory {
         let backend = self.model.backend().memory().unwrap_or_default();
-        let is_first = |(index, media): &(usize, &Arc<Media>)| {
-            !self.media[..*index].iter().any(|other| Arc::ptr_eq(other, media))
-        };
-        let media = self.media.iter().enumerate().filter(is_first);
         SessionMemory {
             weight_bytes: backend.weight_bytes,
             kv_bytes: self.sequence.kv_bytes(),
-            media_bytes: media.map(|(_, media)| media.bytes()).sum(),
+            media_bytes: self.media.bytes(),
             buffer_bytes: backend.buffer_bytes,
             prefix_bytes: self.model.prefixes().bytes(),
         }

@@ -9,7 +9,7 @@
 //! warning and an encoding.
 
 mod disk;
-mod entry;
+pub(crate) mod entry;
 mod key;
 mod memory;
 
@@ -181,6 +181,24 @@ impl VisualCache {
         let media = leader.land(encoded.into_iter().next().unwrap_or_default(), Found::Encoded);
         self.write(&key, backend, &media);
         Ok((media, Found::Encoded))
+    }
+
+    /// The medium with this key, found in memory or made of the visual tokens that `tokens` gives.
+    ///
+    /// # Errors
+    /// As [`Backend::media_from_tokens`]; whatever `tokens` fails with.
+    pub(crate) fn medium_from_tokens<E: From<BackendError>>(
+        &self,
+        backend: &dyn Backend,
+        (key, n_frames): (MediaKey, usize),
+        tokens: impl FnOnce() -> Result<Vec<f32>, E>,
+    ) -> Result<(Arc<Media>, Found), E> {
+        let leader = match self.find_or_lead(key) {
+            Ok(media) => return Ok((media, Found::Memory)),
+            Err(leader) => leader,
+        };
+        let media = backend.media_from_tokens(tokens()?, n_frames)?;
+        Ok((leader.land(media, Found::Disk), Found::Disk))
     }
 
     /// A medium, if it lies in memory.

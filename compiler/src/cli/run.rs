@@ -9,6 +9,7 @@ use flamingo_runtime::{
     BeamOptions, GenerateOptions, Model, OpenOptions, PromptFile, SamplingOptions, Stop,
 };
 
+use super::bank::Shooting;
 use super::output::Output;
 use super::profile::Profiling;
 use super::prompt::PromptArgs;
@@ -19,6 +20,7 @@ use super::{Caching, Opening, Outcome};
 #[command(after_help = "Examples:
   flamingoc run demo.flamingo --prompt \"<image>what color ?\" --image a.png
   flamingoc run demo.flamingo --prompt-file p.json --json
+  flamingoc run demo.flamingo --bank bank/ --shots 8 --prompt \"<image>\" --image a.png
 
 A prompt file: {\"segments\": [{\"image\": \"a.jpg\"}, {\"text\": \"Output: a cat.\"},
   {\"end_of_chunk\": true}, {\"video\": \"b.gif\", \"fps\": 1, \"frames\": 8},
@@ -59,16 +61,18 @@ pub(super) struct Run {
     /// biases only (MPT)
     #[arg(long)]
     slide: bool,
-    /// Seed of sampling
+    /// Seed of sampling, and of `--select random`
     #[arg(long, value_name = "N", default_value = "0")]
     seed: u64,
+    #[command(flatten)]
+    shooting: Shooting,
     #[command(flatten)]
     opening: Opening,
     #[command(flatten)]
     caching: Caching,
     #[command(flatten)]
     profiling: Profiling,
-    /// Print text, token ids, timings and cache counts as JSON at the end
+    /// Print text, token ids, timings, cache counts and chosen examples as JSON at the end
     #[arg(long)]
     json: bool,
 }
@@ -81,8 +85,9 @@ impl Run {
         let opening = OpenOptions { visual_cache, ..self.opening.options() };
         let model = Model::open(&self.artifact, &opening)?;
         self.profiling.start(model.backend())?;
+        let shots = self.shooting.shots(&model, &prompt, self.seed, self.opening.verify)?;
         let mut shown = Ok(());
-        let answer = model.generate(&prompt, &options, &mut |piece| {
+        let answer = model.generate_after(&shots, &prompt, &options, &mut |piece| {
             if !self.json && shown.is_ok() {
                 shown = output.text(piece);
             }
@@ -90,7 +95,7 @@ impl Run {
         shown?;
         output.warnings(&model);
         match self.json {
-            true => output.json(&answer.to_json())?,
+            true => output.json(&self.shooting.to_json(&answer, &shots))?,
             false => output.line("")?,
         }
         if self.profiling.is_on() {

@@ -1,8 +1,11 @@
 //! Media of a prompt: files → pixel values → the cache, or the backend.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::{Model, RunError};
+use crate::backend::Media;
+use crate::bank::KeptMedium;
 use crate::image;
 use crate::prompt::{PromptFile, Segment, VideoFiles};
 use crate::session::Medium;
@@ -10,10 +13,10 @@ use crate::video::{self, Decoder, Sampling};
 use crate::visual_cache::{Found, MediaKey, VisualCache};
 
 /// Pixels of one medium.
-pub(super) struct Pixels {
+pub(crate) struct Pixels {
     /// [n_frames, 3, size, size].
-    values: Vec<f32>,
-    n_frames: usize,
+    pub(crate) values: Vec<f32>,
+    pub(crate) n_frames: usize,
 }
 
 impl Model {
@@ -48,7 +51,7 @@ impl Model {
     }
 
     /// Finds or encodes a medium; tells where it was found.
-    pub(super) fn medium(&self, pixels: &Pixels) -> Result<(Medium, Found), RunError> {
+    pub(crate) fn medium(&self, pixels: &Pixels) -> Result<(Medium, Found), RunError> {
         let Pixels { values, n_frames } = pixels;
         let (backend, fingerprint) = (self.shared.backend.as_ref(), &self.shared.fingerprint);
         let key = MediaKey::new(fingerprint, values, *n_frames);
@@ -57,8 +60,15 @@ impl Model {
         Ok((Medium { media, key: Some(key) }, found))
     }
 
+    /// A medium of a bank, and where it was found.
+    pub(crate) fn kept_medium(&self, kept: &KeptMedium) -> Result<(Arc<Media>, Found), RunError> {
+        let backend = self.shared.backend.as_ref();
+        let tokens = || kept.tokens(backend.token_format()).map_err(RunError::from);
+        self.shared.visual_cache.medium_from_tokens(backend, (kept.key, kept.n_frames), tokens)
+    }
+
     /// The pixel values of a prompt's medium.
-    pub(super) fn pixels(&self, segment: &Segment) -> Result<Pixels, RunError> {
+    pub(crate) fn pixels(&self, segment: &Segment) -> Result<Pixels, RunError> {
         let spec = &self.shared.manifest.image;
         match segment {
             Segment::Image { image } => {

@@ -18,7 +18,7 @@ const MAGIC: &[u8; 8] = b"FLMVTOK1";
 const HASH_LEN: usize = 32;
 
 /// The bytes of an entry.
-pub(super) fn encode(key: &MediaKey, format: TokenFormat, tokens: &[f32]) -> Vec<u8> {
+pub(crate) fn encode(key: &MediaKey, format: TokenFormat, tokens: &[f32]) -> Vec<u8> {
     let size = number_size(format);
     let mut bytes =
         Vec::with_capacity(header(key, format, 0).len() + tokens.len() * size + HASH_LEN);
@@ -35,7 +35,7 @@ pub(super) fn encode(key: &MediaKey, format: TokenFormat, tokens: &[f32]) -> Vec
 }
 
 /// The numbers of an entry, or what is wrong with it.
-pub(super) fn decode(
+pub(crate) fn decode(
     key: &MediaKey,
     format: TokenFormat,
     bytes: &[u8],

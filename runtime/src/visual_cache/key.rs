@@ -38,6 +38,11 @@ impl Fingerprint {
         Fingerprint::of(&parts)
     }
 
+    /// Hexadecimal digits.
+    pub(crate) fn to_hex(self) -> String {
+        MediaKey(self.0).to_string()
+    }
+
     /// The fingerprint of a list of facts.
     pub fn of(parts: &[&str]) -> Fingerprint {
         let mut hasher = blake3::Hasher::new();
@@ -57,6 +62,11 @@ impl MediaKey {
         hasher.update(&(pixel_values.len() as u64).to_le_bytes());
         hasher.update(bytemuck::cast_slice(pixel_values));
         MediaKey(*hasher.finalize().as_bytes())
+    }
+
+    /// The key that these hexadecimal digits are.
+    pub(crate) fn from_hex(text: &str) -> Option<MediaKey> {
+        blake3::Hash::from_hex(text).ok().map(|hash| MediaKey(*hash.as_bytes()))
     }
 
     /// The bytes of the key.
