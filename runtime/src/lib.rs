@@ -25,6 +25,7 @@ mod beam;
 mod contract;
 pub mod env;
 pub mod image;
+mod lru;
 pub mod machine;
 mod model;
 pub mod native;

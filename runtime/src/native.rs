@@ -44,11 +44,11 @@ pub struct NativeBackend {
 
 #[derive(Debug)]
 struct Shared {
-    /// Pixels → visual tokens.
+    /// Patches, or pixels without an encoder of its own, → visual tokens.
     vision: NativeStage,
     /// Visual tokens → keys and values of every gated block.
     media_kv: NativeStage,
-    /// Pixels → output of the frozen vision encoder, if the graph says where that is.
+    /// Pixels → patches of the frozen vision encoder, if the graph says where it ends.
     encoder: Option<Encoder>,
     decoder: NativeStage,
     contract: Contract,
@@ -96,11 +96,17 @@ impl NativeBackend {
             |graph: &Graph| NativeStage::new(graph, Arc::clone(&weights), Arc::clone(&kernels));
         let [vision, media_kv] = cut_at_tokens(media)?;
         let decoder = stage(decoder)?;
-        let encoder = Encoder::new(media, &weights, &kernels);
-        let [vision, media_kv] = both(stage(&vision), stage(&media_kv))?;
-        let stages = [&vision, &media_kv, &decoder];
-        let used: BTreeMap<&str, usize> =
-            stages.into_iter().flat_map(NativeStage::weights_used).collect();
+        let (encoder, vision) = match encoder::cut(&vision) {
+            Some([first, rest]) => {
+                let [stage, rest] = both(stage(&first), stage(&rest))?;
+                (Some(Encoder::new(&first, stage)), Ok(rest))
+            }
+            None => (None, stage(&vision)),
+        };
+        let [vision, media_kv] = both(vision, stage(&media_kv))?;
+        let stages =
+            [&vision, &media_kv, &decoder].into_iter().chain(encoder.as_ref().map(Encoder::stage));
+        let used: BTreeMap<&str, usize> = stages.flat_map(NativeStage::weights_used).collect();
         let shared = Shared {
             weight_bytes: used.values().sum(),
             vision,
@@ -128,9 +134,10 @@ impl NativeBackend {
         self
     }
 
-    /// The stages that encode media: pixels → visual tokens → keys and values.
-    pub fn media_stages(&self) -> [&NativeStage; 2] {
-        [&self.shared.vision, &self.shared.media_kv]
+    /// The stages that encode media, in order: pixels → patches → visual tokens → keys and values.
+    pub fn media_stages(&self) -> Vec<&NativeStage> {
+        let encoder = self.shared.encoder.as_ref().map(Encoder::stage);
+        encoder.into_iter().chain([&self.shared.vision, &self.shared.media_kv]).collect()
     }
 
     /// The stage that advances text.
@@ -159,7 +166,13 @@ impl Backend for NativeBackend {
         let bindings = bindings([("n_media", 1), ("n_frames", n_frames)]);
         let mut buffers = take(&self.shared.vision_buffers);
         let encode = |pixel_values: &[f32]| {
-            let numbers = [("pixel_values", pixel_values), ("frame_weights", &weights)];
+            let encoder = self.shared.encoder.as_ref();
+            let patches = encoder.map(|encoder| encoder.patches(pixel_values, n_frames));
+            let patches = patches.transpose()?;
+            let numbers = match &patches {
+                Some(patches) => encoder::resampler_inputs(patches, &weights),
+                None => [("pixel_values", pixel_values), ("frame_weights", &weights)],
+            };
             let call = media_call(&bindings, &numbers);
             let outputs = self.shared.vision.run(&call, &mut [], &mut buffers)?;
             let visual_tokens = outputs.into_iter().next().unwrap_or_default();
@@ -179,6 +192,7 @@ impl Backend for NativeBackend {
         Some(BackendMemory {
             weight_bytes: self.shared.weight_bytes,
             buffer_bytes: bytes(&self.shared.decoder_buffers)
+                + self.shared.encoder.as_ref().map_or(0, Encoder::bytes)
                 + bytes(&self.shared.vision_buffers)
                 + bytes(&self.shared.media_kv_buffers),
         })
@@ -246,8 +260,9 @@ impl Backend for NativeBackend {
 }
 
 impl Shared {
-    fn stages(&self) -> [&NativeStage; 3] {
-        [&self.vision, &self.media_kv, &self.decoder]
+    fn stages(&self) -> Vec<&NativeStage> {
+        let encoder = self.encoder.as_ref().map(Encoder::stage);
+        encoder.into_iter().chain([&self.vision, &self.media_kv, &self.decoder]).collect()
     }
 
     /// Visual tokens are rounded where keys and values are.

@@ -11,7 +11,6 @@
 mod disk;
 pub(crate) mod entry;
 mod key;
-mod memory;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -19,8 +18,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::backend::{Backend, BackendError, Media, TokenFormat};
+use crate::lru::Lru;
 use disk::{DiskCache, Lookup, Stored};
-use memory::Lru;
 
 pub use key::{Fingerprint, MediaKey};
 

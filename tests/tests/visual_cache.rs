@@ -144,3 +144,27 @@ fn engines_without_a_second_stage_use_no_folder_and_say_so() {
     assert!(matches!(&warnings[..], [one] if one.contains("backend `tract`")), "{warnings:?}");
     assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 0);
 }
+
+/// Frames that clips share go through the vision encoder once, and the clips are as if they had not.
+#[test]
+fn frames_that_clips_share_are_encoded_once() {
+    let folder = golden_folders().into_iter().find(|f| f.ends_with("openflamingo-frames")).unwrap();
+    let (_scratch, artifact) = compiled_as(&folder, Precision::F32.into());
+    let model = Model::open(&artifact, &opening("native")).unwrap();
+    let fresh = Model::open(&artifact, &opening("native")).unwrap();
+    let side = model.manifest().config.vision.image_size;
+    let frame = |seed: usize| (0..3 * side * side).map(move |i| ((i * seed) as f32).sin());
+    let clip = |seeds: [usize; 3]| seeds.into_iter().flat_map(frame).collect::<Vec<f32>>();
+    let n_encoded = |pixels: &[f32]| {
+        assert!(model.backend().set_profiling(true));
+        let media = model.encode_pixels(pixels, 1, 3).unwrap();
+        let records = model.backend().take_profile();
+        let is_first = |node: &str| node == "vision.patch_embedding";
+        let n = records.iter().filter(|record| is_first(&record.node)).count();
+        assert_eq!(media, fresh.encode_pixels(pixels, 1, 3).unwrap());
+        n
+    };
+    assert_eq!(n_encoded(&clip([1, 2, 3])), 3);
+    assert_eq!(n_encoded(&clip([2, 3, 4])), 1);
+    assert_eq!(n_encoded(&clip([4, 1, 1])), 0);
+}

@@ -199,8 +199,9 @@ fn profiles_count_every_weight_once_and_cover_the_time() {
     backend.encode(&pixels, 1, 1).unwrap();
     let bindings = [("n_media", 1), ("n_frames", 1)].map(|(name, n)| (name.to_owned(), n));
     let bindings = bindings.into();
-    let stages = backend.media_stages().map(|stage| stage.memory(&bindings).unwrap().weight_bytes);
-    assert_eq!(weight_bytes(&backend.take_profile()), stages.iter().sum::<usize>());
+    let stages = backend.media_stages().into_iter();
+    let expected: usize = stages.map(|stage| stage.memory(&bindings).unwrap().weight_bytes).sum();
+    assert_eq!(weight_bytes(&backend.take_profile()), expected);
 
     let media: Vec<_> = media.into_iter().map(std::sync::Arc::new).collect();
     let mut sequence = backend.new_sequence(8).unwrap();

@@ -1,13 +1,33 @@
-//! The frozen vision encoder on its own: what it sees in a medium, as features to compare pictures by.
+//! The frozen vision encoder on its own, frame by frame: frames that clips share are encoded once, and what it sees in a
+//! medium is what pictures are compared by.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use flamingo_ir::{Dim, Graph, Node};
-use flamingo_kernels::Kernels;
+use flamingo_ir::{Dim, Graph, Node, ValueId};
 
 use super::stage::{Buffers, NativeStage};
-use super::{bindings, media_call};
-use crate::backend::{BackendError, WeightBytes};
+use super::{bindings, give_back, media_call, take};
+use crate::backend::BackendError;
+use crate::lru::Lru;
+
+/// Most bytes of frames that are kept: some clips of 8 frames of a ViT-L.
+const FRAME_BYTES: usize = 64 << 20;
+
+/// Name of the patches between the two graphs of [`cut`].
+const PATCHES: &str = "patches";
+
+/// Cuts the graph pixels → visual tokens where the frozen encoder ends, which time embeddings or the merging of frames
+/// tell: pixels → patches, patches → visual tokens. `None` if it has neither.
+pub(super) fn cut(vision: &Graph) -> Option<[Graph; 2]> {
+    let is_next = |node: &&Node| ["FrameEmbedding", "MergeFrames"].contains(&node.op.name());
+    let patches: ValueId = *vision.nodes().iter().find(is_next)?.inputs.first()?;
+    let patches = (PATCHES.to_owned(), patches);
+    let pixels = vision.inputs().iter().filter(|(name, _)| name == "pixel_values");
+    let encoder = vision.part(pixels.cloned().collect(), vec![patches.clone()]).ok()?;
+    let inputs = vision.inputs().iter().cloned().chain([patches]).collect();
+    let resampler = vision.part(inputs, vision.outputs().to_vec()).ok()?;
+    Some([encoder, resampler])
+}
 
 /// Pixels → patches of the frozen encoder.
 #[derive(Debug)]
@@ -15,22 +35,71 @@ pub(super) struct Encoder {
     stage: NativeStage,
     /// Width of a patch.
     width: usize,
+    buffers: Mutex<Vec<Buffers>>,
+    /// Patches of frames of clips, by the hash of their pixels.
+    frames: Mutex<Lru<[u8; 32], Arc<Vec<f32>>>>,
 }
 
 impl Encoder {
-    /// Plans the media graph up to what time embeddings, or the merging of frames, read; `None` if it has neither.
-    pub(super) fn new(
-        media: &Graph,
-        weights: &Arc<dyn WeightBytes>,
-        kernels: &Arc<Kernels>,
-    ) -> Option<Encoder> {
-        let is_next = |node: &&Node| ["FrameEmbedding", "MergeFrames"].contains(&node.op.name());
-        let patches = *media.nodes().iter().find(is_next)?.inputs.first()?;
-        let width = media.fact(patches).shape.last().and_then(Dim::known)?;
-        let pixels = media.inputs().iter().filter(|(name, _)| name == "pixel_values");
-        let part = media.part(pixels.cloned().collect(), vec![("patches".into(), patches)]);
-        let stage = NativeStage::new(&part.ok()?, Arc::clone(weights), Arc::clone(kernels));
-        Some(Encoder { stage: stage.ok()?, width })
+    /// An encoder over the first graph of [`cut`], planned.
+    pub(super) fn new(graph: &Graph, stage: NativeStage) -> Encoder {
+        let output = graph.outputs().first();
+        let width = output.and_then(|(_, id)| graph.fact(*id).shape.last().and_then(Dim::known));
+        Encoder {
+            stage,
+            width: width.unwrap_or(0),
+            buffers: Mutex::default(),
+            frames: Mutex::new(Lru::new(FRAME_BYTES)),
+        }
+    }
+
+    /// Its stage.
+    pub(super) fn stage(&self) -> &NativeStage {
+        &self.stage
+    }
+
+    /// Memory of its buffers and of the frames that it keeps, in bytes.
+    pub(super) fn bytes(&self) -> usize {
+        let buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
+        let frames = self.frames.lock().unwrap_or_else(PoisonError::into_inner);
+        buffers.iter().map(Buffers::bytes).sum::<usize>() + frames.bytes()
+    }
+
+    /// Patches of a medium, `[n_frames, n_patches, width]`. A clip's frames are looked for among those of clips before; a
+    /// picture is not kept, since its visual tokens are.
+    pub(super) fn patches(
+        &self,
+        pixel_values: &[f32],
+        n_frames: usize,
+    ) -> Result<Vec<f32>, BackendError> {
+        if n_frames == 1 {
+            return self.encode(pixel_values);
+        }
+        let mut patches = Vec::new();
+        for frame in pixel_values.chunks_exact((pixel_values.len() / n_frames.max(1)).max(1)) {
+            let key = *blake3::hash(bytemuck::cast_slice(frame)).as_bytes();
+            let lock = || self.frames.lock().unwrap_or_else(PoisonError::into_inner);
+            let known = lock().get(&key);
+            let of_frame = match known {
+                Some(known) => known,
+                None => {
+                    let new = Arc::new(self.encode(frame)?);
+                    lock().insert(key, Arc::clone(&new), size_of_val(new.as_slice()), false);
+                    new
+                }
+            };
+            patches.extend_from_slice(&of_frame);
+        }
+        Ok(patches)
+    }
+
+    fn encode(&self, frame: &[f32]) -> Result<Vec<f32>, BackendError> {
+        let bindings = bindings([("n_media", 1), ("n_frames", 1)]);
+        let numbers = [("pixel_values", frame)];
+        let mut buffers = take(&self.buffers);
+        let outputs = self.stage.run(&media_call(&bindings, &numbers), &mut [], &mut buffers);
+        give_back(&self.buffers, buffers);
+        Ok(outputs?.into_iter().next().unwrap_or_default())
     }
 
     /// The mean patch of all frames, scaled to length 1, `[width]`.
@@ -39,13 +108,16 @@ impl Encoder {
         pixel_values: &[f32],
         n_frames: usize,
     ) -> Result<Vec<f32>, BackendError> {
-        let bindings = bindings([("n_media", 1), ("n_frames", n_frames)]);
-        let numbers = [("pixel_values", pixel_values)];
-        let call = media_call(&bindings, &numbers);
-        let outputs = self.stage.run(&call, &mut [], &mut Buffers::default())?;
-        let patches = outputs.into_iter().next().unwrap_or_default();
-        Ok(mean_direction(&patches, self.width))
+        Ok(mean_direction(&self.patches(pixel_values, n_frames)?, self.width))
     }
+}
+
+/// What the resampler's graph reads of a medium.
+pub(super) fn resampler_inputs<'a>(
+    patches: &'a [f32],
+    frame_weights: &'a [f32],
+) -> [(&'static str, &'a [f32]); 2] {
+    [(PATCHES, patches), ("frame_weights", frame_weights)]
 }
 
 /// The mean of rows of this width, scaled to length 1.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 /// Values with their bytes.
 #[derive(Debug)]
-pub(super) struct Lru<K, V> {
+pub(crate) struct Lru<K, V> {
     entries: BTreeMap<K, Entry<V>>,
     budget: usize,
     bytes: usize,
@@ -23,12 +23,12 @@ struct Entry<V> {
 
 impl<K: Ord + Copy, V: Clone> Lru<K, V> {
     /// An empty map of at most `budget` bytes.
-    pub(super) fn new(budget: usize) -> Lru<K, V> {
+    pub(crate) fn new(budget: usize) -> Lru<K, V> {
         Lru { entries: BTreeMap::new(), budget, bytes: 0, clock: 0, n_evicted: 0 }
     }
 
     /// A value, which is then the last used.
-    pub(super) fn get(&mut self, key: &K) -> Option<V> {
+    pub(crate) fn get(&mut self, key: &K) -> Option<V> {
         self.clock += 1;
         let entry = self.entries.get_mut(key)?;
         entry.last_use = self.clock;
@@ -37,7 +37,7 @@ impl<K: Ord + Copy, V: Clone> Lru<K, V> {
 
     /// Puts a value in as the last used, with one pin more if `is_pinned`. What is over the budget
     /// leaves, the least recently used first, but for what is pinned.
-    pub(super) fn insert(&mut self, key: K, value: V, bytes: usize, is_pinned: bool) {
+    pub(crate) fn insert(&mut self, key: K, value: V, bytes: usize, is_pinned: bool) {
         self.clock += 1;
         let old = self.entries.remove(&key);
         let n_pins = old.as_ref().map_or(0, |old| old.n_pins) + usize::from(is_pinned);
@@ -51,7 +51,7 @@ impl<K: Ord + Copy, V: Clone> Lru<K, V> {
     }
 
     /// Takes one pin off a value.
-    pub(super) fn unpin(&mut self, key: &K) {
+    pub(crate) fn unpin(&mut self, key: &K) {
         if let Some(entry) = self.entries.get_mut(key) {
             entry.n_pins = entry.n_pins.saturating_sub(1);
         }
@@ -59,17 +59,17 @@ impl<K: Ord + Copy, V: Clone> Lru<K, V> {
     }
 
     /// Number of values.
-    pub(super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.entries.len()
     }
 
     /// Bytes of all values.
-    pub(super) fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         self.bytes
     }
 
     /// Values that had to leave.
-    pub(super) fn n_evicted(&self) -> u64 {
+    pub(crate) fn n_evicted(&self) -> u64 {
         self.n_evicted
     }
 
