@@ -131,9 +131,23 @@ impl KeptMedium {
         KeptMedium { key, n_frames, file: dir.join(MEDIA).join(format!("{key}.tokens")) }
     }
 
+    /// Checks that its file is there, and of a size that can be read.
+    fn check(&self) -> Result<(), BankError> {
+        let wrong = |reason: String| Err(broken(&self.file, reason));
+        match fs::symlink_metadata(&self.file) {
+            Err(error) => wrong(error.to_string()),
+            Ok(metadata) if !metadata.is_file() => wrong("it is no file".into()),
+            Ok(metadata) if metadata.len() > entry::MAX_BYTES => {
+                wrong(format!("it has {} bytes", metadata.len()))
+            }
+            Ok(_) => Ok(()),
+        }
+    }
+
     /// Its visual tokens `[n_latents, dim]`.
     pub(crate) fn tokens(&self, format: Option<TokenFormat>) -> Result<Vec<f32>, BankError> {
         let format = format.ok_or(BankError::Engine("other"))?;
+        self.check()?;
         let bytes = fs::read(&self.file).map_err(|error| broken(&self.file, error))?;
         entry::decode(&self.key, format, &bytes).map_err(|reason| broken(&self.file, reason))
     }

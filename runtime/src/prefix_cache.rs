@@ -177,6 +177,25 @@ mod tests {
     use crate::visual_cache::Fingerprint;
 
     #[test]
+    fn blocks_that_are_put_in_are_found_and_the_budget_grows_to_hold_them() {
+        let block = |n: f32| {
+            let mut cache = flamingo_kernels::KvCache::new(1, 1, KV_BLOCK);
+            cache.write_heads(1, &[n], &[n]);
+            TokenBlock::new(vec![cache.share(0).unwrap()])
+        };
+        let key = |n: u8| [n; 32];
+        let mut cache = PrefixCache::new(1);
+        assert!(cache.is_on() && !PrefixCache::new(0).is_on());
+        let keys: Vec<StepKey> = (0..6).map(key).collect();
+        cache.insert(&keys, &[(0, block(0.0)), (1, block(1.0))]);
+        assert!(cache.has(&keys) && cache.has(&[]) && !cache.has(&[key(6)]));
+        let (blocks, len) = cache.find(&keys);
+        assert_eq!((blocks.len(), len), (2, 6 * STEP));
+        cache.insert(&[key(9)], &[(0, block(9.0))]);
+        assert!(cache.has(&[key(9)]) && cache.find(&keys).1 < 6 * STEP, "the oldest leave");
+    }
+
+    #[test]
     fn keys_tell_text_media_and_what_came_before_apart() {
         let ids: Vec<u32> = (0..40).collect();
         let (none, sees) = (vec![0; 40], vec![1; 40]);

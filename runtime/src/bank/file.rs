@@ -193,7 +193,9 @@ impl ExampleEntry {
         let wrong = || broken(&dir.join(NAME), "a medium's key is not one");
         let medium = |entry: &MediumEntry| {
             let key = MediaKey::from_hex(&entry.key).ok_or_else(wrong)?;
-            Ok(KeptMedium::new(dir, key, entry.n_frames))
+            let kept = KeptMedium::new(dir, key, entry.n_frames);
+            kept.check()?;
+            Ok(kept)
         };
         let media = self.media.iter().map(medium).collect::<Result<_, BankError>>()?;
         Ok(Example { segments: self.segments, media })
@@ -203,8 +205,13 @@ impl ExampleEntry {
 impl FeaturesEntry {
     /// The rows of the file, `[n_examples, width]`.
     pub(super) fn read(&self, path: &Path, n_examples: usize) -> Result<Vec<f32>, BankError> {
-        let bytes = fs::read(path).map_err(|error| broken(path, error))?;
         let expected = n_examples.checked_mul(self.width).and_then(|n| n.checked_mul(4));
+        let found = fs::metadata(path).map_err(|error| broken(path, error))?.len();
+        if expected.and_then(|bytes| u64::try_from(bytes).ok()) != Some(found) {
+            let expected = expected.unwrap_or(usize::MAX);
+            return Err(broken(path, format!("expected {expected} bytes, found {found}")));
+        }
+        let bytes = fs::read(path).map_err(|error| broken(path, error))?;
         if expected != Some(bytes.len()) || hash_of(&bytes) != self.blake3 {
             return Err(broken(path, "its content differs from its hash"));
         }

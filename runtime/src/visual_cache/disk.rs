@@ -14,11 +14,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use super::MediaKey;
-use super::entry::{decode, encode};
+use super::entry::{MAX_BYTES, decode, encode};
 use crate::backend::TokenFormat;
-
-/// Largest entry that is read or written, in bytes.
-const MAX_ENTRY_BYTES: u64 = 256 << 20;
 
 /// A temporary file that is older (or, after a change of the clock, younger) than this has no
 /// writer any more.
@@ -105,14 +102,14 @@ impl DiskCache {
         match fs::symlink_metadata(&path) {
             Err(_) => return Lookup::Absent,
             Ok(metadata) if !metadata.is_file() => return Lookup::Broken("it is no file".into()),
-            Ok(metadata) if metadata.len() > MAX_ENTRY_BYTES => {
+            Ok(metadata) if metadata.len() > MAX_BYTES => {
                 return Lookup::Broken(format!("it has {} bytes", metadata.len()));
             }
             Ok(_) => {}
         }
         let Ok(file) = File::open(&path) else { return Lookup::Absent };
         let mut bytes = Vec::new();
-        if (&file).take(MAX_ENTRY_BYTES + 1).read_to_end(&mut bytes).is_err() {
+        if (&file).take(MAX_BYTES + 1).read_to_end(&mut bytes).is_err() {
             return Lookup::Absent;
         }
         match decode(key, format, &bytes) {
@@ -138,7 +135,7 @@ impl DiskCache {
             return Stored::Stopped;
         }
         let entry = encode(key, format, tokens);
-        let (bytes, limit) = (entry.len() as u64, self.limit.min(MAX_ENTRY_BYTES));
+        let (bytes, limit) = (entry.len() as u64, self.limit.min(MAX_BYTES));
         if bytes > limit {
             return Stored::TooLarge { bytes, limit };
         }

@@ -17,6 +17,9 @@ use crate::backend::TokenFormat;
 const MAGIC: &[u8; 8] = b"FLMVTOK1";
 const HASH_LEN: usize = 32;
 
+/// Largest entry that is read or written, in bytes.
+pub(crate) const MAX_BYTES: u64 = 256 << 20;
+
 /// The bytes of an entry.
 pub(crate) fn encode(key: &MediaKey, format: TokenFormat, tokens: &[f32]) -> Vec<u8> {
     let size = number_size(format);
