@@ -3,6 +3,7 @@
 
 use crate::answer::Limits;
 use crate::backend::{Sequence, Step};
+use crate::bank::Shots;
 use crate::beam::log_softmax;
 use crate::model::{Model, RunError};
 use crate::prompt::{PromptError, PromptFile};
@@ -39,6 +40,21 @@ impl Model {
         continuations: &[String],
         limits: &Limits,
     ) -> Result<Vec<Score>, RunError> {
+        self.score_after(&[Shots::default()], prompt, continuations, limits)
+    }
+
+    /// As [`Model::score`], after examples of a bank. For several orders of them the log-likelihoods are averaged, which
+    /// depends less on the order (Flamingo paper, appendix on evaluation: ensembling over permutations).
+    ///
+    /// # Errors
+    /// As [`Model::score`]; a bank of another model, or one that is damaged.
+    pub fn score_after(
+        &self,
+        orders: &[Shots],
+        prompt: &PromptFile,
+        continuations: &[String],
+        limits: &Limits,
+    ) -> Result<Vec<Score>, RunError> {
         let encode = |(index, text): (usize, &String)| {
             let ids = self.tokenizer()?.encode_fast(text.as_str(), false);
             let ids = ids.map_err(|error| PromptError::Tokenizer(error.to_string()))?;
@@ -52,13 +68,16 @@ impl Model {
         };
         let ids: Vec<Vec<u32>> =
             continuations.iter().enumerate().map(encode).collect::<Result<_, RunError>>()?;
-        let mut session = self.session()?;
-        session.append(prompt, limits)?;
-        let score = |scores: Vec<f64>| Score {
-            log_likelihood: scores.iter().sum(),
-            n_tokens: scores.len(),
-        };
-        Ok(session.score(&ids, limits)?.into_iter().map(score).collect())
+        let empty = |ids: &Vec<u32>| Score { log_likelihood: 0.0, n_tokens: ids.len() };
+        let mut sums: Vec<Score> = ids.iter().map(empty).collect();
+        for shots in orders {
+            let mut session = self.session()?;
+            session.append_after(shots, prompt, limits)?;
+            for (sum, scores) in sums.iter_mut().zip(session.score(&ids, limits)?) {
+                sum.log_likelihood += scores.iter().sum::<f64>() / orders.len() as f64;
+            }
+        }
+        Ok(sums)
     }
 }
 

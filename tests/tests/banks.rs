@@ -290,3 +290,29 @@ fn bad_lines_are_listed_at_once_or_left_out() {
     let report = build(true).unwrap();
     assert_eq!((report.n_examples, report.skipped.len(), report.n_media), (2, 5, 1));
 }
+
+#[test]
+fn scores_are_averaged_over_orders_of_the_examples() {
+    let (scratch, artifact) = compiled_as(&demo_folder(), Precision::F32.into());
+    let model = open(&artifact, None);
+    let bank = Bank::open(&build(&model, scratch.path()), &model).unwrap();
+    let shots = bank.choose(3, Selection::Random { seed: 4 }, &query()).unwrap();
+    let orders = bank.permutations(&shots, 4, 9).unwrap();
+    let numbers: BTreeSet<&[usize]> = orders.iter().map(Shots::numbers).collect();
+    assert_eq!((orders.len(), numbers.len(), orders[0].numbers()), (4, 4, shots.numbers()));
+    assert_eq!(bank.permutations(&shots, 100, 9).unwrap().len(), 6, "all orders of three");
+    assert_eq!(bank.permutations(&Shots::default(), 3, 0).unwrap().len(), 1);
+
+    let words = ["four".to_owned(), "two green".to_owned()];
+    let limits = Limits::default();
+    let score = |orders: &[Shots]| model.score_after(orders, &query(), &words, &limits).unwrap();
+    let alone: Vec<_> = orders.iter().map(|order| score(std::slice::from_ref(order))).collect();
+    for (place, together) in score(&orders).iter().enumerate() {
+        let mean = alone.iter().map(|scores| scores[place].log_likelihood).sum::<f64>() / 4.0;
+        assert!((together.log_likelihood - mean).abs() < 1e-9);
+        assert_eq!(together.n_tokens, place + 1);
+    }
+    let inline = inline(shots.numbers(), false);
+    assert_eq!(alone[0], model.score(&inline, &words, &limits).unwrap(), "as the inline prompt");
+    assert_ne!(alone[0], alone[1]);
+}

@@ -135,7 +135,20 @@ impl Shooting {
         seed: u64,
         verify: bool,
     ) -> Result<Shots> {
-        let Some(dir) = &self.bank else { return Ok(Shots::default()) };
+        let orders = self.orders(model, prompt, seed, 1, verify)?;
+        Ok(orders.into_iter().next().unwrap_or_default())
+    }
+
+    /// The same examples in up to `n` orders.
+    pub(super) fn orders(
+        &self,
+        model: &Model,
+        prompt: &PromptFile,
+        seed: u64,
+        n: usize,
+        verify: bool,
+    ) -> Result<Vec<Shots>> {
+        let Some(dir) = &self.bank else { return Ok(vec![Shots::default()]) };
         let bank = Examples::open(dir, model)?;
         if verify {
             bank.verify()?;
@@ -146,7 +159,14 @@ impl Shooting {
             _ => Selection::Fixed,
         };
         let shots = bank.choose(self.shots.unwrap_or(bank.len()), selection, prompt)?;
-        Ok(if self.text_only { shots.text_only() } else { shots })
+        let orders = bank.permutations(&shots, n, seed)?;
+        let shown = |shots: Shots| if self.text_only { shots.text_only() } else { shots };
+        Ok(orders.into_iter().map(shown).collect())
+    }
+
+    /// Whether there is a bank.
+    pub(super) fn is_on(&self) -> bool {
+        self.bank.is_some()
     }
 
     /// The answer for machines, with the examples that were chosen if there is a bank.

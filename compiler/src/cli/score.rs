@@ -1,11 +1,13 @@
 //! `flamingoc score`.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
-use flamingo_runtime::{Limits, Model, OpenOptions, Score as Likelihood};
+use flamingo_runtime::{Limits, Model, OpenOptions, Score as Likelihood, Shots};
 
+use super::bank::Shooting;
 use super::output::Output;
 use super::prompt::PromptArgs;
 use super::{Caching, Opening, Outcome};
@@ -15,6 +17,8 @@ use super::{Caching, Opening, Outcome};
 #[command(after_help = "Examples:
   flamingoc score demo.flamingo --prompt \"<image>what color ?\" --image a.png \\
     --candidate red --candidate blue
+  flamingoc score demo.flamingo --bank bank/ --shots 8 --permutations 6 --prompt \"<image>\" \
+    --image a.png --candidates labels.txt
   flamingoc score demo.flamingo --prompt-file p.json --candidates labels.txt --per-token --json
 
 The prompt is read once, the candidates in common passes over the weights. A candidate's tokens are
@@ -34,6 +38,14 @@ pub(super) struct Score {
     #[arg(long)]
     per_token: bool,
     #[command(flatten)]
+    shooting: Shooting,
+    /// With a bank: average over up to N orders of the examples
+    #[arg(long, value_name = "N", default_value = "1", requires = "bank")]
+    permutations: NonZeroUsize,
+    /// Seed of `--select random` and of the orders
+    #[arg(long, value_name = "N", default_value = "0")]
+    seed: u64,
+    #[command(flatten)]
     opening: Opening,
     #[command(flatten)]
     caching: Caching,
@@ -49,7 +61,10 @@ impl Score {
         let visual_cache = Some(self.caching.visual_cache());
         let opening = OpenOptions { visual_cache, ..self.opening.options() };
         let model = Model::open(&self.artifact, &opening)?;
-        let scores = model.score(&prompt, &candidates, &Limits::default())?;
+        let verify = self.opening.verify;
+        let n_orders = self.permutations.get();
+        let orders = self.shooting.orders(&model, &prompt, self.seed, n_orders, verify)?;
+        let scores = model.score_after(&orders, &prompt, &candidates, &Limits::default())?;
         output.warnings(&model);
         let key = |score: &Likelihood| match self.per_token {
             true => score.per_token(),
@@ -69,7 +84,12 @@ impl Score {
                 })
             };
             let rows: Vec<_> = candidates.iter().zip(&scores).zip(&shares).map(row).collect();
-            output.json(&serde_json::json!({ "best": ranking[0], "candidates": rows }))?;
+            let mut value = serde_json::json!({ "best": ranking[0], "candidates": rows });
+            if self.shooting.is_on() {
+                let numbers: Vec<&[usize]> = orders.iter().map(Shots::numbers).collect();
+                value["bank"] = serde_json::json!({ "orders": numbers });
+            }
+            output.json(&value)?;
             return Ok(Outcome::Ok);
         }
         let row = |index: usize| {

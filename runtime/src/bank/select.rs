@@ -59,6 +59,25 @@ impl Bank {
         self.shots(&places)
     }
 
+    /// The same examples in `n` orders, or in as many as there are: as chosen, then shuffled by the seed.
+    ///
+    /// # Errors
+    /// Examples of a bank that has fewer.
+    pub fn permutations(&self, shots: &Shots, n: usize, seed: u64) -> Result<Vec<Shots>, RunError> {
+        let mut places: Vec<usize> = shots.numbers().iter().map(|number| number - 1).collect();
+        let mut random = ChaCha8Rng::seed_from_u64(seed);
+        let n_orders = (1..=places.len()).try_fold(1usize, |all, n| all.checked_mul(n));
+        let n = n.min(n_orders.unwrap_or(usize::MAX));
+        let mut orders = vec![places.clone()];
+        while orders.len() < n {
+            places.shuffle(&mut random);
+            if !orders.contains(&places) {
+                orders.push(places.clone());
+            }
+        }
+        orders.iter().map(|places| self.shots(places)).collect()
+    }
+
     /// Examples with pictures, the most similar to the prompt first.
     fn most_similar(&self, prompt: &PromptFile) -> Result<Vec<usize>, RunError> {
         let wrong = |reason: &str, hint| BankError::Choice { reason: reason.to_owned(), hint };
