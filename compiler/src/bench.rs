@@ -10,6 +10,7 @@
 //! | decode | one token after a context over encoded pictures |
 //! | decode_reprojected | the same with the keys and values of every picture made again; where asked for |
 //! | first_token | a prompt and its pictures, nothing encoded before |
+//! | first_token_warm | the same where all but the last picture and the text before it are in the caches; native backend only |
 //!
 //! Bytes and operations are counted by the native plan, also where another engine is timed.
 
@@ -297,7 +298,13 @@ fn record_all(
 ) -> Result<Vec<Profile>, RunError> {
     let mut profiles = Vec::new();
     for case in cases {
-        let has_none = [Stage::Load, Stage::Resample, Stage::DecodeReprojected, Stage::FirstToken];
+        let has_none = [
+            Stage::Load,
+            Stage::Resample,
+            Stage::DecodeReprojected,
+            Stage::FirstToken,
+            Stage::FirstTokenWarm,
+        ];
         if has_none.contains(&case.stage) {
             continue;
         }
@@ -351,7 +358,7 @@ fn counts(profiles: &[Profile], case: &Case<'_>) -> Option<Counts> {
     };
     let encode = || of(Stage::Encode, 1).map(|profile| &profile.records);
     match case.stage {
-        Stage::Load | Stage::DecodeReprojected => None,
+        Stage::Load | Stage::DecodeReprojected | Stage::FirstTokenWarm => None,
         Stage::Encode => Some(Counts::new(encode()?.iter())),
         Stage::Resample => {
             Some(Counts::new(encode()?.iter().filter(|record| is_resampler(record))))
@@ -389,7 +396,11 @@ fn result(
         tokens_per_s: match stage {
             Stage::Prefill => Some(per_s(context as f64)),
             Stage::Decode | Stage::DecodeReprojected => Some(per_s(1.0)),
-            Stage::Load | Stage::Encode | Stage::Resample | Stage::FirstToken => None,
+            Stage::Load
+            | Stage::Encode
+            | Stage::Resample
+            | Stage::FirstToken
+            | Stage::FirstTokenWarm => None,
         },
         weight_bytes: counts.map(|counts| counts.weight_bytes),
         weight_gb_per_s: gb_per_s,
@@ -398,7 +409,9 @@ fn result(
         of_ceiling: match stage {
             Stage::Decode => gb_per_s.map(|rate| rate / machine.read_gb_per_s),
             Stage::Encode | Stage::Resample | Stage::Prefill => of_peak(),
-            Stage::Load | Stage::DecodeReprojected | Stage::FirstToken => None,
+            Stage::Load | Stage::DecodeReprojected | Stage::FirstToken | Stage::FirstTokenWarm => {
+                None
+            }
         },
         others: samples.others(),
     }
@@ -412,7 +425,7 @@ fn precision(manifest: &Manifest, stage: Stage) -> String {
         Stage::Prefill | Stage::Decode | Stage::DecodeReprojected => {
             &["language", "gated", "embedding", "head"]
         }
-        Stage::Load | Stage::FirstToken => {
+        Stage::Load | Stage::FirstToken | Stage::FirstTokenWarm => {
             &["vision", "resampler", "media", "language", "gated", "embedding", "head"]
         }
     };

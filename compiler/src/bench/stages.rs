@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use flamingo_models::manifest::Manifest;
 use flamingo_runtime::backend::{Media, Step};
 use flamingo_runtime::profile::Record;
-use flamingo_runtime::{Model, RunError};
+use flamingo_runtime::visual_cache::{Fingerprint, MediaKey};
+use flamingo_runtime::{Limits, Medium, Model, RunError};
 use serde::Serialize;
 
 use super::BenchOptions;
@@ -32,6 +33,8 @@ pub enum Stage {
     DecodeReprojected,
     /// Pictures and prompt, to the first logits.
     FirstToken,
+    /// The same after a prompt that had all but the last picture, and the text before it.
+    FirstTokenWarm,
 }
 
 impl Stage {
@@ -45,6 +48,7 @@ impl Stage {
             Stage::Decode => "decode",
             Stage::DecodeReprojected => "decode_reprojected",
             Stage::FirstToken => "first_token",
+            Stage::FirstTokenWarm => "first_token_warm",
         }
     }
 }
@@ -114,6 +118,9 @@ pub(super) fn cases<'m>(
             }
         }
         cases.push(first_token(model, inputs, prompt, images));
+        if model.backend().token_format().is_some() && images > 0 {
+            cases.push(first_token_warm(model, inputs, prompt, media));
+        }
     }
     Ok(cases)
 }
@@ -220,6 +227,30 @@ fn first_token<'m>(
     };
     let run = move || timed(answer);
     Case { stage: Stage::FirstToken, images, context, run: Box::new(run) }
+}
+
+/// The last picture is new; the others, and the text before it, are in the caches.
+fn first_token_warm<'m>(
+    model: &'m Model,
+    inputs: &'m Inputs,
+    prompt: &'m Prompt,
+    media: &[Arc<Media>],
+) -> Case<'m> {
+    let (images, context) = (media.len(), prompt.input_ids.len());
+    let known = |(place, media): (usize, &Arc<Media>)| Medium {
+        media: Arc::clone(media),
+        key: Some(MediaKey::new(&Fingerprint::of(&["bench"]), &[place as f32], 1)),
+    };
+    let known: Vec<Medium> = media[..images - 1].iter().enumerate().map(known).collect();
+    let answer = move || {
+        let new = model.encode_pixels(&inputs.pixel_values, 1, 1)?;
+        let media: Vec<Medium> =
+            known.iter().cloned().chain(new.into_iter().map(Medium::from)).collect();
+        let mut session = model.session()?;
+        session.append_ids(&prompt.input_ids, &media, &Limits::default())
+    };
+    let run = move || timed(&answer);
+    Case { stage: Stage::FirstTokenWarm, images, context, run: Box::new(run) }
 }
 
 /// What the instructions of one run were; none for an engine that does not tell.

@@ -22,7 +22,7 @@ use crate::bench::{BenchOptions, Report, StageResult, bench};
 
 Stages: load, encode (one picture), resample (the resampler's part of it), prefill,
 decode (one token, pictures encoded before), first_token (pictures and prompt, nothing
-encoded before). `% of ceiling` is the share of the measured read bandwidth for
+encoded before), first_token_warm (all but the last picture and the text before it known). `% of ceiling` is the share of the measured read bandwidth for
 decode, and of the measured peak arithmetic for encode, resample and prefill.")]
 pub(super) struct Bench {
     /// The artifact
