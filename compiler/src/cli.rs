@@ -18,14 +18,14 @@ mod synth;
 mod trace;
 
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 use flamingo_runtime::{
-    KvFormat, OpenOptions, VisualCache, VisualCacheOptions, bytes_from_text, env,
+    KvFormat, Model, OpenOptions, VisualCache, VisualCacheOptions, bytes_from_text, env,
 };
 
 use output::Output;
@@ -125,6 +125,12 @@ struct Caching {
 }
 
 impl Caching {
+    /// Opens an artifact with this cache.
+    fn open(&self, artifact: &Path, opening: &Opening) -> Result<Model> {
+        let visual_cache = Some(self.visual_cache());
+        Ok(Model::open(artifact, &OpenOptions { visual_cache, ..opening.options() })?)
+    }
+
     fn visual_cache(&self) -> Arc<VisualCache> {
         let options = match self.no_cache {
             true => VisualCacheOptions::off(),

@@ -92,17 +92,16 @@ impl Task for PackPanel<'_> {
     }
 }
 
-/// `out = x wᵀ`; x packed, `[m, k]`, w `[n, k]`, out `[m, n]`; `scratch` has [`w_scratch_len`] elements. While it
-/// computes it asks for the columns of w that come next, at last for the first ones of `next`.
+/// `out = x allᵀ`; x packed, `[m, k]`, all `[n, k]`, out `[m, n]`; `scratch` has [`w_scratch_len`] elements. While it
+/// computes it asks for the columns that come next, at last for the first ones of `next`.
 #[inline(always)]
 pub(crate) fn multiply<S: Simd>(
     s: S,
     x: PackedX<'_>,
-    (w, next): (Matrix<'_>, Matrix<'_>),
+    (all, next): (Matrix<'_>, Matrix<'_>),
     scratch: &mut [f32],
     out: &mut MatrixMut<'_>,
 ) {
-    let all = w;
     let block = |start: usize| start..x.k.min(start + K_BLOCK);
     for start in (0..x.k).step_by(K_BLOCK) {
         let w = all.columns(block(start));

@@ -167,7 +167,8 @@ fn penalised(score: f64, len: usize, length_penalty: f64) -> f64 {
 pub(crate) fn log_softmax(logits: &[f32]) -> Vec<f64> {
     let largest = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
     let sum: f64 = logits.iter().map(|logit| (f64::from(*logit) - largest).exp()).sum();
-    logits.iter().map(|logit| f64::from(*logit) - largest - sum.ln()).collect()
+    let log_sum = sum.ln();
+    logits.iter().map(|logit| f64::from(*logit) - largest - log_sum).collect()
 }
 
 /// The `n` best of all beams' next tokens, best first: score with the beam's, beam, id.

@@ -278,9 +278,9 @@ impl Model {
         on_text: &mut dyn FnMut(&str),
     ) -> Result<Answer, RunError> {
         let started = Instant::now();
-        let n_tokens = self.encode_prompt(&shots.before(prompt))?.len();
-        let mut session = self.session_for(n_tokens, options)?;
-        session.append_after(shots, prompt, &options.limits)?;
+        let ids = self.encode_prompt(&shots.before(prompt))?;
+        let mut session = self.session_for(ids.len(), options)?;
+        session.append_encoded(shots, prompt, &ids, &options.limits)?;
         session.answer(started, options, on_text)
     }
 

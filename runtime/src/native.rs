@@ -59,7 +59,7 @@ struct Shared {
     media_kv_buffers: Mutex<Vec<Buffers>>,
     /// Heads of each gated block.
     media_heads: Vec<usize>,
-    /// Bytes of the weights that the two stages read.
+    /// Bytes of the weights that the stages read.
     weight_bytes: usize,
     kv_format: KvFormat,
 }

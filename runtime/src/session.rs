@@ -203,20 +203,29 @@ impl Session {
         turn: &PromptFile,
         limits: &Limits,
     ) -> Result<(), RunError> {
-        shots.check(&self.model)?;
         let whole = shots.before(turn);
         let ids = self.model.encode_turn(self.ids.last().copied(), self.media.len(), &whole)?;
-        if !self.sliding.is_on {
-            self.check_room(ids.len())?;
-        }
+        self.append_encoded(shots, turn, &ids, limits)
+    }
+
+    /// As [`Session::append_after`], of a turn whose token ids, with those of the examples, are known.
+    pub(crate) fn append_encoded(
+        &mut self,
+        shots: &Shots,
+        turn: &PromptFile,
+        ids: &[u32],
+        limits: &Limits,
+    ) -> Result<(), RunError> {
+        shots.check(&self.model)?;
+        self.check_room(ids.len())?;
         let mut given: Vec<Given> = shots.media().iter().cloned().map(Given::Kept).collect();
         self.counts.visual_hits += given.len();
         given.extend(self.model.media(turn, &mut self.counts)?.into_iter().map(Given::Made));
-        self.append_given(&ids, given, shots.prefix(), limits)
+        self.append_given(ids, given, shots.prefix(), limits)
     }
 
     /// Appends tokens and reads them; `media` stand behind their image tokens, in order. After an error the session is as
-    /// before.
+    /// before, but for what a full context that slides has forgotten.
     ///
     /// # Errors
     /// Ids, media or lengths that do not fit the model; a limit that was reached.
@@ -242,8 +251,8 @@ impl Session {
         if self.ids.is_empty() && ids.is_empty() {
             return Err(PromptError::Empty.into());
         }
-        while self.ids.len() + ids.len() > self.max_context() && self.forget_oldest() {}
         self.check_room(ids.len())?;
+        while self.ids.len() + ids.len() > self.max_context() && self.forget_oldest() {}
         let before = self.mark();
         media.into_iter().for_each(|medium| self.media.push(medium));
         for id in ids {
@@ -265,7 +274,10 @@ impl Session {
     }
 
     fn check_room(&self, n_new: usize) -> Result<(), RunError> {
-        let (tokens, limit) = (self.ids.len().saturating_add(n_new), self.max_context());
+        // A context that slides keeps a block at most, and a token that was not read yet.
+        let n_kept = if self.sliding.is_on { KV_BLOCK + 1 } else { usize::MAX };
+        let (tokens, limit) =
+            (self.ids.len().min(n_kept).saturating_add(n_new), self.max_context());
         match tokens > limit {
             true => Err(PromptError::TooLong { tokens, limit }.into()),
             false => Ok(()),

@@ -588,6 +588,9 @@ fn a_full_context_slides_where_positions_are_distances() {
     session.append_ids(turn, &[], &Limits::default()).unwrap();
     session.rewind(before).unwrap();
     assert_eq!(bits(&session.logits().unwrap()), bits(&last), "rewound after it slid");
+    let long = vec![all[0]; limit];
+    assert!(session.append_ids(&long, &[], &Limits::default()).is_err(), "more than slides away");
+    assert_eq!((session.mark(), bits(&session.logits().unwrap())), (before, bits(&last)));
 
     let rotary = golden_folder("openflamingo-llama");
     let (_scratch, artifact) = compiled(&rotary);

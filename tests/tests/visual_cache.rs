@@ -167,4 +167,13 @@ fn frames_that_clips_share_are_encoded_once() {
     assert_eq!(n_encoded(&clip([1, 2, 3])), 3);
     assert_eq!(n_encoded(&clip([2, 3, 4])), 1);
     assert_eq!(n_encoded(&clip([4, 1, 1])), 0);
+
+    let picture: Vec<f32> = frame(9).collect();
+    model.backend().vision_features(&picture, 1).unwrap().unwrap();
+    model.backend().take_profile();
+    assert!(model.backend().set_profiling(true));
+    let media = model.encode_pixels(&picture, 1, 1).unwrap();
+    let records = model.backend().take_profile();
+    assert!(records.iter().all(|record| record.node != "vision.patch_embedding"), "seen before");
+    assert_eq!(media, fresh.encode_pixels(&picture, 1, 1).unwrap());
 }

@@ -8,8 +8,7 @@ use anyhow::{Result, bail};
 use clap::Args;
 use flamingo_models::Family;
 use flamingo_runtime::{
-    GenerateOptions, Limits, Mark, Model, OpenOptions, PromptFile, SamplingOptions, Segment,
-    Session,
+    GenerateOptions, Limits, Mark, Model, PromptFile, SamplingOptions, Segment, Session,
 };
 
 use super::output::Output;
@@ -180,9 +179,7 @@ impl Chat {
         if !(self.temperature.is_finite() && (0.0..=100.0).contains(&self.temperature)) {
             bail!("`--temperature`: expected 0 to 100, got {}", self.temperature);
         }
-        let visual_cache = Some(self.caching.visual_cache());
-        let opening = OpenOptions { visual_cache, ..self.opening.options() };
-        let model = Model::open(&self.artifact, &opening)?;
+        let model = self.caching.open(&self.artifact, &self.opening)?;
         let name = self.template.as_deref();
         let name = name.unwrap_or_else(|| Template::of_family(model.manifest().config.family));
         let Some(template) = TEMPLATES.iter().find(|template| template.name == name) else {

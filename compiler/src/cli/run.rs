@@ -5,9 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::Args;
-use flamingo_runtime::{
-    BeamOptions, GenerateOptions, Model, OpenOptions, PromptFile, SamplingOptions, Stop,
-};
+use flamingo_runtime::{BeamOptions, GenerateOptions, PromptFile, SamplingOptions, Stop};
 
 use super::bank::Shooting;
 use super::output::Output;
@@ -81,9 +79,7 @@ impl Run {
     pub(super) fn run(self, output: &mut Output) -> Result<Outcome> {
         let prompt = self.prompt.read()?;
         let options = self.options(&prompt)?;
-        let visual_cache = Some(self.caching.visual_cache());
-        let opening = OpenOptions { visual_cache, ..self.opening.options() };
-        let model = Model::open(&self.artifact, &opening)?;
+        let model = self.caching.open(&self.artifact, &self.opening)?;
         self.profiling.start(model.backend())?;
         let shots = self.shooting.shots(&model, &prompt, self.seed, self.opening.verify)?;
         let mut shown = Ok(());

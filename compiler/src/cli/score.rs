@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
-use flamingo_runtime::{Limits, Model, OpenOptions, Score as Likelihood, Shots};
+use flamingo_runtime::{Limits, Score as Likelihood, Shots};
 
 use super::bank::Shooting;
 use super::output::Output;
@@ -58,9 +58,7 @@ impl Score {
     pub(super) fn run(self, output: &mut Output) -> Result<Outcome> {
         let prompt = self.prompt.read()?;
         let candidates = self.all_candidates()?;
-        let visual_cache = Some(self.caching.visual_cache());
-        let opening = OpenOptions { visual_cache, ..self.opening.options() };
-        let model = Model::open(&self.artifact, &opening)?;
+        let model = self.caching.open(&self.artifact, &self.opening)?;
         let verify = self.opening.verify;
         let n_orders = self.permutations.get();
         let orders = self.shooting.orders(&model, &prompt, self.seed, n_orders, verify)?;

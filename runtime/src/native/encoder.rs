@@ -65,32 +65,36 @@ impl Encoder {
         buffers.iter().map(Buffers::bytes).sum::<usize>() + frames.bytes()
     }
 
-    /// Patches of a medium, `[n_frames, n_patches, width]`. A clip's frames are looked for among those of clips before; a
-    /// picture is not kept, since its visual tokens are.
+    /// Patches of a medium, `[n_frames, n_patches, width]`. Of a clip the frames are kept; a picture is not, since its
+    /// visual tokens are.
     pub(super) fn patches(
         &self,
         pixel_values: &[f32],
         n_frames: usize,
     ) -> Result<Vec<f32>, BackendError> {
         if n_frames == 1 {
-            return self.encode(pixel_values);
+            return Ok(Arc::unwrap_or_clone(self.frame(pixel_values, false)?));
         }
         let mut patches = Vec::new();
         for frame in pixel_values.chunks_exact((pixel_values.len() / n_frames.max(1)).max(1)) {
-            let key = *blake3::hash(bytemuck::cast_slice(frame)).as_bytes();
-            let lock = || self.frames.lock().unwrap_or_else(PoisonError::into_inner);
-            let known = lock().get(&key);
-            let of_frame = match known {
-                Some(known) => known,
-                None => {
-                    let new = Arc::new(self.encode(frame)?);
-                    lock().insert(key, Arc::clone(&new), size_of_val(new.as_slice()), false);
-                    new
-                }
-            };
-            patches.extend_from_slice(&of_frame);
+            patches.extend_from_slice(&self.frame(frame, true)?);
         }
         Ok(patches)
+    }
+
+    /// Patches of a frame, found among those kept or encoded, and then kept or not.
+    fn frame(&self, frame: &[f32], keeps: bool) -> Result<Arc<Vec<f32>>, BackendError> {
+        let key = *blake3::hash(bytemuck::cast_slice(frame)).as_bytes();
+        let lock = || self.frames.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = lock().get(&key);
+        if let Some(known) = known {
+            return Ok(known);
+        }
+        let new = Arc::new(self.encode(frame)?);
+        if keeps {
+            lock().insert(key, Arc::clone(&new), size_of_val(new.as_slice()), false);
+        }
+        Ok(new)
     }
 
     fn encode(&self, frame: &[f32]) -> Result<Vec<f32>, BackendError> {
@@ -102,12 +106,15 @@ impl Encoder {
         Ok(outputs?.into_iter().next().unwrap_or_default())
     }
 
-    /// The mean patch of all frames, scaled to length 1, `[width]`.
+    /// The mean patch of all frames, scaled to length 1, `[width]`. What is compared is read next: a picture is kept too.
     pub(super) fn features(
         &self,
         pixel_values: &[f32],
         n_frames: usize,
     ) -> Result<Vec<f32>, BackendError> {
+        if n_frames == 1 {
+            return Ok(mean_direction(&self.frame(pixel_values, true)?, self.width));
+        }
         Ok(mean_direction(&self.patches(pixel_values, n_frames)?, self.width))
     }
 }
