@@ -20,10 +20,12 @@ use flamingoc::scheme::Scheme;
 use rust_text::{code_of, has_word, is_word, without_space};
 
 /// Crates by folder: package, and the packages of this workspace that it may use.
-const ARROWS: [(&str, &str, &[&str]); 9] = [
+const ARROWS: [(&str, &str, &[&str]); 11] = [
     ("ir", "flamingo-ir", &[]),
     ("kernels", "flamingo-kernels", &[]),
     ("models", "flamingo-models", &["flamingo-ir"]),
+    ("models/data", "flamingo-data", &[]),
+    ("models/train", "flamingo-train", &["flamingo-data", "flamingo-models"]),
     ("runtime", "flamingo-runtime", &["flamingo-ir", "flamingo-kernels", "flamingo-models"]),
     ("runtime/capi", "flamingo-capi", &["flamingo-runtime"]),
     ("compiler", "flamingoc", &["flamingo-ir", "flamingo-models", "flamingo-runtime"]),

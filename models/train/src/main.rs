@@ -1,0 +1,3 @@
+//! `flamingo-train`.
+
+fn main() {}
