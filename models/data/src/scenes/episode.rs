@@ -1,0 +1,357 @@
+//! Prompts of every task: tokens, what each weighs in the loss, and the media that they show.
+//!
+//! The text twin of a prompt has a medium's description after its `<image>`: what a language model learns
+//! from before it has seen any picture.
+
+use rand::Rng;
+use rand::seq::SliceRandom;
+
+use super::Split;
+use super::facts::{ATTRIBUTES, Attribute, Facts, Object, one_of, shuffled};
+use super::words::{
+    BEGIN, COLOURS, DIRECTIONS, END_OF_CHUNK, IMAGE, KINDS, NEW_WORDS, NUMBERS, ORDINALS,
+    Vocabulary,
+};
+
+/// What a prompt asks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Task {
+    /// All words of the caption.
+    Caption,
+    /// Colour, kind, size or place of one object.
+    Attribute,
+    /// How many objects there are.
+    Count,
+    /// Two objects: the colour of a kind, or the kind on a side.
+    Pair,
+    /// Two objects: whether a colour and kind is there.
+    YesNo,
+    /// Which way it moves, or how many times it flashes.
+    Video,
+    /// Which of so many pictures shows an object.
+    Which(usize),
+    /// So many examples show which property is wanted; nothing else says it.
+    FewShot(usize),
+    /// So many examples give two new words their meaning.
+    Bind(usize),
+    /// Random words twice: only for a language model.
+    Repeat,
+}
+
+impl Task {
+    /// The task's name, without its number.
+    pub fn name(self) -> &'static str {
+        match self {
+            Task::Caption => "caption",
+            Task::Attribute => "attribute",
+            Task::Count => "count",
+            Task::Pair => "pair",
+            Task::YesNo => "yes_no",
+            Task::Video => "video",
+            Task::Which(_) => "which",
+            Task::FewShot(_) => "few_shot",
+            Task::Bind(_) => "bind",
+            Task::Repeat => "repeat",
+        }
+    }
+}
+
+/// How a prompt is made.
+#[derive(Debug, Clone, Copy)]
+pub struct Style {
+    /// Which digits and pairs may appear.
+    pub split: Split,
+    /// Several scored answers in a prompt, for training; else one, the last.
+    pub dense: bool,
+    /// Descriptions after `<image>`: the text twin.
+    pub described: bool,
+}
+
+/// A token of a prompt.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Token {
+    /// Its id in the vocabulary.
+    pub id: u32,
+    /// Its weight in the loss; 1 for an answer, 0 where nothing can be known.
+    pub weight: f32,
+}
+
+/// A prompt with its answers.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Episode {
+    /// Which task it is of.
+    pub task: Task,
+    /// From `<bos>` on.
+    pub tokens: Vec<Token>,
+    /// What the media show, one for each `<image>`, in order.
+    pub media: Vec<Facts>,
+}
+
+impl Episode {
+    /// A random prompt of a task.
+    pub fn random(
+        task: Task,
+        style: Style,
+        vocabulary: &Vocabulary,
+        rng: &mut impl Rng,
+    ) -> Episode {
+        let mut writer = Writer::new(task, style, vocabulary, rng);
+        match task {
+            Task::Caption => writer.caption(),
+            Task::Attribute => writer.attribute(),
+            Task::Count => writer.count(),
+            Task::Pair | Task::YesNo => writer.pair(task == Task::YesNo),
+            Task::Video => writer.video(),
+            Task::Which(pictures) => writer.which(pictures),
+            Task::FewShot(shots) => writer.few_shot(shots),
+            Task::Bind(shots) => writer.bind(shots),
+            Task::Repeat => writer.repeat(),
+        }
+        writer.episode
+    }
+}
+
+/// Weight of a caption's word in training.
+const CAPTION_WEIGHT: f32 = 0.5;
+/// Weight of an `<eoc>` after an answer.
+const END_WEIGHT: f32 = 0.1;
+
+type Question = (Vec<&'static str>, &'static str);
+
+struct Writer<'a, R> {
+    episode: Episode,
+    style: Style,
+    vocabulary: &'a Vocabulary,
+    rng: &'a mut R,
+    /// In descriptions of colour and kind, the kind comes first.
+    kind_first: bool,
+}
+
+impl<'a, R: Rng> Writer<'a, R> {
+    fn new(task: Task, style: Style, vocabulary: &'a Vocabulary, rng: &'a mut R) -> Self {
+        let begin = Token { id: BEGIN, weight: 0.0 };
+        let kind_first = rng.random_bool(0.5);
+        let episode = Episode { task, tokens: vec![begin], media: Vec::new() };
+        Writer { episode, style, vocabulary, rng, kind_first }
+    }
+
+    fn put(&mut self, words: &[&str], weight: f32) {
+        for word in words {
+            self.episode.tokens.push(Token { id: self.vocabulary.id(word), weight });
+        }
+    }
+
+    fn end_chunk(&mut self, weight: f32) {
+        self.episode.tokens.push(Token { id: END_OF_CHUNK, weight });
+    }
+
+    /// A medium, with its whole caption in a text twin.
+    fn show(&mut self, facts: Facts) {
+        let caption = facts.caption();
+        self.show_as(facts, &caption);
+    }
+
+    /// A medium, with its colour and kind in a text twin.
+    fn show_object(&mut self, facts: Facts) {
+        let object = facts.objects()[0];
+        let mut words = [object.colour(), object.kind()];
+        if self.kind_first {
+            words.reverse();
+        }
+        self.show_as(facts, &words);
+    }
+
+    fn show_as(&mut self, facts: Facts, description: &[&str]) {
+        self.episode.media.push(facts);
+        self.episode.tokens.push(Token { id: IMAGE, weight: 0.0 });
+        if self.style.described {
+            self.put(description, 0.0);
+        }
+    }
+
+    fn object(&mut self) -> Object {
+        Object::random(self.style.split, self.rng)
+    }
+
+    /// Questions about a medium; one, or up to `most` in training.
+    fn ask(&mut self, facts: Facts, mut questions: Vec<Question>, most: usize) {
+        self.show(facts);
+        questions.truncate(if self.style.dense { most } else { 1 });
+        questions.shuffle(self.rng);
+        for (question, answer) in questions {
+            self.put(&question, 0.0);
+            self.put(&[answer], 1.0);
+        }
+        self.end_chunk(if self.style.dense { END_WEIGHT } else { 0.0 });
+    }
+
+    fn caption(&mut self) {
+        let facts = match self.rng.random_range(0..5) {
+            0 if self.style.split != Split::Unseen => Facts::video(self.style.split, self.rng),
+            _ => Facts::picture(self.style.split, self.rng),
+        };
+        self.episode.media.push(facts);
+        self.episode.tokens.push(Token { id: IMAGE, weight: 0.0 });
+        let weight = if self.style.dense { CAPTION_WEIGHT } else { 1.0 };
+        self.put(&facts.caption(), weight);
+        self.end_chunk(weight);
+    }
+
+    fn attribute(&mut self) {
+        let object = self.object();
+        let facts = Facts::single(object, self.rng);
+        let mut questions = vec![
+            (vec!["what", "color", "?"], facts.attribute(Attribute::Colour)),
+            (vec!["what", "shape", "?"], facts.attribute(Attribute::Kind)),
+            (vec!["what", "size", "?"], facts.attribute(Attribute::Size)),
+            (vec!["where", "?"], facts.attribute(Attribute::Place)),
+        ];
+        questions.shuffle(self.rng);
+        self.ask(facts, questions, 4);
+    }
+
+    fn count(&mut self) {
+        let facts = Facts::several(self.style.split, self.rng);
+        let Facts::Several { object, count } = facts else { unreachable!("asked for several") };
+        let questions = vec![
+            (vec!["how", "many", "?"], NUMBERS[count]),
+            (vec!["what", "color", "?"], object.colour()),
+            (vec!["what", "shape", "?"], object.kind()),
+        ];
+        let most = self.rng.random_range(1..4);
+        self.ask(facts, questions, most);
+    }
+
+    fn pair(&mut self, yes_no: bool) {
+        let facts = Facts::pair(self.style.split, self.rng);
+        let Facts::Pair(left, right) = facts else { unreachable!("asked for a pair") };
+        let mut open = Vec::new();
+        for (object, side) in [(left, "left"), (right, "right")] {
+            open.push((vec!["what", "color", "is", "the", object.kind(), "?"], object.colour()));
+            open.push((vec!["what", "shape", "is", "on", "the", side, "?"], object.kind()));
+        }
+        open.shuffle(self.rng);
+        let mut closed = || self.is_there(left, right);
+        let questions = match yes_no {
+            true => vec![closed(), closed(), closed(), open.remove(0)],
+            false => vec![open.remove(0), open.remove(0), closed()],
+        };
+        self.ask(facts, questions, 4);
+    }
+
+    /// Half of the objects asked for are there; the others differ in colour, in kind, or mix the two.
+    fn is_there(&mut self, left: Object, right: Object) -> Question {
+        let rng = &mut *self.rng;
+        let truth = rng.random_bool(0.5);
+        let new = |rng: &mut R, old: [usize; 2], count: usize| loop {
+            let value = rng.random_range(0..count);
+            if !old.contains(&value) {
+                break value;
+            }
+        };
+        let object = match (truth, rng.random_range(0..4)) {
+            (true, _) => one_of(&[left, right], rng),
+            (false, 0) => Object { colour: left.colour, kind: right.kind },
+            (false, 1) => Object { colour: right.colour, kind: left.kind },
+            (false, 2) => {
+                let colour = new(rng, [left.colour, right.colour], COLOURS.len());
+                Object { colour, ..one_of(&[left, right], rng) }
+            }
+            (false, _) => {
+                let kind = new(rng, [left.kind, right.kind], KINDS.len());
+                Object { kind, ..one_of(&[left, right], rng) }
+            }
+        };
+        let question = vec!["is", "there", "a", object.colour(), object.kind(), "?"];
+        (question, if truth { "yes" } else { "no" })
+    }
+
+    fn video(&mut self) {
+        let facts = Facts::video(self.style.split, self.rng);
+        let object = facts.objects()[0];
+        let question = match facts {
+            Facts::Moves { direction, .. } => (vec!["which", "way", "?"], DIRECTIONS[direction]),
+            Facts::Flashes { count, .. } => (vec!["how", "many", "times", "?"], NUMBERS[count]),
+            Facts::Single { .. } | Facts::Several { .. } | Facts::Pair(..) => {
+                unreachable!("asked for a video")
+            }
+        };
+        let more = [
+            (vec!["what", "color", "?"], object.colour()),
+            (vec!["what", "shape", "?"], object.kind()),
+        ];
+        let [colour, kind] = more;
+        let more = if self.rng.random_bool(0.5) { colour } else { kind };
+        self.ask(facts, vec![question, more], 2);
+    }
+
+    /// The word asked for stands right before its label.
+    fn which(&mut self, pictures: usize) {
+        let objects = Object::distinct(pictures, self.style.split, self.rng);
+        for (index, object) in objects.iter().enumerate() {
+            let facts = Facts::single(*object, self.rng);
+            self.show_object(facts);
+            self.put(&[ORDINALS[index]], 0.0);
+        }
+        let asked = if self.style.dense { pictures } else { 1 };
+        for index in shuffled(pictures, self.rng).into_iter().take(asked) {
+            let object = objects[index];
+            let words = match self.rng.random_range(0..3) {
+                0 => vec![object.colour()],
+                1 => vec![object.kind()],
+                _ => vec![object.colour(), object.kind()],
+            };
+            self.put(&["which"], 0.0);
+            self.put(&words, 0.0);
+            self.put(&[ORDINALS[index]], 1.0);
+        }
+        self.end_chunk(if self.style.dense { END_WEIGHT } else { 0.0 });
+    }
+
+    fn few_shot(&mut self, shots: usize) {
+        let attribute = one_of(&ATTRIBUTES, self.rng);
+        for index in 0..=shots {
+            let object = self.object();
+            let facts = Facts::single(object, self.rng);
+            self.show(facts);
+            let scored = index == shots || (self.style.dense && index > 0);
+            self.put(&[facts.attribute(attribute)], if scored { 1.0 } else { 0.0 });
+            self.end_chunk(if self.style.dense { END_WEIGHT / 2.0 } else { 0.0 });
+        }
+    }
+
+    /// Two colours or two kinds, two new words; each value is scored from its second time on.
+    fn bind(&mut self, shots: usize) {
+        let by_kind = self.rng.random_bool(0.5);
+        self.kind_first = !by_kind;
+        let values = shuffled(if by_kind { KINDS.len() } else { COLOURS.len() }, self.rng);
+        let names = shuffled(NEW_WORDS.len(), self.rng);
+        let mut labels: Vec<usize> = (0..shots).map(|shot| shot % 2).collect();
+        labels.shuffle(self.rng);
+        let asked = if self.style.dense && self.style.described { 3 } else { 1 };
+        labels.extend((0..asked).map(|_| self.rng.random_range(0..2)));
+        let mut seen = [false; 2];
+        for (index, label) in labels.into_iter().enumerate() {
+            let is_value = |o: Object| (if by_kind { o.kind } else { o.colour }) == values[label];
+            let object = Object::random_where(self.style.split, self.rng, is_value);
+            let facts = Facts::single(object, self.rng);
+            self.show_object(facts);
+            let scored = index >= shots || (self.style.dense && seen[label]);
+            seen[label] = true;
+            self.put(&[NEW_WORDS[names[label]]], if scored { 1.0 } else { 0.0 });
+            self.end_chunk(if self.style.dense { END_WEIGHT / 2.0 } else { 0.0 });
+        }
+    }
+
+    fn repeat(&mut self) {
+        let ids = self.vocabulary.plain_ids();
+        let length = self.rng.random_range(5..13);
+        let words: Vec<u32> = (0..length).map(|_| self.rng.random_range(ids.clone())).collect();
+        let mut put = |weight| {
+            let tokens = words.iter().map(|id| Token { id: *id, weight });
+            self.episode.tokens.extend(tokens);
+        };
+        put(0.0);
+        put(1.0);
+    }
+}
