@@ -1,4 +1,4 @@
-"""Makes `digits.png` from the handwritten digits that scikit-learn ships.
+"""Makes `digits.pgm` from the handwritten digits that scikit-learn ships.
 
     pip download --no-deps scikit-learn==1.9.1
     python digits.py scikit_learn-1.9.1-*.whl
@@ -15,7 +15,6 @@ import sys
 import zipfile
 
 import numpy as np
-from PIL import Image
 
 WIDTH = 32
 wheel = zipfile.ZipFile(sys.argv[1])
@@ -26,5 +25,7 @@ sheet = np.zeros((-(-len(rows) // WIDTH) * 8, WIDTH * 8), np.uint8)
 for index, row in enumerate(rows):
     y, x = index // WIDTH * 8, index % WIDTH * 8
     sheet[y : y + 8, x : x + 8] = np.round(row[:64].reshape(8, 8) * 255 / 16)
-Image.fromarray(sheet).save("digits.png", optimize=True)
+with open("digits.pgm", "wb") as file:
+    file.write(b"P5\n%d %d\n255\n" % (sheet.shape[1], sheet.shape[0]))
+    file.write(sheet.tobytes())
 print(np.bincount(rows[:, -1]).tolist())

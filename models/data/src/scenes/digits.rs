@@ -1,8 +1,6 @@
 //! Handwritten digits: 1797 of 8 × 8 pixels (UCI "Optical Recognition of Handwritten Digits", CC BY 4.0),
 //! from the sheet that `assets/digits.py` makes of scikit-learn's package.
 
-use std::sync::LazyLock;
-
 use super::Split;
 
 /// Side of a digit in pixels.
@@ -14,10 +12,10 @@ const COUNTS: [usize; 10] = [178, 182, 177, 183, 181, 182, 181, 179, 174, 180];
 /// The share of each digit that training sees, from the first on, in per cent.
 const TRAIN_PERCENT: usize = 85;
 
-static SHEET: LazyLock<image::GrayImage> = LazyLock::new(|| {
-    let bytes = include_bytes!("../../assets/digits.png");
-    image::load_from_memory(bytes).expect("the sheet in this crate is a PNG").into_luma8()
-});
+/// Rows of grey pixels, after the header of a PGM file.
+const SHEET: &[u8] = include_bytes!("../../assets/digits.pgm");
+/// Bytes of the header.
+const HEADER: usize = "P5\n256 456\n255\n".len();
 
 /// Which handwritten examples of a digit belong to a split.
 pub fn examples(digit: usize, split: Split) -> std::ops::Range<usize> {
@@ -33,7 +31,8 @@ pub fn pixels(digit: usize, example: usize) -> [u8; SIDE * SIDE] {
     assert!(example < COUNTS[digit], "digit {digit} has {} examples", COUNTS[digit]);
     let index = COUNTS[..digit].iter().sum::<usize>() + example;
     let (x, y) = (index % SHEET_WIDTH * SIDE, index / SHEET_WIDTH * SIDE);
-    std::array::from_fn(|i| SHEET.get_pixel((x + i % SIDE) as u32, (y + i / SIDE) as u32).0[0])
+    let stride = SHEET_WIDTH * SIDE;
+    std::array::from_fn(|i| SHEET[HEADER + (y + i / SIDE) * stride + x + i % SIDE])
 }
 
 #[cfg(test)]
@@ -42,11 +41,18 @@ mod tests {
 
     #[test]
     fn splits_share_nothing_and_leave_nothing() {
-        for digit in 0..10 {
+        for (digit, count) in COUNTS.into_iter().enumerate() {
             let (train, test) = (examples(digit, Split::Train), examples(digit, Split::Test));
-            assert_eq!((train.start, train.end, test.end), (0, test.start, COUNTS[digit]));
-            assert!(test.len() * 100 / COUNTS[digit] >= 14, "{digit}: {test:?}");
+            assert_eq!((train.start, train.end, test.end), (0, test.start, count));
+            assert!(test.len() * 100 / count >= 14, "{digit}: {test:?}");
         }
+    }
+
+    #[test]
+    fn the_sheet_is_whole() {
+        assert!(SHEET.starts_with(b"P5\n256 456\n255\n"));
+        assert_eq!(SHEET.len(), HEADER + 256 * 456);
+        assert_eq!(COUNTS.iter().sum::<usize>(), 1797);
     }
 
     /// A zero has a hole, a one does not: the sheet is in the order that the counts say.

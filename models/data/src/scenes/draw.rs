@@ -173,7 +173,7 @@ fn shape(kind: usize) -> Path {
         2 => polygon(&mut path, &[(0.5, 0.0), (1.0, 1.0), (0.0, 1.0)]),
         3 => {
             let corner = |i: usize| {
-                let radius = if i % 2 == 0 { 0.5 } else { 0.21 };
+                let radius = if i.is_multiple_of(2) { 0.5 } else { 0.21 };
                 let angle = -PI / 2.0 + i as f32 * PI / 5.0;
                 (0.5 + radius * angle.cos(), 0.5 + radius * angle.sin())
             };
