@@ -1,0 +1,369 @@
+//! WebDataset shards: tar files whose members `KEY.json` and `KEY.0.png`, `KEY.1.png`, … belong together.
+//!
+//! The writer leaves the same bytes for the same samples; the reader streams, one sample in memory at a time.
+
+use std::fs::File;
+use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::vec;
+
+use serde::{Deserialize, Serialize};
+
+use crate::Error;
+
+/// Most bytes that a member of a shard may have.
+const MAX_MEMBER_BYTES: u64 = 64 << 20;
+
+/// One training example: text, its media, and which of them each token looks at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sample {
+    /// Tokens, `[L]`, filled up at the end.
+    pub text: Vec<u32>,
+    /// φ: index of the medium that each token looks at, `[L]`, from 1; 0 is none, as in the filling.
+    pub phi: Vec<u32>,
+    /// Tokens before the filling.
+    pub text_len: usize,
+    /// The page's coin: φ points to the next picture, not the last one.
+    pub next: bool,
+    /// T: frames of each medium, 1 for pictures.
+    pub n_frames: usize,
+    /// Encoded PNG, `[N · T]`, all of one size; medium `n`, frame `t` is at `n · T + t`.
+    pub pictures: Vec<Vec<u8>>,
+    /// The page or line it was made from.
+    pub source: String,
+}
+
+/// `KEY.json`.
+#[derive(Serialize, Deserialize)]
+struct Meta {
+    source: String,
+    n_pictures: usize,
+    n_frames: usize,
+    next: bool,
+    text_len: usize,
+    text: Vec<u32>,
+    phi: Vec<u32>,
+}
+
+impl Sample {
+    /// Pixels, `[n_media, T, size, size, 3]` u8 RGB, row-major; media that the sample lacks are zero.
+    ///
+    /// # Errors
+    /// There are more media than `n_media`, or one is not a PNG of `size` × `size`: the reason.
+    pub fn pixels(&self, n_media: usize, size: u32) -> Result<Vec<u8>, String> {
+        let picture_len = usize::try_from(size).unwrap_or(0).pow(2) * 3;
+        let capacity = n_media * self.n_frames;
+        if self.pictures.len() > capacity {
+            return Err(format!("{} pictures, expected at most {capacity}", self.pictures.len()));
+        }
+        let mut pixels = vec![0; capacity * picture_len];
+        for (place, png) in pixels.chunks_exact_mut(picture_len.max(1)).zip(&self.pictures) {
+            let picture = image::load_from_memory_with_format(png, image::ImageFormat::Png);
+            let picture = picture.map_err(|error| error.to_string())?.into_rgb8();
+            if picture.dimensions() != (size, size) {
+                return Err(format!("a picture of {:?}, expected {size}", picture.dimensions()));
+            }
+            place.copy_from_slice(picture.as_raw());
+        }
+        Ok(pixels)
+    }
+
+    fn meta(&self) -> Vec<u8> {
+        let meta = Meta {
+            source: self.source.clone(),
+            n_pictures: self.pictures.len(),
+            n_frames: self.n_frames,
+            next: self.next,
+            text_len: self.text_len,
+            text: self.text.clone(),
+            phi: self.phi.clone(),
+        };
+        serde_json::to_vec(&meta).expect("numbers and strings are JSON")
+    }
+}
+
+/// Writes samples to `000000.tar`, `000001.tar`, … of a folder. A shard has its name only once it is whole.
+pub struct ShardWriter {
+    folder: PathBuf,
+    samples_per_shard: u64,
+    n_samples: u64,
+    open: Option<tar::Builder<BufWriter<File>>>,
+    shards: Vec<PathBuf>,
+}
+
+impl ShardWriter {
+    /// Makes the folder if it is not there.
+    ///
+    /// # Errors
+    /// The folder cannot be made, or holds shards already.
+    pub fn create(folder: &Path, samples_per_shard: u64) -> Result<Self, Error> {
+        std::fs::create_dir_all(folder).map_err(Error::file(folder))?;
+        if !shards_in(folder)?.is_empty() {
+            return Err(Error::NotEmpty { path: folder.to_owned() });
+        }
+        Ok(Self {
+            folder: folder.to_owned(),
+            samples_per_shard: samples_per_shard.max(1),
+            n_samples: 0,
+            open: None,
+            shards: Vec::new(),
+        })
+    }
+
+    /// Adds a sample; its key is its number over all shards.
+    ///
+    /// # Errors
+    /// The shard cannot be written.
+    pub fn push(&mut self, sample: &Sample) -> Result<(), Error> {
+        if self.n_samples.is_multiple_of(self.samples_per_shard) {
+            self.close()?;
+        }
+        let key = format!("{:09}", self.n_samples);
+        let temporary = self.temporary();
+        let tar = match &mut self.open {
+            Some(tar) => tar,
+            none => {
+                let file = File::create(&temporary).map_err(Error::file(&temporary))?;
+                none.insert(tar::Builder::new(BufWriter::new(file)))
+            }
+        };
+        for (index, png) in sample.pictures.iter().enumerate() {
+            append(tar, &format!("{key}.{index}.png"), png).map_err(Error::file(&temporary))?;
+        }
+        append(tar, &format!("{key}.json"), &sample.meta()).map_err(Error::file(&temporary))?;
+        self.n_samples += 1;
+        Ok(())
+    }
+
+    /// Closes the last shard. The paths of all, in order.
+    ///
+    /// # Errors
+    /// The shard cannot be written.
+    pub fn finish(mut self) -> Result<Vec<PathBuf>, Error> {
+        self.close()?;
+        Ok(self.shards)
+    }
+
+    fn close(&mut self) -> Result<(), Error> {
+        let Some(tar) = self.open.take() else { return Ok(()) };
+        let temporary = self.temporary();
+        let path = self.folder.join(format!("{:06}.tar", self.shards.len()));
+        let flushed = tar.into_inner().and_then(|mut file| file.flush());
+        flushed
+            .and_then(|()| std::fs::rename(&temporary, &path))
+            .map_err(Error::file(&temporary))?;
+        self.shards.push(path);
+        Ok(())
+    }
+
+    fn temporary(&self) -> PathBuf {
+        self.folder.join(format!(".{:06}.tar.part", self.shards.len()))
+    }
+}
+
+fn append(tar: &mut tar::Builder<impl Write>, name: &str, bytes: &[u8]) -> std::io::Result<()> {
+    let mut header = tar::Header::new_ustar();
+    header.set_size(u64::try_from(bytes.len()).map_err(std::io::Error::other)?);
+    header.set_mode(0o644);
+    tar.append_data(&mut header, name, bytes)
+}
+
+/// Names of files, without their folder.
+pub fn names_of(paths: &[PathBuf]) -> Vec<String> {
+    let names = paths.iter().filter_map(|path| path.file_name());
+    names.map(|name| name.to_string_lossy().into_owned()).collect()
+}
+
+/// Shards of a folder by name.
+fn shards_in(folder: &Path) -> Result<Vec<PathBuf>, Error> {
+    let mut shards = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(Error::file(folder))? {
+        let path = entry.map_err(Error::file(folder))?.path();
+        if path.extension().is_some_and(|extension| extension == "tar") {
+            shards.push(path);
+        }
+    }
+    shards.sort();
+    Ok(shards)
+}
+
+/// Members of one shard that share a key: name after the key, place and size in bytes.
+struct Group {
+    key: String,
+    members: Vec<(String, u64, u64)>,
+}
+
+/// Samples of shards in order, one in memory at a time. A shard that cannot be read gives one error.
+pub struct ShardReader {
+    paths: vec::IntoIter<PathBuf>,
+    shard: Option<(PathBuf, File)>,
+    groups: vec::IntoIter<Group>,
+}
+
+impl ShardReader {
+    /// Reads the shards of a folder, by name.
+    ///
+    /// # Errors
+    /// The folder cannot be read.
+    pub fn open(folder: &Path) -> Result<Self, Error> {
+        Ok(Self::new(shards_in(folder)?))
+    }
+
+    /// Reads these shards in this order.
+    pub fn new(paths: Vec<PathBuf>) -> Self {
+        Self { paths: paths.into_iter(), shard: None, groups: Vec::new().into_iter() }
+    }
+
+    fn next_shard(&mut self, path: PathBuf) -> Result<(), Error> {
+        let mut file = File::open(&path).map_err(Error::file(&path))?;
+        self.groups = groups_of(&mut file).map_err(Error::file(&path))?.into_iter();
+        self.shard = Some((path, file));
+        Ok(())
+    }
+}
+
+impl Iterator for ShardReader {
+    type Item = Result<Sample, Error>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            if let (Some((path, file)), Some(group)) = (&mut self.shard, self.groups.next()) {
+                return Some(read_group(path, file, &group));
+            }
+            let path = self.paths.next()?;
+            if let Err(error) = self.next_shard(path) {
+                return Some(Err(error));
+            }
+        }
+    }
+}
+
+/// Walks the headers of an archive and gathers neighbours with the same key, the name up to its first dot.
+fn groups_of(file: &mut File) -> std::io::Result<Vec<Group>> {
+    let mut groups: Vec<Group> = Vec::new();
+    let mut archive = tar::Archive::new(file);
+    for entry in archive.entries_with_seek()? {
+        let entry = entry?;
+        if !entry.header().entry_type().is_file() {
+            continue;
+        }
+        let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
+        let Some((key, rest)) = name.split_once('.') else { continue };
+        if groups.last().is_none_or(|group| group.key != key) {
+            groups.push(Group { key: key.to_owned(), members: Vec::new() });
+        }
+        let group = groups.last_mut().expect("a group was just pushed");
+        group.members.push((rest.to_owned(), entry.raw_file_position(), entry.size()));
+    }
+    Ok(groups)
+}
+
+fn read_group(path: &Path, file: &mut File, group: &Group) -> Result<Sample, Error> {
+    let fail = |rest: &str, reason: String| Error::Shard {
+        path: path.to_owned(),
+        member: format!("{}.{rest}", group.key),
+        reason,
+    };
+    let mut read = |wanted: &str| {
+        let member = group.members.iter().find(|(rest, _, _)| rest == wanted);
+        let (_, place, len) = member.ok_or_else(|| fail(wanted, "missing".to_owned()))?;
+        read_member(file, *place, *len).map_err(|error| fail(wanted, error.to_string()))
+    };
+    let meta: Meta =
+        serde_json::from_slice(&read("json")?).map_err(|error| fail("json", error.to_string()))?;
+    if meta.n_pictures >= group.members.len() {
+        return Err(fail("json", format!("{} pictures are too many", meta.n_pictures)));
+    }
+    let pictures = (0..meta.n_pictures).map(|index| read(&format!("{index}.png")));
+    let pictures = pictures.collect::<Result<_, _>>()?;
+    if meta.phi.len() != meta.text.len() || meta.text_len > meta.text.len() {
+        return Err(fail("json", "text, phi and text_len do not fit".to_owned()));
+    }
+    let Meta { source, n_frames, next, text_len, text, phi, .. } = meta;
+    Ok(Sample { text, phi, text_len, next, n_frames, pictures, source })
+}
+
+fn read_member(file: &mut File, place: u64, len: u64) -> std::io::Result<Vec<u8>> {
+    if len > MAX_MEMBER_BYTES {
+        return Err(std::io::Error::other(format!("{len} bytes, at most {MAX_MEMBER_BYTES}")));
+    }
+    file.seek(SeekFrom::Start(place))?;
+    let mut bytes = Vec::new();
+    file.take(len).read_to_end(&mut bytes)?;
+    match u64::try_from(bytes.len()) {
+        Ok(found) if found == len => Ok(bytes),
+        _ => Err(std::io::ErrorKind::UnexpectedEof.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Sample, ShardReader, ShardWriter, append, groups_of};
+
+    fn sample(n_pictures: u8) -> Sample {
+        let pictures = (0..n_pictures).map(|level| {
+            let picture = image::RgbImage::from_pixel(3, 3, image::Rgb([level, 1, 2]));
+            let mut png = std::io::Cursor::new(Vec::new());
+            picture.write_to(&mut png, image::ImageFormat::Png).unwrap();
+            png.into_inner()
+        });
+        let (text, phi) = (vec![5, 7, 0], vec![0, 1, 0]);
+        let (pictures, source) = (pictures.collect(), "a page".to_owned());
+        Sample { text, phi, text_len: 2, next: true, n_frames: 1, pictures, source }
+    }
+
+    #[test]
+    fn samples_come_back_in_order_and_bytes_are_the_same() {
+        let samples = [sample(0), sample(1), sample(12), sample(2)];
+        let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+        let shards = folders.each_ref().map(|folder| {
+            let mut writer = ShardWriter::create(folder.path(), 3).unwrap();
+            samples.iter().for_each(|sample| writer.push(sample).unwrap());
+            writer.finish().unwrap()
+        });
+        let names: Vec<_> = shards[0].iter().map(|path| path.file_name().unwrap()).collect();
+        assert_eq!(names, ["000000.tar", "000001.tar"]);
+        for (left, right) in shards[0].iter().zip(&shards[1]) {
+            assert_eq!(std::fs::read(left).unwrap(), std::fs::read(right).unwrap());
+        }
+        let read = ShardReader::open(folders[0].path()).unwrap();
+        assert_eq!(read.collect::<Result<Vec<_>, _>>().unwrap(), samples);
+        assert!(ShardWriter::create(folders[0].path(), 3).is_err());
+    }
+
+    #[test]
+    fn members_are_grouped_by_the_name_before_the_first_dot() {
+        let mut tar = tar::Builder::new(tempfile::tempfile().unwrap());
+        for name in ["a.0.png", "a.json", "b.json", "README", "c.1.png", "c.json"] {
+            append(&mut tar, name, b"x").unwrap();
+        }
+        let mut file = tar.into_inner().unwrap();
+        std::io::Seek::rewind(&mut file).unwrap();
+        let groups = groups_of(&mut file).unwrap();
+        let found: Vec<_> = groups.iter().map(|g| (g.key.as_str(), g.members.len())).collect();
+        assert_eq!(found, [("a", 2), ("b", 1), ("c", 2)]);
+    }
+
+    #[test]
+    fn a_cut_shard_is_an_error_and_no_panic() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut writer = ShardWriter::create(folder.path(), 9).unwrap();
+        writer.push(&sample(2)).unwrap();
+        let shards = writer.finish().unwrap();
+        let bytes = std::fs::read(&shards[0]).unwrap();
+        for len in [1, 511, 513, 600, 1700] {
+            std::fs::write(&shards[0], &bytes[..len]).unwrap();
+            let read: Vec<_> = ShardReader::new(shards.clone()).collect();
+            assert!(read.iter().all(Result::is_err) && !read.is_empty(), "{len}: {read:?}");
+        }
+    }
+
+    #[test]
+    fn absent_media_are_zero() {
+        let pixels = sample(2).pixels(5, 3).unwrap();
+        assert_eq!(pixels.len(), 5 * 27);
+        assert_eq!((&pixels[..3], &pixels[27..30]), (&[0, 1, 2][..], &[1, 1, 2][..]));
+        assert!(pixels[54..].iter().all(|&level| level == 0));
+        assert!(sample(2).pixels(1, 3).is_err() && sample(2).pixels(5, 4).is_err());
+    }
+}
