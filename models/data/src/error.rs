@@ -53,16 +53,20 @@ pub enum Error {
         /// How many came out.
         found: usize,
     },
-    /// A line of a list of pairs that is no pair.
+    /// A text that the tokenizer refuses.
+    #[error("tokenizer: {reason}")]
+    Tokenise {
+        /// What it said.
+        reason: String,
+    },
+    /// A list of pairs that is none.
     #[error(
-        "`{}`:{line}: {reason}\n\nhint: {{\"text\": …}} with \"image\", \"frames\" or \"video\"",
+        "`{}`: {reason}\n\nhint: pass lines of JSON, captions of COCO, or a folder of media with texts",
         path.display()
     )]
-    Pair {
+    Pairs {
         /// The list.
         path: PathBuf,
-        /// Line number, from 1.
-        line: usize,
         /// What is wrong.
         reason: String,
     },
@@ -73,14 +77,6 @@ pub enum Error {
         path: PathBuf,
         /// The member of the archive.
         member: String,
-        /// What is wrong.
-        reason: String,
-    },
-    /// Options that do not fit each other.
-    #[error("option {name}: {reason}")]
-    Option {
-        /// The flag.
-        name: &'static str,
         /// What is wrong.
         reason: String,
     },

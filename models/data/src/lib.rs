@@ -10,12 +10,19 @@
 
 #![forbid(unsafe_code)]
 
+pub mod command;
 pub mod error;
+mod folder;
+pub mod pages;
+pub mod pairs;
 pub mod phi;
+pub mod picture;
 pub mod report;
 pub mod scenes;
 pub mod shard;
 pub mod vocabulary;
 
+pub use command::{DataCommand, Progress};
 pub use error::Error;
+pub use report::Report;
 pub use shard::{Sample, ShardReader, ShardWriter};

@@ -1,12 +1,11 @@
 //! Counts of what was kept and why the rest was not: `stats.json` and the table.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 
-use crate::Error;
-use crate::shard::Sample;
+use crate::{Error, Sample, ShardWriter};
 
 macro_rules! reasons {
     ($(#[$doc:meta])* $name:ident { $($(#[$reason_doc:meta])* $reason:ident = $text:literal,)* }) => {
@@ -39,6 +38,8 @@ reasons! {
         LowQuality = "low_quality",
         /// Its text was seen before.
         Duplicate = "duplicate",
+        /// The tokenizer refuses it, or does not keep its markers in one piece.
+        Untokenised = "untokenised",
         /// No picture of it is left.
         NoPictures = "no_pictures",
     }
@@ -132,6 +133,19 @@ impl Report {
         self.tokens += size(sample.text_len);
         self.sample_pictures += size(sample.pictures.len());
         self.next += u64::from(sample.next);
+    }
+
+    /// Closes the shards, lists them and writes `stats.json` beside them.
+    ///
+    /// # Errors
+    /// A file cannot be written.
+    pub fn finish(mut self, shards: ShardWriter) -> Result<Self, Error> {
+        let folder = shards.folder().to_owned();
+        let name =
+            |path: &PathBuf| path.file_name().map(|name| name.to_string_lossy().into_owned());
+        self.shards = shards.finish()?.iter().filter_map(name).collect();
+        self.write(&folder)?;
+        Ok(self)
     }
 
     /// Writes `stats.json` into `folder`.

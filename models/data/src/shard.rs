@@ -10,6 +10,8 @@ use std::vec;
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
+use crate::phi::media_indices;
+use crate::vocabulary::Vocabulary;
 
 /// Most bytes that a member of a shard may have.
 const MAX_MEMBER_BYTES: u64 = 64 << 20;
@@ -46,6 +48,24 @@ struct Meta {
 }
 
 impl Sample {
+    /// A sample of `text`, cut or filled up to `length`, with φ as the coin `next` has it.
+    pub fn new(
+        text: &[u32],
+        length: usize,
+        vocabulary: &Vocabulary,
+        next: bool,
+        n_frames: usize,
+        pictures: Vec<Vec<u8>>,
+        source: String,
+    ) -> Self {
+        let mut text = text.get(..length).unwrap_or(text).to_vec();
+        let text_len = text.len();
+        let mut phi = media_indices(&text, vocabulary.image, next);
+        text.resize(length, vocabulary.pad);
+        phi.resize(length, 0);
+        Self { text, phi, text_len, next, n_frames, pictures, source }
+    }
+
     /// Pixels, `[n_media, T, size, size, 3]` u8 RGB, row-major; media that the sample lacks are zero.
     ///
     /// # Errors
@@ -108,6 +128,11 @@ impl ShardWriter {
             open: None,
             shards: Vec::new(),
         })
+    }
+
+    /// Where the shards go.
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder
     }
 
     /// Adds a sample; its key is its number over all shards.
