@@ -131,7 +131,9 @@ impl Builder<'_> {
                 }
             }
         }
-        self.window(page, identity, document.source)
+        let sample = self.window(page, identity, document.source)?;
+        self.texts.keep(identity);
+        Ok(sample)
     }
 
     /// The first of the candidates that can be decoded.

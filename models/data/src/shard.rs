@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Error;
 use crate::phi::media_indices;
+use crate::picture::decode;
 use crate::vocabulary::Vocabulary;
 
 /// Most bytes that a member of a shard may have.
@@ -78,8 +79,7 @@ impl Sample {
         }
         let mut pixels = vec![0; capacity * picture_len];
         for (place, png) in pixels.chunks_exact_mut(picture_len.max(1)).zip(&self.pictures) {
-            let picture = image::load_from_memory_with_format(png, image::ImageFormat::Png);
-            let picture = picture.map_err(|error| error.to_string())?.into_rgb8();
+            let picture = decode(png).ok_or("not a picture, or one over the limits")?;
             if picture.dimensions() != (size, size) {
                 return Err(format!("a picture of {:?}, expected {size}", picture.dimensions()));
             }
@@ -304,8 +304,19 @@ fn read_group(path: &Path, file: &mut File, group: &Group) -> Result<Sample, Err
     if meta.phi.len() != meta.text.len() || meta.text_len > meta.text.len() {
         return Err(fail("json", "text, phi and text_len do not fit".to_owned()));
     }
+    if n_media(&meta).is_none_or(|n_media| meta.phi.iter().any(|&medium| medium > n_media)) {
+        return Err(fail("json", "n_pictures, n_frames and phi do not fit".to_owned()));
+    }
     let Meta { source, n_frames, next, text_len, text, phi, .. } = meta;
     Ok(Sample { text, phi, text_len, next, n_frames, pictures, source })
+}
+
+/// Media of a sample; `None` if its pictures are not some media of `n_frames` each.
+fn n_media(meta: &Meta) -> Option<u32> {
+    let fits = meta.n_frames > 0
+        && meta.n_frames <= meta.n_pictures.max(1)
+        && meta.n_pictures.is_multiple_of(meta.n_frames);
+    fits.then(|| u32::try_from(meta.n_pictures / meta.n_frames).ok())?
 }
 
 fn read_member(file: &mut File, place: u64, len: u64) -> std::io::Result<Vec<u8>> {
@@ -323,37 +334,87 @@ fn read_member(file: &mut File, place: u64, len: u64) -> std::io::Result<Vec<u8>
 
 #[cfg(test)]
 mod tests {
-    use super::{Sample, ShardReader, ShardWriter, append, groups_of};
+    use std::fs;
+    use std::path::Path;
 
-    fn sample(n_pictures: u8) -> Sample {
-        let pictures = (0..n_pictures).map(|level| {
-            let picture = image::RgbImage::from_pixel(3, 3, image::Rgb([level, 1, 2]));
-            let mut png = std::io::Cursor::new(Vec::new());
-            picture.write_to(&mut png, image::ImageFormat::Png).unwrap();
-            png.into_inner()
-        });
-        let (text, phi) = (vec![5, 7, 0], vec![0, 1, 0]);
-        let (pictures, source) = (pictures.collect(), "a page".to_owned());
-        Sample { text, phi, text_len: 2, next: true, n_frames: 1, pictures, source }
+    use image::{Rgb, RgbImage};
+    use proptest::prelude::*;
+
+    use super::{Sample, ShardReader, ShardWriter, append, groups_of};
+    use crate::Error;
+    use crate::picture::png;
+
+    fn sample(n_media: u32, n_frames: usize, text_len: usize) -> Sample {
+        let n_pictures = n_media * u32::try_from(n_frames).unwrap();
+        let picture =
+            |i: u32| png(&RgbImage::from_fn(3, 3, |x, y| Rgb([x as u8, y as u8, i as u8])));
+        let mut text: Vec<u32> = (0..text_len as u32).collect();
+        text.resize(16, 99);
+        Sample {
+            phi: text.iter().map(|id| id % (n_media + 1)).collect(),
+            text,
+            text_len,
+            next: text_len.is_multiple_of(2),
+            n_frames: if n_media == 0 { 1 } else { n_frames },
+            pictures: (0..n_pictures).map(picture).collect(),
+            source: format!("page \u{fe}{text_len}"),
+        }
+    }
+
+    fn write(folder: &Path, samples: &[Sample], samples_per_shard: u64) {
+        let mut writer = ShardWriter::create(folder, samples_per_shard).unwrap();
+        samples.iter().for_each(|sample| writer.push(sample).unwrap());
+        let shards = writer.finish().unwrap();
+        assert_eq!(shards.len(), samples.len().div_ceil(samples_per_shard.try_into().unwrap()));
+    }
+
+    fn read(folder: &Path) -> Vec<Result<Sample, Error>> {
+        ShardReader::open(folder).unwrap().collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
+        #[test]
+        fn what_is_written_is_read(
+            sizes in prop::collection::vec((0..4_u32, 1..12_usize, 0..16_usize), 0..7),
+            samples_per_shard in 1..4_u64,
+        ) {
+            let folder = tempfile::tempdir().unwrap();
+            let samples: Vec<Sample> = sizes.into_iter().map(|(n, t, len)| sample(n, t, len)).collect();
+            write(folder.path(), &samples, samples_per_shard);
+            let found: Result<Vec<Sample>, Error> = read(folder.path()).into_iter().collect();
+            prop_assert_eq!(found.unwrap(), samples);
+        }
+
+        #[test]
+        fn a_damaged_shard_never_panics(places in prop::collection::vec((any::<usize>(), any::<u8>()), 1..20), end: usize) {
+            let folder = tempfile::tempdir().unwrap();
+            write(folder.path(), &[sample(2, 1, 5), sample(1, 3, 4)], 2);
+            let path = folder.path().join("000000.tar");
+            let mut bytes = fs::read(&path).unwrap();
+            let len = bytes.len();
+            places.iter().for_each(|(place, byte)| bytes[place % len] = *byte);
+            bytes.truncate(end % (len + 1));
+            fs::write(&path, bytes).unwrap();
+            for sample in read(folder.path()).into_iter().flatten() {
+                let _ = sample.pixels(5, 3);
+            }
+        }
     }
 
     #[test]
-    fn samples_come_back_in_order_and_bytes_are_the_same() {
-        let samples = [sample(0), sample(1), sample(12), sample(2)];
-        let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
-        let shards = folders.each_ref().map(|folder| {
-            let mut writer = ShardWriter::create(folder.path(), 3).unwrap();
-            samples.iter().for_each(|sample| writer.push(sample).unwrap());
-            writer.finish().unwrap()
-        });
-        let names: Vec<_> = shards[0].iter().map(|path| path.file_name().unwrap()).collect();
-        assert_eq!(names, ["000000.tar", "000001.tar"]);
-        for (left, right) in shards[0].iter().zip(&shards[1]) {
-            assert_eq!(std::fs::read(left).unwrap(), std::fs::read(right).unwrap());
+    fn a_shard_that_breaks_off_is_an_error_and_the_next_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        write(folder.path(), &[sample(2, 1, 1), sample(1, 1, 2)], 1);
+        let path = folder.path().join("000000.tar");
+        let bytes = fs::read(&path).unwrap();
+        for len in [1, 511, 513, 600, 1700] {
+            fs::write(&path, &bytes[..len]).unwrap();
+            let mut found = read(folder.path());
+            assert_eq!(found.pop().unwrap().unwrap(), sample(1, 1, 2), "{len}");
+            assert!(!found.is_empty() && found.iter().all(Result::is_err), "{len}: {found:?}");
         }
-        let read = ShardReader::open(folders[0].path()).unwrap();
-        assert_eq!(read.collect::<Result<Vec<_>, _>>().unwrap(), samples);
-        assert!(ShardWriter::create(folders[0].path(), 3).is_err());
     }
 
     #[test]
@@ -370,25 +431,20 @@ mod tests {
     }
 
     #[test]
-    fn a_cut_shard_is_an_error_and_no_panic() {
+    fn other_shards_are_not_written_over() {
         let folder = tempfile::tempdir().unwrap();
-        let mut writer = ShardWriter::create(folder.path(), 9).unwrap();
-        writer.push(&sample(2)).unwrap();
-        let shards = writer.finish().unwrap();
-        let bytes = std::fs::read(&shards[0]).unwrap();
-        for len in [1, 511, 513, 600, 1700] {
-            std::fs::write(&shards[0], &bytes[..len]).unwrap();
-            let read: Vec<_> = ShardReader::new(shards.clone()).collect();
-            assert!(read.iter().all(Result::is_err) && !read.is_empty(), "{len}: {read:?}");
-        }
+        write(folder.path(), &[sample(1, 1, 1)], 1);
+        assert!(matches!(ShardWriter::create(folder.path(), 1), Err(Error::NotEmpty { .. })));
     }
 
     #[test]
-    fn absent_media_are_zero() {
-        let pixels = sample(2).pixels(5, 3).unwrap();
-        assert_eq!(pixels.len(), 5 * 27);
-        assert_eq!((&pixels[..3], &pixels[27..30]), (&[0, 1, 2][..], &[1, 1, 2][..]));
-        assert!(pixels[54..].iter().all(|&level| level == 0));
-        assert!(sample(2).pixels(1, 3).is_err() && sample(2).pixels(5, 4).is_err());
+    fn pixels_stand_in_the_order_of_media_and_frames() {
+        let pixels = sample(2, 2, 3).pixels(3, 3).unwrap();
+        assert_eq!(pixels.len(), 3 * 2 * 27);
+        let blue: Vec<u8> = pixels.chunks(27).map(|picture| picture[2]).collect();
+        assert_eq!(blue, [0, 1, 2, 3, 0, 0]);
+        assert_eq!(pixels[27..27 + 6], [0, 0, 1, 1, 0, 1]);
+        assert!(sample(2, 2, 3).pixels(1, 3).is_err(), "too many media");
+        assert!(sample(2, 2, 3).pixels(2, 4).is_err(), "another size");
     }
 }

@@ -23,11 +23,11 @@ impl TextFilter {
         Self { min_words, seen: HashSet::new() }
     }
 
-    /// The identity of a text that is kept: a hash of its letters and digits in lower case, words apart.
+    /// The identity of a text that may be kept: a hash of its letters and digits in lower case, words apart.
     ///
     /// # Errors
     /// It is refused.
-    pub fn check(&mut self, text: &str) -> Result<blake3::Hash, PageReject> {
+    pub fn check(&self, text: &str) -> Result<blake3::Hash, PageReject> {
         if text.is_empty() {
             return Err(PageReject::Empty);
         }
@@ -38,10 +38,15 @@ impl TextFilter {
             return Err(PageReject::LowQuality);
         }
         let hash = identity(text);
-        if !self.seen.insert(hash) {
-            return Err(PageReject::Duplicate);
+        match self.seen.contains(&hash) {
+            true => Err(PageReject::Duplicate),
+            false => Ok(hash),
         }
-        Ok(hash)
+    }
+
+    /// The page of a text is kept: refuse the text from now on.
+    pub fn keep(&mut self, identity: blake3::Hash) {
+        self.seen.insert(identity);
     }
 }
 
@@ -108,7 +113,9 @@ mod tests {
     #[test]
     fn a_text_is_kept_once() {
         let mut filter = TextFilter::new(10);
-        assert!(filter.check(PROSE).is_ok());
+        let identity = filter.check(PROSE).unwrap();
+        assert_eq!(filter.check(PROSE), Ok(identity));
+        filter.keep(identity);
         let again = PROSE.to_uppercase().replace(' ', "\n");
         assert_eq!(filter.check(&again), Err(PageReject::Duplicate));
     }
