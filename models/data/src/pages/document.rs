@@ -16,7 +16,7 @@ use crate::picture::MAX_PICTURE_BYTES;
 use crate::report::PageReject;
 
 /// Most bytes of a page.
-pub(super) const MAX_PAGE_BYTES: u64 = 4 << 20;
+pub(super) const MAX_PAGE_BYTES: u64 = 2 << 20;
 
 /// How far into a page `<meta charset>` is looked for, in bytes, as in the HTML standard.
 const CHARSET_WITHIN: usize = 1024;

@@ -38,8 +38,9 @@ impl Content {
     }
 }
 
-/// Most tags of a page: the parser's time can grow with the square of their nesting.
-const MAX_TAGS: usize = 60_000;
+/// Most tags of a page: the time of the parser can grow with the square of their nesting. The limit on bytes
+/// does the same for the attributes of one tag.
+const MAX_TAGS: usize = 30_000;
 
 /// Most addresses of one picture that are tried.
 const MAX_ADDRESSES: usize = 32;
@@ -93,10 +94,13 @@ const BOILERPLATE: [&str; 22] = [
 const CONTENT: [&str; 4] = ["html", "body", "main", "article"];
 
 /// Elements within a line of text; all others begin and end one.
-const INLINE: [&str; 36] = [
-    "a", "abbr", "acronym", "b", "bdi", "bdo", "big", "cite", "code", "data", "del", "dfn", "em",
-    "font", "i", "img", "ins", "kbd", "mark", "nobr", "picture", "q", "ruby", "rt", "s", "samp",
-    "small", "source", "span", "strike", "strong", "sub", "sup", "tt", "u", "var",
+const INLINE: [&str; 61] = [
+    "a", "abbr", "acronym", "audio", "b", "bdi", "bdo", "big", "button", "canvas", "cite", "code",
+    "data", "datalist", "del", "dfn", "em", "embed", "font", "i", "iframe", "img", "input", "ins",
+    "kbd", "label", "map", "mark", "math", "meter", "nobr", "noscript", "object", "output",
+    "picture", "progress", "q", "rp", "rt", "ruby", "s", "samp", "script", "select", "small",
+    "source", "span", "strike", "strong", "style", "sub", "sup", "svg", "template", "textarea",
+    "time", "tt", "u", "var", "video", "wbr",
 ];
 
 const LAZY: [&str; 5] =
@@ -143,12 +147,12 @@ impl Walker {
     }
 
     fn open_element(&mut self, element: &Element, node: ego_tree::NodeRef<'_, Node>) {
+        self.flow.boundary(element.name());
         if self.n_hidden > 0 || self.is_hidden(element) {
             self.n_hidden += 1;
             return;
         }
         self.n_articles += usize::from(is_article(element));
-        self.flow.boundary(element.name());
         match element.name() {
             "img" => self.flow.picture(addresses(element, node)),
             // With scripts, as the parser assumes, what is inside is text: pictures for those without.
@@ -163,12 +167,11 @@ impl Walker {
 
     fn close(&mut self, node: &Node) {
         let Some(element) = node.as_element() else { return };
-        if self.n_hidden > 0 {
-            self.n_hidden -= 1;
-            return;
-        }
-        self.n_articles -= usize::from(is_article(element));
         self.flow.boundary(element.name());
+        match self.n_hidden {
+            0 => self.n_articles -= usize::from(is_article(element)),
+            _ => self.n_hidden -= 1,
+        }
     }
 
     fn is_hidden(&self, element: &Element) -> bool {
@@ -366,4 +369,78 @@ impl Flow {
 fn is_invisible(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{ad}' | '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}' | '\u{feff}')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{MAX_TAGS, Piece, read, source_set};
+
+    /// Text as it is, pictures as `[address address]`.
+    fn check(html: &str, expected: &str) {
+        let pieces = read(html).unwrap().pieces;
+        let found = pieces.iter().map(|piece| match piece {
+            Piece::Text(text) => text.clone(),
+            Piece::Picture(addresses) => format!("[{}]", addresses.join(" ")),
+        });
+        assert_eq!(found.collect::<String>(), expected, "{html}");
+    }
+
+    #[test]
+    fn white_space_is_what_a_reader_sees() {
+        check(" a \n b<b> c</b>d ", "a b cd");
+        check("<p>a</p><p>b<br>c<div><div>d</div></div>", "a\nb\nc\nd");
+        check("<ul><li>a<li>b</ul>c", "a\nb\nc");
+        check("<table><tr><td>a</td><td>b<tr><th>c</table>", "a b\nc");
+        check(
+            "so<wbr>me<script>x</script>thing<!-- c -->s and&nbsp;co&shy;ats\u{200b}",
+            "somethings and coats",
+        );
+        check("a<nav>n</nav>b<span hidden>h</span>c", "a\nbc");
+        check("", "");
+    }
+
+    #[test]
+    fn what_is_hidden_or_around_the_content_is_not_read() {
+        check("<header>x</header><article><header>a</header><p>b</article>", "a\nb");
+        check("<div class='post nav-links'>x</div><main class=menu>a</main>", "a");
+        check("<div class=navigate id=sharing>a</div>", "a");
+        check("<p style='visibility : hidden'>x<b>y</b></p>a<p aria-hidden=TRUE>x", "a");
+        check("<div role=Navigation><div><img src=x></div></div><aside>x</aside>a", "a");
+        check("<div hidden><article></div></article>a<header>x</header>", "a");
+    }
+
+    #[test]
+    fn addresses_of_a_picture_best_first() {
+        check("a<img src=x alt=y>b", "a[x]b");
+        check("<img src=x srcset='y 100w, z 300w'>", "[z y x]");
+        check("<img src=data:stand-in data-src=x>", "[x]");
+        check("<img src=small data-original=x data-srcset='y 2x'>", "[x y small]");
+        check("<picture><source srcset='w 1x'><img src=x></picture>", "[x w]");
+        check("<img><img src=''><img src=' '>", "");
+    }
+
+    #[test]
+    fn noscript_repeats_the_picture_before_it() {
+        check("<img data-src=x><noscript><img src=x>words</noscript>", "[x]");
+        check("<img src=data:stand-in><noscript><img src=x></noscript>", "[x data:stand-in]");
+        check("<img src=x>a<noscript><img src=x></noscript>", "[x]a[x]");
+        check("<body><noscript><img src=x><img src=y></noscript>a", "[x][y]a");
+    }
+
+    #[test]
+    fn sets_of_sources() {
+        assert_eq!(source_set("a, b 2x ,c 1.5x"), ["b", "c", "a"]);
+        assert_eq!(
+            source_set(" a,b 3w,, data:image/png;base64,AA== 9w,"),
+            ["data:image/png;base64,AA==", "a,b"]
+        );
+        assert_eq!(source_set("a NaNx, b -1w"), ["a", "b"]);
+        assert_eq!(source_set(" ,"), [""; 0]);
+    }
+
+    #[test]
+    fn too_many_tags_are_refused_and_many_are_not() {
+        assert!(read(&"<p>".repeat(MAX_TAGS)).is_some());
+        assert!(read(&"<p>".repeat(MAX_TAGS + 1)).is_none());
+    }
 }
