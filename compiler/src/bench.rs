@@ -11,16 +11,19 @@
 //! | decode_reprojected | the same with the keys and values of every picture made again; where asked for |
 //! | first_token | a prompt and its pictures, nothing encoded before |
 //! | first_token_warm | the same where all but the last picture and the text before it are in the caches; native backend only |
+//! | few_shot | a question after examples from files, pictures read and decoded, nothing known; where asked for |
+//! | few_shot_bank | the same with the examples in a bank that was used before |
 //!
 //! Bytes and operations are counted by the native plan, also where another engine is timed.
 
+mod few_shot;
 mod inputs;
 mod measure;
 mod process;
 mod stages;
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use flamingo_models::manifest::Manifest;
@@ -30,6 +33,7 @@ use flamingo_runtime::{Artifact, Model, OpenOptions, RunError};
 use serde::Serialize;
 
 use crate::profile::main_arithmetic;
+use few_shot::FewShot;
 use measure::{Limits, Samples, measure};
 use stages::{Case, Inputs, cases, encoded, is_resampler, recorded, timed};
 
@@ -59,6 +63,17 @@ pub struct BenchOptions {
     pub profile: bool,
     /// Whether to time [`Stage::DecodeReprojected`].
     pub reproject: bool,
+    /// What to time [`Stage::FewShot`] and [`Stage::FewShotBank`] with.
+    pub few_shot: Option<FewShotOptions>,
+}
+
+/// Examples that stand before a question.
+#[derive(Clone, Debug)]
+pub struct FewShotOptions {
+    /// Examples as JSON lines, as `bank build` reads them.
+    pub examples: PathBuf,
+    /// How many, from the first on; `None` for all.
+    pub shots: Option<usize>,
 }
 
 /// Why nothing was timed.
@@ -81,6 +96,17 @@ pub enum BenchError {
         "`--baseline reproject`: backend `{0}` cannot make keys and values alone\n\nhint: pass `--backend native`"
     )]
     NoBaseline(String),
+    /// Examples that no question can be made of.
+    #[error(
+        "{path}: {reason}\n\nhint: one example a line, with a picture and text in the first: \
+         {{\"segments\": [{{\"image\": \"a.jpg\"}}, {{\"text\": \"…\"}}]}}"
+    )]
+    Examples {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
 }
 
 /// What was measured: the contract of `bench --json`.
@@ -98,6 +124,8 @@ pub struct Report {
     pub steady_rss_bytes: Option<u64>,
     /// Memory of caches.
     pub cache_bytes: CacheBytes,
+    /// How many times longer the first token takes without a bank, where asked for.
+    pub few_shot_factor: Option<f64>,
     /// Instructions of one run of each stage, where asked for.
     #[serde(skip)]
     pub profiles: Vec<Profile>,
@@ -193,7 +221,13 @@ pub fn bench(
     let inputs = Inputs::new(&manifest, options);
     let media = encoded(&model, &inputs, options.images.iter().copied().max().unwrap_or(0).max(1))?;
     let media_per_image = media.first().map_or(0, |medium| medium.bytes());
+    let few_shot = options.few_shot.as_ref();
+    let few_shot = few_shot.map(|few_shot| FewShot::new(path, &options.opening, few_shot));
+    let few_shot = few_shot.transpose()?;
     let mut cases = cases(&model, &inputs, &media, options.reproject)?;
+    if let Some(few_shot) = &few_shot {
+        cases.extend(few_shot.cases()?);
+    }
     let mut runs: Vec<measure::Run<'_>> = Vec::new();
     for case in &mut cases {
         runs.push(Box::new(|| (case.run)()));
@@ -216,6 +250,7 @@ pub fn bench(
     Ok(Report {
         machine,
         backend: model.backend().name().to_owned(),
+        few_shot_factor: factor(&results, Stage::FewShot, Stage::FewShotBank),
         results,
         peak_rss_bytes,
         steady_rss_bytes,
@@ -304,6 +339,8 @@ fn record_all(
             Stage::DecodeReprojected,
             Stage::FirstToken,
             Stage::FirstTokenWarm,
+            Stage::FewShot,
+            Stage::FewShotBank,
         ];
         if has_none.contains(&case.stage) {
             continue;
@@ -326,6 +363,12 @@ struct Counts {
     weight_bytes: usize,
     operations: u64,
     arithmetic: Arithmetic,
+}
+
+/// How many times the median of `than` goes into that of `slow`.
+fn factor(results: &[StageResult], slow: Stage, than: Stage) -> Option<f64> {
+    let median = |stage| Some(results.iter().find(|result| result.stage == stage)?.ms.median);
+    Some(median(slow)? / median(than)?)
 }
 
 impl Report {
@@ -358,7 +401,11 @@ fn counts(profiles: &[Profile], case: &Case<'_>) -> Option<Counts> {
     };
     let encode = || of(Stage::Encode, 1).map(|profile| &profile.records);
     match case.stage {
-        Stage::Load | Stage::DecodeReprojected | Stage::FirstTokenWarm => None,
+        Stage::Load
+        | Stage::DecodeReprojected
+        | Stage::FirstTokenWarm
+        | Stage::FewShot
+        | Stage::FewShotBank => None,
         Stage::Encode => Some(Counts::new(encode()?.iter())),
         Stage::Resample => {
             Some(Counts::new(encode()?.iter().filter(|record| is_resampler(record))))
@@ -400,7 +447,9 @@ fn result(
             | Stage::Encode
             | Stage::Resample
             | Stage::FirstToken
-            | Stage::FirstTokenWarm => None,
+            | Stage::FirstTokenWarm
+            | Stage::FewShot
+            | Stage::FewShotBank => None,
         },
         weight_bytes: counts.map(|counts| counts.weight_bytes),
         weight_gb_per_s: gb_per_s,
@@ -409,9 +458,12 @@ fn result(
         of_ceiling: match stage {
             Stage::Decode => gb_per_s.map(|rate| rate / machine.read_gb_per_s),
             Stage::Encode | Stage::Resample | Stage::Prefill => of_peak(),
-            Stage::Load | Stage::DecodeReprojected | Stage::FirstToken | Stage::FirstTokenWarm => {
-                None
-            }
+            Stage::Load
+            | Stage::DecodeReprojected
+            | Stage::FirstToken
+            | Stage::FirstTokenWarm
+            | Stage::FewShot
+            | Stage::FewShotBank => None,
         },
         others: samples.others(),
     }
@@ -425,7 +477,11 @@ fn precision(manifest: &Manifest, stage: Stage) -> String {
         Stage::Prefill | Stage::Decode | Stage::DecodeReprojected => {
             &["language", "gated", "embedding", "head"]
         }
-        Stage::Load | Stage::FirstToken | Stage::FirstTokenWarm => {
+        Stage::Load
+        | Stage::FirstToken
+        | Stage::FirstTokenWarm
+        | Stage::FewShot
+        | Stage::FewShotBank => {
             &["vision", "resampler", "media", "language", "gated", "embedding", "head"]
         }
     };

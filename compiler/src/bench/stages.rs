@@ -35,6 +35,10 @@ pub enum Stage {
     FirstToken,
     /// The same after a prompt that had all but the last picture, and the text before it.
     FirstTokenWarm,
+    /// A question after few-shot examples from files, to the first token, nothing known before.
+    FewShot,
+    /// The same where the examples lie in a bank that was used before.
+    FewShotBank,
 }
 
 impl Stage {
@@ -49,6 +53,8 @@ impl Stage {
             Stage::DecodeReprojected => "decode_reprojected",
             Stage::FirstToken => "first_token",
             Stage::FirstTokenWarm => "first_token_warm",
+            Stage::FewShot => "few_shot",
+            Stage::FewShotBank => "few_shot_bank",
         }
     }
 }

@@ -11,18 +11,22 @@ use flamingo_runtime::profile::Record;
 use super::output::{Output, bytes, count_bar};
 use super::profile::{Profiling, write_trace};
 use super::{Opening, Outcome};
-use crate::bench::{BenchOptions, Report, StageResult, bench};
+use crate::bench::{BenchOptions, FewShotOptions, Report, StageResult, bench};
 
 /// Time the stages of an artifact and compare them with what the machine can do
 #[derive(Args)]
 #[command(after_help = "Examples:
   flamingoc bench of-3b.flamingo --images 1,32 --context 128
   flamingoc bench of-3b.flamingo --images 1,8,32 --baseline reproject
+  flamingoc bench demo.flamingo --images 1 --examples examples.jsonl --shots 32
   flamingoc bench of-3b.flamingo --profile --trace trace.json --json
 
 Stages: load, encode (one picture), resample (the resampler's part of it), prefill,
 decode (one token, pictures encoded before), first_token (pictures and prompt, nothing
-encoded before), first_token_warm (all but the last picture and the text before it known). `% of ceiling` is the share of the measured read bandwidth for
+encoded before), first_token_warm (all but the last picture and the text before it known);
+with `--examples` few_shot (a question after them, from files to the first token, nothing
+known) and few_shot_bank (the examples in a bank that was used before; the question's
+picture is always new). `% of ceiling` is the share of the measured read bandwidth for
 decode, and of the measured peak arithmetic for encode, resample and prefill.")]
 pub(super) struct Bench {
     /// The artifact
@@ -46,6 +50,13 @@ pub(super) struct Bench {
     /// picture again for each token
     #[arg(long, value_name = "NAME", value_parser = ["reproject"])]
     baseline: Option<String>,
+    /// Also time the first token after few-shot examples, with and without a bank of them: JSON lines,
+    /// as `bank build` reads them
+    #[arg(long, value_name = "FILE")]
+    examples: Option<PathBuf>,
+    /// How many examples [default: all]
+    #[arg(long, value_name = "N", requires = "examples")]
+    shots: Option<usize>,
     /// Seed of inputs and order
     #[arg(long, value_name = "N", default_value = "0")]
     seed: u64,
@@ -100,6 +111,10 @@ impl Bench {
             opening: self.opening.options(),
             profile: self.profiling.is_on(),
             reproject: self.baseline.is_some(),
+            few_shot: self
+                .examples
+                .clone()
+                .map(|examples| FewShotOptions { examples, shots: self.shots }),
         })
     }
 
@@ -168,6 +183,11 @@ fn show(report: &Report, output: &mut Output) -> Result<()> {
     for (images, factor) in report.reprojection_factors() {
         output.line(&format!(
             "\n{images} pictures: {factor:.2} times the time of a token if keys and values are made again for each"
+        ))?;
+    }
+    if let Some(factor) = report.few_shot_factor {
+        output.line(&format!(
+            "\nfew-shot examples: {factor:.1} times the time to the first token without a bank of them"
         ))?;
     }
     let known = |size: Option<u64>| size.map_or("unknown".to_owned(), bytes);

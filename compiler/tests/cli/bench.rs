@@ -289,3 +289,31 @@ fn the_baseline_makes_keys_and_values_again() {
     // How large it is, a busy machine would say wrongly.
     assert!(factor("1") > 0.0 && factor("4") > 0.0, "{table}");
 }
+
+#[test]
+fn the_first_token_after_examples_is_timed_with_and_without_a_bank() {
+    let demo = Demo::new();
+    let examples = demo.scratch.path().join("examples.jsonl");
+    let line = |n: usize| {
+        let picture = repository(&format!("models/demo/images/multi-00{n}.png"));
+        json!({"segments": [{"image": picture}, {"text": "what color ?"}, {"end_of_chunk": true}]})
+            .to_string()
+    };
+    fs::write(&examples, (0..4).map(line).collect::<Vec<_>>().join("\n")).unwrap();
+    let path = examples.display().to_string();
+    let few = ["--images", "1", "--examples", &path, "--shots", "3"];
+    let found = parse(&demo.bench(&[&few[..], &["--json"]].concat()).ok());
+    let results = at(&found, "/results").as_array().unwrap();
+    let [inline, bank] = ["few_shot", "few_shot_bank"].map(|stage| {
+        let result = results.iter().find(|result| at(result, "/stage") == stage).expect(stage);
+        assert_eq!(at(result, "/images"), 4, "three examples and the question");
+        number(result, "/ms/median")
+    });
+    assert!((number(&found, "/few_shot_factor") - inline / bank).abs() < 1e-9);
+    for (text, reason) in [("{}", "line 1: "), ("", "no examples")] {
+        fs::write(&examples, text).unwrap();
+        let ran = demo.bench(&few);
+        assert_eq!((ran.status, ran.stdout.as_str()), (Some(2), ""));
+        assert!(ran.stderr.contains(reason), "{}", ran.stderr);
+    }
+}
