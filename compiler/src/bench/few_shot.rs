@@ -51,10 +51,12 @@ impl FewShot {
         let opening = OpenOptions { visual_cache: None, verify: false, ..opening.clone() };
         let nothing = Some(VisualCache::new(&VisualCacheOptions::off()).into());
         let cold = OpenOptions { visual_cache: nothing, prefix_bytes: Some(0), ..opening.clone() };
-        let (cold, warm) = (Model::open(artifact, &cold)?, Model::open(artifact, &opening)?);
+        let open = |opening: &OpenOptions| Model::open(artifact, opening);
+        let (cold, warm) = (open(&cold)?, open(&opening)?);
         let folder = tempfile::tempdir().map_err(|error| wrong(options, error))?;
         let dir = folder.path().join("bank");
-        Bank::build(&cold, &options.examples, &dir, false, &mut |_, _| {})?;
+        // By a model of its own: one that compares pictures keeps what its encoder sees in them.
+        Bank::build(&open(&opening)?, &options.examples, &dir, false, &mut |_, _| {})?;
         let bank = Bank::open(&dir, &warm)?;
         let n = options.shots.unwrap_or(bank.len());
         let shots = bank.choose(n, Selection::Fixed, &PromptFile::default())?;
