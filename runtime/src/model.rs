@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use flamingo_kernels::KvFormat;
 use flamingo_models::manifest::Manifest;
-use flamingo_models::{SourceError, read_tokenizer};
+use flamingo_models::{ModelConfig, SourceError, read_tokenizer};
 use tokenizers::Tokenizer;
 
 use crate::answer::{Answer, CacheCounts, GenerateOptions, Generated};
@@ -19,7 +19,7 @@ use crate::bank::{BankError, Shots};
 use crate::image::ImageError;
 use crate::native::NativeBackend;
 use crate::prefix_cache::PrefixCache;
-use crate::prompt::{PromptEncoder, PromptError, PromptFile};
+use crate::prompt::{ChunkIds, PromptEncoder, PromptError, PromptFile};
 use crate::session::{Medium, Session};
 use crate::video::VideoError;
 use crate::visual_cache::{Fingerprint, VisualCache};
@@ -122,6 +122,7 @@ struct Shared {
     backend: Box<dyn Backend>,
     kv_format: KvFormat,
     tokenizer: Option<Tokenizer>,
+    chunk_ids: ChunkIds,
     visual_cache: Arc<VisualCache>,
     fingerprint: Fingerprint,
     prefixes: Mutex<PrefixCache>,
@@ -145,6 +146,8 @@ impl Model {
         let provider = options.execution_provider.as_deref().unwrap_or("cpu");
         let arithmetic = format!("{} {provider}", backend.arithmetic());
         let fingerprint = Fingerprint::new(&manifest, &arithmetic);
+        let encoder = tokenizer.as_ref().map(|tokenizer| encoder(tokenizer, &manifest.config));
+        let chunk_ids = ChunkIds::new(encoder.as_ref());
         let prefixes = PrefixCache::new(options.prefix_bytes.unwrap_or(PREFIX_BYTES));
         let shared = Shared {
             path,
@@ -152,6 +155,7 @@ impl Model {
             backend,
             kv_format,
             tokenizer,
+            chunk_ids,
             visual_cache: options.visual_cache.clone().unwrap_or_default(),
             fingerprint,
             prefixes: Mutex::new(prefixes),
@@ -212,13 +216,8 @@ impl Model {
         n_media: usize,
         prompt: &PromptFile,
     ) -> Result<Vec<u32>, RunError> {
-        let config = &self.shared.manifest.config;
-        let encoder = PromptEncoder {
-            tokenizer: self.tokenizer()?,
-            family: config.family,
-            tokens: &config.tokens,
-        };
-        let ids = encoder.encode_after(last, prompt)?;
+        let encoder = encoder(self.tokenizer()?, &self.shared.manifest.config);
+        let ids = self.shared.chunk_ids.encode_after(&encoder, last, prompt)?;
         let limit = self.shared.manifest.limits.max_images;
         match n_media + prompt.media().count() {
             given if given > limit => Err(PromptError::TooManyMedia { given, limit }.into()),
@@ -346,6 +345,10 @@ impl Model {
         let step = Step { input_ids: ids, media_time: &media_time, media, logit_rows: &logit_rows };
         Ok(sequence.advance(&step)?)
     }
+}
+
+fn encoder<'a>(tokenizer: &'a Tokenizer, config: &'a ModelConfig) -> PromptEncoder<'a> {
+    PromptEncoder { tokenizer, family: config.family, tokens: &config.tokens }
 }
 
 /// How keys and values are kept: engines other than ours keep f32.

@@ -1,19 +1,20 @@
-//! Prompts that begin alike share keys and values: of every 16 tokens, by a hash of all that they depend on.
+//! Prompts that begin alike share keys and values: of every 4 tokens, by a hash of all that they depend on.
 //!
-//! A step is one panel of keys. The key of a step is a hash of the key of the step before, and of each of its tokens:
+//! The key of a step is a hash of the key of the step before, and of each of its tokens:
 //! id, and the content of the medium that it sees. Keys and values of a token depend on nothing else, so equal keys mean
 //! equal numbers. Entries hold blocks that sequences share and copy before they write, never numbers of their own.
 
 use std::collections::BTreeMap;
 
-use flamingo_kernels::{KV_BLOCK, KV_SLOTS};
+use flamingo_kernels::KV_BLOCK;
 
 use crate::backend::{Sequence, TokenBlock};
 use crate::visual_cache::MediaKey;
 
-/// Tokens of a step.
-pub(crate) const STEP: usize = KV_SLOTS;
+/// Tokens of a step: what lies between the last whole one and where prompts part is read again, and each costs a hash.
+pub(crate) const STEP: usize = 4;
 
+/// Steps of a block, a whole number.
 pub(crate) const STEPS_OF_BLOCK: usize = KV_BLOCK / STEP;
 
 /// Hash of all that the keys and values of a step depend on.
@@ -48,6 +49,12 @@ pub(crate) fn step_keys(
 pub(crate) struct PrefixCache {
     max_bytes: usize,
     entries: BTreeMap<StepKey, Entry>,
+    /// Keys of all entries by their last use.
+    uses: BTreeMap<u64, StepKey>,
+    /// Entries and bytes of each distinct block of a layer, by its id.
+    blocks: BTreeMap<usize, (usize, usize)>,
+    /// Bytes of the blocks, each once.
+    bytes: usize,
     now: u64,
 }
 
@@ -61,18 +68,24 @@ struct Entry {
 impl PrefixCache {
     /// An empty cache that holds up to `max_bytes` of keys and values.
     pub(crate) fn new(max_bytes: usize) -> PrefixCache {
-        PrefixCache { max_bytes, entries: BTreeMap::new(), now: 0 }
+        PrefixCache {
+            max_bytes,
+            entries: BTreeMap::new(),
+            uses: BTreeMap::new(),
+            blocks: BTreeMap::new(),
+            bytes: 0,
+            now: 0,
+        }
     }
 
-    /// Blocks of the longest known beginning of a prompt with these keys, and its tokens.
-    pub(crate) fn find(&mut self, keys: &[StepKey]) -> (Vec<TokenBlock>, usize) {
+    /// Blocks of the longest known beginning of a prompt with these keys, and its tokens; [`PrefixCache::keep`] of the same
+    /// keys marks them as used.
+    pub(crate) fn find(&self, keys: &[StepKey]) -> (Vec<TokenBlock>, usize) {
         let n_known = keys.iter().take_while(|key| self.entries.contains_key(*key)).count();
         let known = &keys[..n_known];
         let last_of_block = known.chunks(STEPS_OF_BLOCK).filter_map(|steps| steps.last());
         let blocks = last_of_block.filter_map(|key| self.entries.get(key));
-        let blocks = blocks.map(|entry| TokenBlock::clone(&entry.block)).collect();
-        self.touch(known);
-        (blocks, n_known * STEP)
+        (blocks.map(|entry| TokenBlock::clone(&entry.block)).collect(), n_known * STEP)
     }
 
     /// Keeps what `sequence`, whose steps have these keys, holds of them.
@@ -81,16 +94,12 @@ impl PrefixCache {
             return;
         }
         for (block_idx, steps) in keys.chunks(STEPS_OF_BLOCK).enumerate() {
-            let is_kept = |key| self.entries.contains_key(key);
-            if steps.iter().all(is_kept) {
+            if self.has(steps) {
                 continue;
             }
-            let Some(block) = sequence.share(block_idx) else { return };
-            for key in steps {
-                // Also where one is kept already: the newer block holds its steps too, and one block is less memory.
-                let block = TokenBlock::clone(&block);
-                self.entries.insert(*key, Entry { block, used: 0 });
-            }
+            let Some(block) = sequence.share(block_idx) else { break };
+            // Also where one is kept already: the newer block holds its steps too, and one block is less memory.
+            steps.iter().for_each(|key| self.put(*key, &block));
         }
         self.touch(keys);
         self.evict();
@@ -111,8 +120,7 @@ impl PrefixCache {
     pub(crate) fn insert(&mut self, keys: &[StepKey], blocks: &[(usize, TokenBlock)]) {
         for (block_idx, block) in blocks {
             for key in keys.iter().skip(block_idx * STEPS_OF_BLOCK).take(STEPS_OF_BLOCK) {
-                let block = TokenBlock::clone(block);
-                self.entries.insert(*key, Entry { block, used: 0 });
+                self.put(*key, block);
             }
         }
         self.touch(keys);
@@ -127,78 +135,126 @@ impl PrefixCache {
 
     /// Bytes of the blocks that entries hold, each block once.
     pub(crate) fn bytes(&self) -> usize {
-        self.blocks().values().map(|(_, bytes)| bytes).sum()
-    }
-
-    /// Entries and bytes of each distinct block of a layer.
-    fn blocks(&self) -> BTreeMap<usize, (usize, usize)> {
-        let mut blocks = BTreeMap::new();
-        for block in self.entries.values().flat_map(|entry| entry.block.iter()) {
-            blocks.entry(block.id()).or_insert((0, block.bytes())).0 += 1;
-        }
-        blocks
+        self.bytes
     }
 
     /// Marks entries as used now: the first of a prompt last, because the others are found through it.
     fn touch(&mut self, keys: &[StepKey]) {
         for key in keys.iter().rev() {
+            let Some(entry) = self.entries.get_mut(key) else { continue };
             self.now += 1;
-            if let Some(entry) = self.entries.get_mut(key) {
-                entry.used = self.now;
+            self.uses.remove(&entry.used);
+            self.uses.insert(self.now, *key);
+            entry.used = self.now;
+        }
+    }
+
+    fn put(&mut self, key: StepKey, block: &TokenBlock) {
+        // Before the old block goes, so that layers of both are not counted anew.
+        for layer in block.iter() {
+            let (n_entries, bytes) = self.blocks.entry(layer.id()).or_insert((0, layer.bytes()));
+            *n_entries += 1;
+            if *n_entries == 1 {
+                self.bytes += *bytes;
+            }
+        }
+        self.take(&key);
+        self.now += 1;
+        self.uses.insert(self.now, key);
+        self.entries.insert(key, Entry { block: TokenBlock::clone(block), used: self.now });
+    }
+
+    fn take(&mut self, key: &StepKey) {
+        let Some(entry) = self.entries.remove(key) else { return };
+        self.uses.remove(&entry.used);
+        for layer in entry.block.iter() {
+            let Some((n_entries, bytes)) = self.blocks.get_mut(&layer.id()) else { continue };
+            *n_entries -= 1;
+            if *n_entries == 0 {
+                self.bytes -= *bytes;
+                self.blocks.remove(&layer.id());
             }
         }
     }
 
     fn evict(&mut self) {
-        let mut blocks = self.blocks();
-        let mut bytes: usize = blocks.values().map(|(_, bytes)| bytes).sum();
-        let mut order: Vec<(u64, StepKey)> =
-            self.entries.iter().map(|(key, entry)| (entry.used, *key)).collect();
-        order.sort_unstable();
-        for (_, key) in order {
-            if bytes <= self.max_bytes {
-                return;
-            }
-            let Some(entry) = self.entries.remove(&key) else { continue };
-            for block in entry.block.iter() {
-                let Some((n_entries, block_bytes)) = blocks.get_mut(&block.id()) else { continue };
-                *n_entries -= 1;
-                if *n_entries == 0 {
-                    bytes -= *block_bytes;
-                }
-            }
+        while self.bytes > self.max_bytes {
+            let Some((_, oldest)) = self.uses.first_key_value() else { return };
+            let oldest = *oldest;
+            self.take(&oldest);
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::visual_cache::Fingerprint;
 
+    fn block(n: f32) -> TokenBlock {
+        let mut cache = flamingo_kernels::KvCache::new(1, 1, KV_BLOCK);
+        cache.write_heads(1, &[n], &[n]);
+        TokenBlock::new(vec![cache.share(0).unwrap()])
+    }
+
+    fn key(n: u8) -> StepKey {
+        [n; 32]
+    }
+
+    proptest! {
+        #[test]
+        fn bytes_are_those_of_the_blocks_that_entries_hold(
+            prompts in proptest::collection::vec((0u8..20, 1usize..40, any::<bool>()), 1..30),
+        ) {
+            let n_bytes = block(0.0)[0].bytes();
+            let mut cache = PrefixCache::new(5 * n_bytes);
+            for (first, n_steps, is_known) in prompts {
+                let keys: Vec<StepKey> = (first..).map(key).take(n_steps).collect();
+                if is_known {
+                    cache.touch(&keys);
+                    continue;
+                }
+                let n_blocks = n_steps.div_ceil(STEPS_OF_BLOCK);
+                let blocks: Vec<_> = (0..n_blocks).map(|block_idx| (block_idx, block(0.0))).collect();
+                cache.insert(&keys, &blocks);
+                let all: BTreeMap<usize, usize> = cache
+                    .entries
+                    .values()
+                    .flat_map(|entry| entry.block.iter().map(|layer| (layer.id(), layer.bytes())))
+                    .collect();
+                prop_assert_eq!(cache.bytes(), all.values().sum::<usize>());
+                prop_assert!(cache.bytes() <= 5 * n_bytes);
+                prop_assert!(cache.has(&keys), "the newest stay");
+                let uses: Vec<StepKey> = cache.uses.values().copied().collect();
+                let mut entries: Vec<(u64, StepKey)> =
+                    cache.entries.iter().map(|(key, entry)| (entry.used, *key)).collect();
+                entries.sort_unstable();
+                prop_assert_eq!(uses, entries.into_iter().map(|(_, key)| key).collect::<Vec<_>>());
+            }
+        }
+    }
+
     #[test]
     fn blocks_that_are_put_in_are_found_and_the_budget_grows_to_hold_them() {
-        let block = |n: f32| {
-            let mut cache = flamingo_kernels::KvCache::new(1, 1, KV_BLOCK);
-            cache.write_heads(1, &[n], &[n]);
-            TokenBlock::new(vec![cache.share(0).unwrap()])
-        };
-        let key = |n: u8| [n; 32];
         let mut cache = PrefixCache::new(1);
         assert!(cache.is_on() && !PrefixCache::new(0).is_on());
-        let keys: Vec<StepKey> = (0..6).map(key).collect();
+        let n_steps = STEPS_OF_BLOCK + 2;
+        let keys: Vec<StepKey> = (0..).map(key).take(n_steps).collect();
         cache.insert(&keys, &[(0, block(0.0)), (1, block(1.0))]);
-        assert!(cache.has(&keys) && cache.has(&[]) && !cache.has(&[key(6)]));
+        assert!(cache.has(&keys) && cache.has(&[]) && !cache.has(&[key(99)]));
         let (blocks, len) = cache.find(&keys);
-        assert_eq!((blocks.len(), len), (2, 6 * STEP));
-        cache.insert(&[key(9)], &[(0, block(9.0))]);
-        assert!(cache.has(&[key(9)]) && cache.find(&keys).1 < 6 * STEP, "the oldest leave");
+        assert_eq!((blocks.len(), len), (2, n_steps * STEP));
+        cache.insert(&[key(99)], &[(0, block(9.0))]);
+        assert!(cache.has(&[key(99)]) && cache.find(&keys).1 < n_steps * STEP, "the oldest leave");
     }
 
     #[test]
     fn keys_tell_text_media_and_what_came_before_apart() {
-        let ids: Vec<u32> = (0..40).collect();
-        let (none, sees) = (vec![0; 40], vec![1; 40]);
+        let len = 2 * STEP + STEP / 2;
+        let ids: Vec<u32> = (0..).take(len).collect();
+        let (none, sees) = (vec![0; len], vec![1; len]);
         let keys =
             |ids: &[u32], times: &[u32], media: &[Option<MediaKey>]| step_keys(ids, times, media);
         let plain = keys(&ids, &none, &[]);
@@ -210,8 +266,8 @@ mod tests {
         let medium = |pixel| MediaKey::new(&Fingerprint::of(&["a model"]), &[pixel], 1);
         let [a, b] = [1.0, 2.0].map(|pixel| keys(&ids, &sees, &[Some(medium(pixel))]));
         assert!(a[0] != b[0] && a[0] != plain[0]);
-        assert_eq!(a, keys(&ids, &[2; 40], &[None, Some(medium(1.0))]), "content, not number");
-        let mixed: Vec<u32> = (0..40).map(|i| u32::from(i >= 20)).collect();
+        assert_eq!(a, keys(&ids, &vec![2; len], &[None, Some(medium(1.0))]), "content, not number");
+        let mixed: Vec<u32> = (0..len).map(|i| u32::from(i >= STEP + 1)).collect();
         assert_eq!(keys(&ids, &mixed, &[None]), plain[..1], "unknown content ends the keys");
     }
 }

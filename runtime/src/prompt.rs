@@ -1,10 +1,14 @@
 //! Prompts: text with pictures and videos in between, and their token ids.
 
+mod chunks;
+
 use std::path::{Path, PathBuf};
 
 use flamingo_models::{Family, SpecialTokens};
 use serde::{Deserialize, Serialize};
 use tokenizers::Tokenizer;
+
+pub(crate) use chunks::ChunkIds;
 
 /// One piece of a prompt.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -274,16 +278,44 @@ impl PromptEncoder<'_> {
         if prompt.segments.is_empty() {
             return Err(PromptError::Empty);
         }
-        let text = match self.family {
+        let mut text = String::new();
+        self.write_text(&prompt.segments, last, &mut text)?;
+        self.checked(self.ids(&text, last.is_none())?, prompt)
+    }
+
+    /// Appends the text of segments that stand after the token `last`.
+    fn write_text(
+        &self,
+        segments: &[Segment],
+        last: Option<u32>,
+        text: &mut String,
+    ) -> Result<(), PromptError> {
+        match self.family {
             Family::Idefics => {
                 let after_image = last.is_some() && last == self.tokens.around_image;
-                self.idefics_text(prompt, after_image)?
+                self.write_idefics_text(segments, after_image, text)
             }
-            Family::OpenFlamingo | Family::Otter => self.plain_text(prompt)?,
-        };
-        let encoding = self.tokenizer.encode(text, last.is_none());
+            Family::OpenFlamingo | Family::Otter => self.write_plain_text(segments, text),
+        }
+    }
+
+    /// Token ids of a text, with those that the tokenizer adds if `adds_tokens`.
+    fn ids(&self, text: &str, adds_tokens: bool) -> Result<Vec<u32>, PromptError> {
+        let encoding = self.tokenizer.encode_fast(text, adds_tokens);
         let encoding = encoding.map_err(|error| PromptError::Tokenizer(error.to_string()))?;
-        let ids = encoding.get_ids().to_vec();
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The token that ends a chunk.
+    fn end(&self) -> Option<u32> {
+        match self.family {
+            Family::Idefics => self.tokens.end,
+            Family::OpenFlamingo | Family::Otter => self.tokens.end_of_chunk,
+        }
+    }
+
+    /// The ids of a prompt, if its text has no image tokens of its own.
+    fn checked(&self, ids: Vec<u32>, prompt: &PromptFile) -> Result<Vec<u32>, PromptError> {
         let in_text = ids.iter().filter(|id| **id == self.tokens.image).count();
         let given = prompt.media().count();
         match in_text == given {
@@ -296,30 +328,29 @@ impl PromptEncoder<'_> {
         id.and_then(|id| self.tokenizer.id_to_token(id)).ok_or(PromptError::NoToken(what))
     }
 
-    fn plain_text(&self, prompt: &PromptFile) -> Result<String, PromptError> {
+    fn write_plain_text(&self, segments: &[Segment], text: &mut String) -> Result<(), PromptError> {
         let image = self.word(Some(self.tokens.image), "image")?;
-        let mut text = String::new();
-        for segment in &prompt.segments {
+        for segment in segments {
             match segment {
                 Segment::Image { .. } | Segment::Video { .. } => text.push_str(&image),
                 Segment::Text { text: piece } => text.push_str(piece),
                 Segment::EndOfChunk { .. } => {
-                    text.push_str(&self.word(self.tokens.end_of_chunk, "end-of-chunk")?);
+                    text.push_str(&self.word(self.end(), "end-of-chunk")?);
                 }
             }
         }
-        Ok(text)
+        Ok(())
     }
 
-    fn idefics_text(
+    fn write_idefics_text(
         &self,
-        prompt: &PromptFile,
+        segments: &[Segment],
         mut after_image: bool,
-    ) -> Result<String, PromptError> {
+        text: &mut String,
+    ) -> Result<(), PromptError> {
         let image = self.word(Some(self.tokens.image), "image")?;
         let around = self.word(self.tokens.around_image, "around-image")?;
-        let mut text = String::new();
-        for segment in &prompt.segments {
+        for segment in segments {
             match segment {
                 Segment::Image { .. } | Segment::Video { .. } => {
                     if !after_image {
@@ -334,12 +365,12 @@ impl PromptEncoder<'_> {
                     after_image = false;
                 }
                 Segment::EndOfChunk { .. } => {
-                    text.push_str(&self.word(self.tokens.end, "end-of-text")?);
+                    text.push_str(&self.word(self.end(), "end-of-text")?);
                     after_image = false;
                 }
             }
         }
-        Ok(text)
+        Ok(())
     }
 }
 

@@ -168,7 +168,22 @@ impl VisualCache {
         pixel_values: &[f32],
         n_frames: usize,
     ) -> Result<(Arc<Media>, Found), BackendError> {
-        let key = MediaKey::new(fingerprint, pixel_values, n_frames);
+        self.medium_with_key(
+            backend,
+            MediaKey::new(fingerprint, pixel_values, n_frames),
+            pixel_values,
+            n_frames,
+        )
+    }
+
+    /// As [`VisualCache::medium`], of pixel values whose key is known.
+    pub(crate) fn medium_with_key(
+        &self,
+        backend: &dyn Backend,
+        key: MediaKey,
+        pixel_values: &[f32],
+        n_frames: usize,
+    ) -> Result<(Arc<Media>, Found), BackendError> {
         let leader = match self.find_or_lead(key) {
             Ok(media) => return Ok((media, Found::Memory)),
             Err(leader) => leader,

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 
 use flamingo_runtime::visual_cache::{VisualCache, VisualCacheOptions};
 use flamingo_runtime::{
-    Bank, GenerateOptions, KvFormat, Limits, Model, OpenOptions, PromptFile, Segment, Selection,
-    Shots,
+    Bank, GenerateOptions, KvFormat, Limits, Model, OpenOptions, PromptEncoder, PromptFile,
+    Segment, Selection, Shots,
 };
 use flamingo_tests::{compiled_as, demo_folder, golden_folders, opening};
 use flamingoc::scheme::Precision;
@@ -107,6 +107,10 @@ fn check_shots(
     let model = open(artifact, kv);
     let shots = choose(&Bank::open(dir, &model).unwrap());
     let prompt = inline(shots.numbers(), text_only);
+    let config = &model.manifest().config;
+    let (tokenizer, family, tokens) = (model.tokenizer().unwrap(), config.family, &config.tokens);
+    let encoder = PromptEncoder { tokenizer, family, tokens };
+    assert_eq!(model.encode_prompt(&prompt).unwrap(), encoder.encode(&prompt).unwrap());
     let mut expected = plain.session().unwrap();
     expected.append(&prompt, &Limits::default()).unwrap();
     let mut session = model.session().unwrap();
@@ -148,9 +152,9 @@ fn a_bank_is_the_inline_prompt_to_the_bit() {
                 let numbers: Vec<usize> = (1..=n).collect();
                 let query_len = open(&artifact, kv).encode_prompt(&query()).unwrap().len() - 1;
                 let whole = open(&artifact, kv).encode_prompt(&inline(&numbers, false)).unwrap();
-                assert_eq!(reused, (whole.len() - query_len) / 16 * 16 * usize::from(n > 0));
-                // Of tokens that were not reused, at most 15 before the query see media of the bank.
-                assert!(from_files <= 5, "{from_files}");
+                assert_eq!(reused, (whole.len() - query_len) / 4 * 4 * usize::from(n > 0));
+                // Of tokens that were not reused, at most 3 before the query see media of the bank.
+                assert!(from_files <= 3, "{from_files}");
             }
         }
         let text_only =

@@ -12,7 +12,7 @@ use crate::prompt::Segment;
 use crate::visual_cache::{Fingerprint, MediaKey};
 
 /// Schema of banks that this version writes and reads.
-const SCHEMA_VERSION: u32 = 1;
+const SCHEMA_VERSION: u32 = 2;
 
 const NAME: &str = "bank.json";
 

@@ -53,10 +53,10 @@ impl Model {
     /// Finds or encodes a medium; tells where it was found.
     pub(crate) fn medium(&self, pixels: &Pixels) -> Result<(Medium, Found), RunError> {
         let Pixels { values, n_frames } = pixels;
-        let (backend, fingerprint) = (self.shared.backend.as_ref(), &self.shared.fingerprint);
-        let key = MediaKey::new(fingerprint, values, *n_frames);
+        let key = MediaKey::new(&self.shared.fingerprint, values, *n_frames);
+        let backend = self.shared.backend.as_ref();
         let (media, found) =
-            self.shared.visual_cache.medium(backend, fingerprint, values, *n_frames)?;
+            self.shared.visual_cache.medium_with_key(backend, key, values, *n_frames)?;
         Ok((Medium { media, key: Some(key) }, found))
     }
 

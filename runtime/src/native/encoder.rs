@@ -84,8 +84,11 @@ impl Encoder {
 
     /// Patches of a frame, found among those kept or encoded, and then kept or not.
     fn frame(&self, frame: &[f32], keeps: bool) -> Result<Arc<Vec<f32>>, BackendError> {
-        let key = *blake3::hash(bytemuck::cast_slice(frame)).as_bytes();
         let lock = || self.frames.lock().unwrap_or_else(PoisonError::into_inner);
+        if !keeps && lock().len() == 0 {
+            return Ok(Arc::new(self.encode(frame)?));
+        }
+        let key = *blake3::hash(bytemuck::cast_slice(frame)).as_bytes();
         let known = lock().get(&key);
         if let Some(known) = known {
             return Ok(known);
