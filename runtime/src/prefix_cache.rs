@@ -267,7 +267,7 @@ mod tests {
         let [a, b] = [1.0, 2.0].map(|pixel| keys(&ids, &sees, &[Some(medium(pixel))]));
         assert!(a[0] != b[0] && a[0] != plain[0]);
         assert_eq!(a, keys(&ids, &vec![2; len], &[None, Some(medium(1.0))]), "content, not number");
-        let mixed: Vec<u32> = (0..len).map(|i| u32::from(i >= STEP + 1)).collect();
+        let mixed: Vec<u32> = (0..len).map(|i| u32::from(i > STEP)).collect();
         assert_eq!(keys(&ids, &mixed, &[None]), plain[..1], "unknown content ends the keys");
     }
 }
