@@ -1,0 +1,87 @@
+//! Features of media by the frozen vision encoder, each painting encoded once.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use burn::tensor::{Device, Tensor, TensorData};
+use flamingo_data::scenes::Split;
+use flamingo_data::scenes::draw::draw;
+use flamingo_data::scenes::facts::Facts;
+use half::f16;
+
+use crate::model::vision::Vision;
+use crate::parallel;
+use crate::random::stream;
+use crate::weights::Weights;
+
+/// Pictures that one job encodes.
+const CHUNK: usize = 32;
+
+/// One painting of some facts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Painting {
+    /// What it shows.
+    pub facts: Facts,
+    /// Which of several paintings of the same facts.
+    pub number: u64,
+}
+
+/// Features of paintings that were asked for, in f16.
+pub struct Pictures<'a> {
+    vision: &'a Vision,
+    weights: &'a Weights,
+    seed: u64,
+    threads: usize,
+    split: Split,
+    known: HashMap<Painting, Arc<[f16]>>,
+}
+
+impl<'a> Pictures<'a> {
+    /// Nothing encoded yet.
+    pub fn new(
+        vision: &'a Vision,
+        weights: &'a Weights,
+        seed: u64,
+        split: Split,
+        threads: usize,
+    ) -> Self {
+        Pictures { vision, weights, seed, threads, split, known: HashMap::new() }
+    }
+
+    /// Features of paintings, `[frames × patches, width]` each, in order.
+    pub fn features(&mut self, paintings: &[Painting]) -> Vec<Arc<[f16]>> {
+        let mut missing: Vec<Painting> = Vec::new();
+        for painting in paintings {
+            if !self.known.contains_key(painting) && !missing.contains(painting) {
+                missing.push(*painting);
+            }
+        }
+        let chunks: Vec<&[Painting]> = missing.chunks(CHUNK).collect();
+        let made = parallel::map(chunks.len(), self.threads, |i| self.encode(chunks[i]));
+        self.known.extend(made.into_iter().flatten());
+        paintings.iter().map(|painting| Arc::clone(&self.known[painting])).collect()
+    }
+
+    fn encode(&self, paintings: &[Painting]) -> Vec<(Painting, Arc<[f16]>)> {
+        let frames: Vec<Vec<u8>> = paintings
+            .iter()
+            .flat_map(|painting| {
+                let purpose = format!("painting/{:?}/{}", painting.facts, painting.number);
+                draw(painting.facts, self.split, &mut stream(self.seed, &purpose)).frames
+            })
+            .collect();
+        let patches = self.vision.patches(frames.iter().map(Vec::as_slice));
+        let shape = [frames.len(), self.vision.n_patches(), self.vision.patch_width()];
+        let patches = Tensor::from_data(TensorData::new(patches, shape), &Device::flex());
+        let features = self.vision.forward(self.weights, patches).into_data();
+        let values: Vec<f32> = features.try_into_vec().expect("features are f32");
+        let frame = self.vision.n_patches() * self.vision.width;
+        let mut rest = values.as_slice();
+        let take = |painting: &Painting| {
+            let (own, later) = rest.split_at(painting.facts.n_frames() * frame);
+            rest = later;
+            (*painting, own.iter().map(|v| f16::from_f32(*v)).collect())
+        };
+        paintings.iter().map(take).collect()
+    }
+}

@@ -1,0 +1,230 @@
+//! The training recipe: a TOML file that decides everything a training run depends on.
+
+use std::path::Path;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use flamingo_data::scenes::episode::Task;
+use rand::Rng;
+use serde::{Deserialize, Serialize};
+
+use crate::model::gated::Gated;
+use crate::model::language::Language;
+use crate::model::resampler::Resampler;
+use crate::model::text::TextEncoder;
+use crate::model::vision::Vision;
+
+/// A recipe. Unknown keys are errors.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// Decides all weights, pictures and prompts.
+    pub seed: u64,
+    /// Vision encoder.
+    pub vision: Vision,
+    /// Text side of the contrastive stage.
+    pub text: TextEncoder,
+    /// Language model.
+    pub language: Language,
+    /// Perceiver Resampler.
+    pub resampler: Resampler,
+    /// Gated cross-attention.
+    pub gated: Gated,
+    /// Stage 1.
+    pub contrastive: Contrastive,
+    /// Stage 2.
+    pub language_training: LanguageTraining,
+    /// Stage 3.
+    pub flamingo: FlamingoTraining,
+}
+
+/// How long and how fast a stage learns.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Schedule {
+    /// Optimiser steps.
+    pub steps: usize,
+    /// Learning rate after the warm-up.
+    pub learning_rate: f64,
+    /// Steps over which the rate rises from 0.
+    pub warmup: usize,
+    /// The rate at the end as a share of the full one, reached along half a cosine; 1 keeps it constant.
+    pub final_rate: f64,
+    /// Weight decay.
+    pub weight_decay: f32,
+    /// Pieces a batch is cut into; they are computed side by side.
+    pub pieces: usize,
+}
+
+/// Stage 1: pictures against captions.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Contrastive {
+    /// Steps and rates.
+    pub schedule: Schedule,
+    /// Pictures of a step; each piece of the batch has its own negatives.
+    pub batch: usize,
+    /// Pictures that differ from each other in one fact, beside each other in a batch.
+    pub variations: usize,
+    /// Weight of the same loss on regions: an object's patches against its colour and kind.
+    pub region_weight: f64,
+    /// Begins as 1 / temperature; learned.
+    pub start_scale: f32,
+}
+
+/// Stage 2: the language model on text.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LanguageTraining {
+    /// Steps and rates.
+    pub schedule: Schedule,
+    /// Prompts of a step.
+    pub batch: usize,
+    /// Share of the prompts whose media are described in words.
+    pub described: f64,
+    /// Weight of words that are no answers; an answer weighs 1.
+    pub other_words: f32,
+    /// What prompts ask.
+    pub tasks: Vec<TaskShare>,
+}
+
+/// Stage 3: resampler, gated blocks and `<eoc>`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FlamingoTraining {
+    /// Steps and rates.
+    pub schedule: Schedule,
+    /// Multiplies the learning rate of the gates.
+    pub gate_rate: f64,
+    /// Different paintings of the same facts.
+    pub paintings: usize,
+    /// True sums the gradients of all data sets in each step; false takes one data set a step, in turn.
+    #[serde(default = "yes")]
+    pub accumulate: bool,
+    /// False lets a token see all media before it, for comparison.
+    #[serde(default = "yes")]
+    pub only_last_image: bool,
+    /// The data sets.
+    pub data: Vec<DataSet>,
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// One data set of stage 3.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataSet {
+    /// Its name in the metrics.
+    pub name: String,
+    /// λ: its weight in the loss.
+    pub weight: f64,
+    /// Prompts of a step.
+    pub batch: usize,
+    /// What prompts ask.
+    pub tasks: Vec<TaskShare>,
+}
+
+/// A task and how often it comes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TaskShare {
+    /// `caption`, `attribute`, `count`, `pair`, `yes_no`, `video`, `which`, `few_shot`, `bind`, `repeat`.
+    pub task: String,
+    /// How often, against the others.
+    pub share: f64,
+    /// Numbers of pictures (`which`) or examples (`few_shot`, `bind`) to choose from.
+    #[serde(default)]
+    pub sizes: Vec<usize>,
+}
+
+impl TaskShare {
+    fn task(&self, rng: &mut impl Rng) -> Result<Task> {
+        let size = |rng: &mut dyn rand::RngCore| {
+            ensure!(!self.sizes.is_empty(), "task `{}` needs `sizes`", self.task);
+            Ok(self.sizes[rng.random_range(0..self.sizes.len())])
+        };
+        Ok(match self.task.as_str() {
+            "caption" => Task::Caption,
+            "attribute" => Task::Attribute,
+            "count" => Task::Count,
+            "pair" => Task::Pair,
+            "yes_no" => Task::YesNo,
+            "video" => Task::Video,
+            "which" => Task::Which(size(rng)?),
+            "few_shot" => Task::FewShot(size(rng)?),
+            "bind" => Task::Bind(size(rng)?),
+            "repeat" => Task::Repeat,
+            other => bail!("unknown task `{other}`"),
+        })
+    }
+}
+
+/// A random task by the shares.
+pub fn random_task(tasks: &[TaskShare], rng: &mut impl Rng) -> Result<Task> {
+    let total: f64 = tasks.iter().map(|task| task.share).sum();
+    let mut left = rng.random_range(0.0..total);
+    for task in tasks {
+        if left < task.share {
+            return task.task(rng);
+        }
+        left -= task.share;
+    }
+    tasks.last().context("no tasks")?.task(rng)
+}
+
+impl Schedule {
+    /// The learning rate of a step, counted from 0.
+    pub fn rate(&self, step: usize) -> f64 {
+        let warm = ((step + 1) as f64 / self.warmup.max(1) as f64).min(1.0);
+        let done = step as f64 / self.steps.max(1) as f64;
+        let cosine = 0.5 * (1.0 + (std::f64::consts::PI * done).cos());
+        self.learning_rate * warm * (self.final_rate + (1.0 - self.final_rate) * cosine)
+    }
+}
+
+impl Recipe {
+    /// Reads and checks a recipe.
+    pub fn read(path: &Path) -> Result<Recipe> {
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("cannot read `{}`", path.display()))?;
+        let recipe: Recipe =
+            toml::from_str(&text).with_context(|| format!("in `{}`", path.display()))?;
+        recipe.check().with_context(|| format!("in `{}`", path.display()))?;
+        Ok(recipe)
+    }
+
+    fn check(&self) -> Result<()> {
+        use flamingo_data::scenes::draw;
+        let (vision, language) = (&self.vision, &self.language);
+        ensure!(
+            vision.image_size == draw::SIDE,
+            "`vision.image_size`: expected {}, the side of the scenes, got {}",
+            draw::SIDE,
+            vision.image_size
+        );
+        let divides = |name: &str, of: usize, by: usize| {
+            ensure!(by > 0 && of.is_multiple_of(by), "`{name}`: {by} does not divide {of}");
+            Ok(())
+        };
+        divides("vision.patch_size", vision.image_size, vision.patch_size)?;
+        divides("vision.heads", vision.width, vision.heads)?;
+        divides("text.heads", self.text.width, self.text.heads)?;
+        divides("language.heads", language.width, language.heads)?;
+        divides("gated.every", language.layers, self.gated.every)?;
+        divides("two halves of a head", language.width / language.heads, 2)?;
+        ensure!(self.resampler.max_frames >= draw::FRAMES, "`resampler.max_frames`: too few");
+        let data = &self.flamingo.data;
+        ensure!(!data.is_empty(), "`flamingo.data`: at least one data set");
+        let tasks = data.iter().map(|d| &d.tasks).chain([&self.language_training.tasks]);
+        let mut rng = crate::random::stream(0, "check");
+        for tasks in tasks {
+            ensure!(!tasks.is_empty(), "a data set has no tasks");
+            for task in tasks {
+                ensure!(task.share > 0.0, "task `{}`: `share` must be positive", task.task);
+                task.task(&mut rng)?;
+            }
+        }
+        Ok(())
+    }
+}

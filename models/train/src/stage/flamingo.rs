@@ -1,0 +1,269 @@
+//! Stage 3: vision encoder and language model frozen; Perceiver Resampler, gated blocks and the row of
+//! `<eoc>` learn. Loss: Σ λ_m · −log p over the data sets, whose gradients are summed in every step.
+
+use std::sync::Arc;
+
+use anyhow::Result;
+use burn::tensor::{Tensor, TensorData};
+use flamingo_data::scenes::Split;
+use flamingo_data::scenes::episode::{Episode, Style, Task};
+use flamingo_data::scenes::words::{END_OF_CHUNK, Vocabulary};
+use half::f16;
+use rand::Rng as _;
+
+use super::language::by_length;
+use super::{Losses, Stage, in_pieces, is_small};
+use crate::batch::{Batch, MediaOptions};
+use crate::model::language::EMBEDDING;
+use crate::optimiser::{Gradients, Rule, accumulate};
+use crate::parallel;
+use crate::pictures::{Painting, Pictures};
+use crate::random::stream;
+use crate::recipe::{DataSet, FlamingoTraining, Recipe, Schedule, random_task};
+use crate::weights::Weights;
+
+/// The stage.
+pub struct FlamingoStage<'a> {
+    recipe: &'a Recipe,
+    threads: usize,
+    pictures: Pictures<'a>,
+    vocabulary: Vocabulary,
+}
+
+type Features = Vec<Arc<[f16]>>;
+
+impl<'a> FlamingoStage<'a> {
+    /// The stage of a recipe, over a trained vision encoder.
+    pub fn new(recipe: &'a Recipe, vision: &'a Weights, threads: usize) -> Self {
+        let split = Split::Train;
+        FlamingoStage {
+            recipe,
+            threads,
+            pictures: Pictures::new(&recipe.vision, vision, recipe.seed, split, threads),
+            vocabulary: Vocabulary::default(),
+        }
+    }
+
+    /// Random weights of the resampler and the gated blocks.
+    pub fn start(recipe: &Recipe) -> Weights {
+        let mut rng = stream(recipe.seed, "start/flamingo");
+        let (language, vision) = (&recipe.language, recipe.vision.width);
+        let mut weights = recipe.resampler.start(vision, &mut rng);
+        weights.extend(recipe.gated.start(language.layers, language.width, vision, &mut rng));
+        weights
+    }
+
+    fn options(&self) -> &'a FlamingoTraining {
+        &self.recipe.flamingo
+    }
+
+    fn episodes(&self, data: &DataSet, step: usize) -> Result<Vec<Episode>> {
+        let mut rng = stream(self.recipe.seed, &format!("flamingo/{}/{step}", data.name));
+        let style = Style { split: Split::Train, dense: true, described: false };
+        let mut episode = || {
+            let task = random_task(&data.tasks, &mut rng)?;
+            Ok(Episode::random(task, style, &self.vocabulary, &mut rng))
+        };
+        (0..data.batch).map(|_| episode()).collect()
+    }
+
+    /// The loss of one data set and its gradients, weighted with λ.
+    fn data_set(
+        &mut self,
+        data: &DataSet,
+        step: usize,
+        weights: &Weights,
+    ) -> Result<(f64, Gradients)> {
+        let pieces = by_length(self.episodes(data, step)?, self.options().schedule.pieces);
+        let purpose = format!("flamingo/{}/{step}/paintings", data.name);
+        let mut rng = stream(self.recipe.seed, &purpose);
+        let mut features: Vec<Features> = Vec::new();
+        for piece in &pieces {
+            let number = |_: &_| rng.random_range(0..self.recipe.flamingo.paintings as u64);
+            let facts = piece.iter().flat_map(|episode| &episode.media);
+            let paintings: Vec<Painting> = facts
+                .zip(std::iter::repeat_with(number_with(number)))
+                .map(|(facts, number)| Painting { facts: *facts, number })
+                .collect();
+            features.push(self.pictures.features(&paintings));
+        }
+        let batches: Vec<Batch> = pieces.iter().map(|p| Batch::new(p, |weight| weight)).collect();
+        let total: f64 = batches.iter().map(Batch::total_weight).sum();
+        let own = weights.filtered(is_run);
+        let options = self.media_options(false);
+        let (loss, mut gradients) =
+            in_pieces(batches.len(), self.threads, &own, &is_trained, |piece, w| {
+                let logits = logits(
+                    self.recipe,
+                    w,
+                    &batches[piece],
+                    &pieces[piece],
+                    &features[piece],
+                    &options,
+                );
+                batches[piece].loss(logits) / total
+            });
+        if let Some(gradient) = gradients.remove(EMBEDDING) {
+            gradients.insert(EMBEDDING.into(), only_end_of_chunk(gradient));
+        }
+        Ok((loss, gradients))
+    }
+
+    fn media_options(&self, blind: bool) -> MediaOptions {
+        media_options(self.recipe, blind)
+    }
+}
+
+fn media_options(recipe: &Recipe, blind: bool) -> MediaOptions {
+    let only_last_image = recipe.flamingo.only_last_image;
+    MediaOptions { width: recipe.vision.width, only_last_image, blind }
+}
+
+fn number_with<T>(mut make: impl FnMut(&()) -> T) -> impl FnMut() -> T {
+    move || make(&())
+}
+
+fn logits(
+    recipe: &Recipe,
+    w: &Weights,
+    batch: &Batch,
+    episodes: &[Episode],
+    features: &[Arc<[f16]>],
+    options: &MediaOptions,
+) -> Tensor<3> {
+    let media = batch.media(w, &recipe.resampler, episodes, features, options);
+    recipe.language.forward(w, batch.ids(), Some((&recipe.gated, &media)))
+}
+
+/// Weights that stage 3 runs.
+fn is_run(name: &str) -> bool {
+    name.starts_with("model.") || name.starts_with("perceiver.")
+}
+
+/// Weights that stage 3 trains; of the embedding, one row.
+fn is_trained(name: &str) -> bool {
+    name.contains("gated_cross_attn_layer") || name.starts_with("perceiver.") || name == EMBEDDING
+}
+
+/// Zero for all rows but that of `<eoc>`.
+fn only_end_of_chunk(gradient: Tensor<2>) -> Tensor<2> {
+    let rows = gradient.dims()[0];
+    let keep: Vec<f32> =
+        (0..rows).map(|row| f32::from(u8::from(row == END_OF_CHUNK as usize))).collect();
+    let keep = Tensor::<2>::from_data(TensorData::new(keep, [rows, 1]), &gradient.device());
+    gradient * keep
+}
+
+impl Stage for FlamingoStage<'_> {
+    fn name(&self) -> &'static str {
+        "flamingo"
+    }
+
+    fn schedule(&self) -> &Schedule {
+        &self.options().schedule
+    }
+
+    fn rule(&self, name: &str) -> Rule {
+        let is_gate = name.ends_with("_gate");
+        let decays =
+            !(is_gate || is_small(name) || name.starts_with("perceiver.") || name == EMBEDDING);
+        Rule {
+            rate: if is_gate { self.options().gate_rate } else { 1.0 },
+            decay: if decays { self.options().schedule.weight_decay } else { 0.0 },
+        }
+    }
+
+    fn step(&mut self, step: usize, weights: &Weights) -> Result<(Losses, Gradients)> {
+        let (mut losses, mut sum) = (Losses::new(), Gradients::new());
+        let sets = &self.options().data;
+        for (index, data) in sets.iter().enumerate() {
+            if !self.options().accumulate && step % sets.len() != index {
+                continue;
+            }
+            let (loss, gradients) = self.data_set(data, step, weights)?;
+            accumulate(&mut sum, gradients, data.weight);
+            losses.push((data.name.clone(), loss));
+        }
+        let total = losses.iter().map(|(name, loss)| {
+            loss * sets.iter().filter(|set| set.name == *name).map(|set| set.weight).sum::<f64>()
+        });
+        let total = total.sum();
+        losses.insert(0, ("loss".into(), total));
+        Ok((losses, sum))
+    }
+}
+
+/// Tasks that are measured during and after training.
+pub const MEASURED: [Task; 14] = [
+    Task::Caption,
+    Task::Attribute,
+    Task::Count,
+    Task::Pair,
+    Task::YesNo,
+    Task::Video,
+    Task::Which(2),
+    Task::Which(4),
+    Task::FewShot(0),
+    Task::FewShot(2),
+    Task::FewShot(8),
+    Task::FewShot(32),
+    Task::Bind(2),
+    Task::Bind(4),
+];
+
+/// Share of prompts of the test split of which every answer is right, token by token, given the right tokens
+/// before it. `described` asks the language model alone, in text.
+pub fn accuracy(
+    recipe: &Recipe,
+    weights: &Weights,
+    task: Task,
+    count: usize,
+    how: How,
+    threads: usize,
+) -> f64 {
+    let vocabulary = Vocabulary::default();
+    let mut rng = stream(recipe.seed, &format!("accuracy/{task:?}/{:?}", how.split));
+    let described = how.described;
+    let style = Style { split: how.split, dense: false, described };
+    let episodes: Vec<Episode> =
+        (0..count).map(|_| Episode::random(task, style, &vocabulary, &mut rng)).collect();
+    let pieces: Vec<&[Episode]> = episodes.chunks(16).collect();
+    let vision = weights.filtered(|name| !is_run(name));
+    let mut pictures = Pictures::new(&recipe.vision, &vision, recipe.seed ^ 1, how.split, threads);
+    let features: Vec<Features> = pieces
+        .iter()
+        .map(|piece| match described {
+            true => Vec::new(),
+            false => {
+                let facts = piece.iter().flat_map(|episode| &episode.media);
+                let paintings: Vec<Painting> =
+                    facts.map(|facts| Painting { facts: *facts, number: rng.random() }).collect();
+                pictures.features(&paintings)
+            }
+        })
+        .collect();
+    let own = weights.filtered(is_run);
+    let right = parallel::map(pieces.len(), threads, |piece| {
+        let (w, batch) = (own.tracked(|_| false), Batch::new(pieces[piece], |weight| weight));
+        let logits = match described {
+            true => recipe.language.forward(&w, batch.ids(), None),
+            false => {
+                let options = media_options(recipe, how.blind);
+                logits(recipe, &w, &batch, pieces[piece], &features[piece], &options)
+            }
+        };
+        batch.all_right(logits, 0.9).into_iter().filter(|right| *right).count()
+    });
+    right.into_iter().sum::<usize>() as f64 / count as f64
+}
+
+/// How accuracy is measured.
+#[derive(Debug, Clone, Copy)]
+pub struct How {
+    /// Which pictures.
+    pub split: Split,
+    /// With visual tokens of zeros.
+    pub blind: bool,
+    /// In words instead of pictures.
+    pub described: bool,
+}
