@@ -5,7 +5,6 @@ use std::sync::Arc;
 use burn::tensor::{Device, Int, Tensor, TensorData, activation::log_softmax};
 use flamingo_data::scenes::episode::Episode;
 use flamingo_data::scenes::words::{IMAGE, PAD};
-use half::f16;
 
 use crate::model::gated::Media;
 use crate::model::resampler::Resampler;
@@ -83,7 +82,7 @@ impl Batch {
         w: &Weights,
         resampler: &Resampler,
         episodes: &[Episode],
-        features: &[Arc<[f16]>],
+        features: &[Arc<[f32]>],
         options: &MediaOptions,
     ) -> Media {
         let slots = episodes.iter().map(|e| e.media.len()).max().unwrap_or(0).max(1);
@@ -138,7 +137,7 @@ fn resample(
     w: &Weights,
     resampler: &Resampler,
     episodes: &[Episode],
-    features: &[Arc<[f16]>],
+    features: &[Arc<[f32]>],
     width: usize,
     slots: usize,
 ) -> Tensor<3> {
@@ -152,8 +151,7 @@ fn resample(
         if chosen.is_empty() {
             continue;
         }
-        let values: Vec<f32> =
-            chosen.iter().flat_map(|i| features[*i].iter().map(|v| v.to_f32())).collect();
+        let values: Vec<f32> = chosen.iter().flat_map(|i| features[*i].iter().copied()).collect();
         let shape = [chosen.len(), values.len() / chosen.len() / width, width];
         let tensor = Tensor::from_inner(floats(values, shape));
         parts.push(resampler.forward(w, tensor, n_frames));

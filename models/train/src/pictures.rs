@@ -7,7 +7,6 @@ use burn::tensor::{Device, Tensor, TensorData};
 use flamingo_data::scenes::Split;
 use flamingo_data::scenes::draw::draw;
 use flamingo_data::scenes::facts::Facts;
-use half::f16;
 
 use crate::model::vision::Vision;
 use crate::parallel;
@@ -26,14 +25,14 @@ pub struct Painting {
     pub number: u64,
 }
 
-/// Features of paintings that were asked for, in f16.
+/// Features of paintings that were asked for.
 pub struct Pictures<'a> {
     vision: &'a Vision,
     weights: &'a Weights,
     seed: u64,
     threads: usize,
     split: Split,
-    known: HashMap<Painting, Arc<[f16]>>,
+    known: HashMap<Painting, Arc<[f32]>>,
 }
 
 impl<'a> Pictures<'a> {
@@ -49,7 +48,7 @@ impl<'a> Pictures<'a> {
     }
 
     /// Features of paintings, `[frames × patches, width]` each, in order.
-    pub fn features(&mut self, paintings: &[Painting]) -> Vec<Arc<[f16]>> {
+    pub fn features(&mut self, paintings: &[Painting]) -> Vec<Arc<[f32]>> {
         let mut missing: Vec<Painting> = Vec::new();
         for painting in paintings {
             if !self.known.contains_key(painting) && !missing.contains(painting) {
@@ -62,14 +61,14 @@ impl<'a> Pictures<'a> {
         paintings.iter().map(|painting| Arc::clone(&self.known[painting])).collect()
     }
 
-    fn encode(&self, paintings: &[Painting]) -> Vec<(Painting, Arc<[f16]>)> {
-        let frames: Vec<Vec<u8>> = paintings
-            .iter()
-            .flat_map(|painting| {
-                let purpose = format!("painting/{:?}/{}", painting.facts, painting.number);
-                draw(painting.facts, self.split, &mut stream(self.seed, &purpose)).frames
-            })
-            .collect();
+    /// The frames of a painting, `[side, side, 3]` bytes each.
+    pub fn frames(&self, painting: &Painting) -> Vec<Vec<u8>> {
+        let purpose = format!("painting/{:?}/{}", painting.facts, painting.number);
+        draw(painting.facts, self.split, &mut stream(self.seed, &purpose)).frames
+    }
+
+    fn encode(&self, paintings: &[Painting]) -> Vec<(Painting, Arc<[f32]>)> {
+        let frames: Vec<Vec<u8>> = paintings.iter().flat_map(|p| self.frames(p)).collect();
         let patches = self.vision.patches(frames.iter().map(Vec::as_slice));
         let shape = [frames.len(), self.vision.n_patches(), self.vision.patch_width()];
         let patches = Tensor::from_data(TensorData::new(patches, shape), &Device::flex());
@@ -80,7 +79,7 @@ impl<'a> Pictures<'a> {
         let take = |painting: &Painting| {
             let (own, later) = rest.split_at(painting.facts.n_frames() * frame);
             rest = later;
-            (*painting, own.iter().map(|v| f16::from_f32(*v)).collect())
+            (*painting, own.into())
         };
         paintings.iter().map(take).collect()
     }

@@ -8,7 +8,6 @@ use burn::tensor::{Tensor, TensorData};
 use flamingo_data::scenes::Split;
 use flamingo_data::scenes::episode::{Episode, Style, Task};
 use flamingo_data::scenes::words::{END_OF_CHUNK, Vocabulary};
-use half::f16;
 use rand::Rng as _;
 
 use super::language::by_length;
@@ -30,7 +29,7 @@ pub struct FlamingoStage<'a> {
     vocabulary: Vocabulary,
 }
 
-type Features = Vec<Arc<[f16]>>;
+type Features = Vec<Arc<[f32]>>;
 
 impl<'a> FlamingoStage<'a> {
     /// The stage of a recipe, over a trained vision encoder.
@@ -79,18 +78,20 @@ impl<'a> FlamingoStage<'a> {
         let mut rng = stream(self.recipe.seed, &purpose);
         let mut features: Vec<Features> = Vec::new();
         for piece in &pieces {
-            let number = |_: &_| rng.random_range(0..self.recipe.flamingo.paintings as u64);
-            let facts = piece.iter().flat_map(|episode| &episode.media);
-            let paintings: Vec<Painting> = facts
-                .zip(std::iter::repeat_with(number_with(number)))
-                .map(|(facts, number)| Painting { facts: *facts, number })
+            let paintings: Vec<Painting> = piece
+                .iter()
+                .flat_map(|episode| &episode.media)
+                .map(|facts| {
+                    let number = rng.random_range(0..self.recipe.flamingo.paintings as u64);
+                    Painting { facts: *facts, number }
+                })
                 .collect();
             features.push(self.pictures.features(&paintings));
         }
         let batches: Vec<Batch> = pieces.iter().map(|p| Batch::new(p, |weight| weight)).collect();
         let total: f64 = batches.iter().map(Batch::total_weight).sum();
         let own = weights.filtered(is_run);
-        let options = self.media_options(false);
+        let options = media_options(self.recipe, false);
         let (loss, mut gradients) =
             in_pieces(batches.len(), self.threads, &own, &is_trained, |piece, w| {
                 let logits = logits(
@@ -108,27 +109,21 @@ impl<'a> FlamingoStage<'a> {
         }
         Ok((loss, gradients))
     }
-
-    fn media_options(&self, blind: bool) -> MediaOptions {
-        media_options(self.recipe, blind)
-    }
 }
 
-fn media_options(recipe: &Recipe, blind: bool) -> MediaOptions {
+/// How a recipe shows media.
+pub fn media_options(recipe: &Recipe, blind: bool) -> MediaOptions {
     let only_last_image = recipe.flamingo.only_last_image;
     MediaOptions { width: recipe.vision.width, only_last_image, blind }
 }
 
-fn number_with<T>(mut make: impl FnMut(&()) -> T) -> impl FnMut() -> T {
-    move || make(&())
-}
-
-fn logits(
+/// Logits `[rows, tokens, vocabulary]` of prompts, given the features of their media.
+pub fn logits(
     recipe: &Recipe,
     w: &Weights,
     batch: &Batch,
     episodes: &[Episode],
-    features: &[Arc<[f16]>],
+    features: &[Arc<[f32]>],
     options: &MediaOptions,
 ) -> Tensor<3> {
     let media = batch.media(w, &recipe.resampler, episodes, features, options);
