@@ -8,6 +8,7 @@ mod check;
 mod compile;
 mod demo;
 mod doctor;
+mod eval;
 mod inspect;
 mod output;
 mod profile;
@@ -55,6 +56,7 @@ enum Verb {
     Run(run::Run),
     Chat(chat::Chat),
     Score(score::Score),
+    Eval(eval::Eval),
     Bank(bank::Bank),
     Trace(trace::Trace),
     Check(check::Check),
@@ -190,6 +192,7 @@ fn dispatch(verb: Verb, output: &mut Output) -> Result<Outcome> {
         Verb::Run(run) => run.run(output),
         Verb::Chat(chat) => chat.run(output),
         Verb::Score(score) => score.run(output),
+        Verb::Eval(eval) => eval.run(output),
         Verb::Bank(bank) => bank.run(output),
         Verb::Trace(trace) => trace.run(output),
         Verb::Check(check) => check.run(output),

@@ -8,6 +8,7 @@ pub mod bench;
 pub mod cli;
 pub mod compile;
 pub mod emit;
+pub mod eval;
 pub mod parity;
 pub mod passes;
 pub mod profile;

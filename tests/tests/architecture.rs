@@ -20,15 +20,20 @@ use flamingoc::scheme::Scheme;
 use rust_text::{code_of, has_word, is_word, without_space};
 
 /// Crates by folder: package, and the packages of this workspace that it may use.
-const ARROWS: [(&str, &str, &[&str]); 11] = [
+const ARROWS: [(&str, &str, &[&str]); 12] = [
     ("ir", "flamingo-ir", &[]),
     ("kernels", "flamingo-kernels", &[]),
     ("models", "flamingo-models", &["flamingo-ir"]),
+    ("models/scenes", "flamingo-scenes", &[]),
     ("models/data", "flamingo-data", &[]),
-    ("models/train", "flamingo-train", &["flamingo-data"]),
+    ("models/train", "flamingo-train", &["flamingo-data", "flamingo-scenes"]),
     ("runtime", "flamingo-runtime", &["flamingo-ir", "flamingo-kernels", "flamingo-models"]),
     ("runtime/capi", "flamingo-capi", &["flamingo-runtime"]),
-    ("compiler", "flamingoc", &["flamingo-ir", "flamingo-models", "flamingo-runtime"]),
+    (
+        "compiler",
+        "flamingoc",
+        &["flamingo-ir", "flamingo-models", "flamingo-scenes", "flamingo-runtime"],
+    ),
     ("tests", "flamingo-tests", ALL),
     ("benches", "flamingo-benches", ALL),
     ("xtask", "xtask", &[]),
@@ -38,6 +43,7 @@ const ALL: &[&str] = &[
     "flamingo-ir",
     "flamingo-kernels",
     "flamingo-models",
+    "flamingo-scenes",
     "flamingo-data",
     "flamingo-train",
     "flamingo-runtime",
@@ -52,10 +58,11 @@ const UNSAFE: [&str; 3] = ["kernels/src/arch/", "models/src/map.rs", "runtime/ca
 const LIFTS_BAN: [&str; 3] = ["kernels/src/lib.rs", "models/src/map.rs", "runtime/capi/src/lib.rs"];
 
 /// Crate roots with the ban on unsafe code they carry.
-const BANS: [(&str, &str); 9] = [
+const BANS: [(&str, &str); 10] = [
     ("ir/src/lib.rs", "#![forbid(unsafe_code)]"),
     ("kernels/src/lib.rs", "#![deny(unsafe_code)]"),
     ("models/src/lib.rs", "#![deny(unsafe_code)]"),
+    ("models/scenes/src/lib.rs", "#![forbid(unsafe_code)]"),
     ("models/data/src/lib.rs", "#![forbid(unsafe_code)]"),
     ("models/train/src/lib.rs", "#![forbid(unsafe_code)]"),
     ("runtime/src/lib.rs", "#![forbid(unsafe_code)]"),

@@ -4,21 +4,22 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use flamingo_data::scenes::Split;
-use flamingo_data::scenes::episode::{Episode, Style, Task};
-use flamingo_data::scenes::words::Vocabulary;
 use flamingo_runtime::Model;
 use flamingo_runtime::backend::Media;
-use flamingo_tests::{compiled, opening};
+use flamingo_scenes::Split;
+use flamingo_scenes::episode::{Episode, Style, Task};
+use flamingo_scenes::random::stream;
+use flamingo_scenes::words::Vocabulary;
+use flamingo_tests::{compiled, demo_folder, opening};
 use flamingo_train::batch::Batch;
 use flamingo_train::export::export;
 use flamingo_train::pictures::{Painting, Pictures};
-use flamingo_train::random::stream;
 use flamingo_train::recipe::Recipe;
 use flamingo_train::stage::contrastive::ContrastiveStage;
 use flamingo_train::stage::flamingo::{FlamingoStage, logits, media_options};
 use flamingo_train::stage::language::LanguageStage;
 use flamingo_train::weights::Weights;
+use flamingoc::eval::{EvalOptions, Score, eval, tasks};
 use flamingoc::parity::compare;
 
 /// OpenAI CLIP's mean and standard deviation.
@@ -159,4 +160,28 @@ fn before_the_first_picture_only_the_feed_forward_part_adds() {
     let alone = rows(language_alone(&recipe, &open, &episode));
     assert_eq!(seen(&shut, 0), alone, "cross-attention adds exactly 0");
     assert_ne!(seen(&open, 0), alone, "the feed-forward part runs");
+}
+
+/// Scores lie in their intervals, and a seed gives one score; a model of other words is refused.
+#[test]
+fn eval_counts_answers_of_the_demo_tasks() {
+    let recipe = recipe();
+    let w = weights(&recipe, 0.6, -0.4);
+    let folder = tempfile::tempdir().unwrap();
+    export(folder.path(), &recipe, &w).unwrap();
+    let (_scratch, path) = compiled(&folder.path().join("recipe.toml"));
+    let model = Model::open(&path, &opening("native")).unwrap();
+    let tasks = tasks(&[], &[2]).unwrap();
+    let options = EvalOptions { tasks, split: Split::Test, n: 10, seed: 1, blind: false };
+    let mut asked = 0;
+    let scores = eval(&model, &options, &mut |_| asked += 1).unwrap();
+    assert_eq!((asked, scores.len()), (10 * options.tasks.len(), options.tasks.len()));
+    let fits = |s: &Score| s.low <= s.score && s.score <= s.high && s.n == 10;
+    assert!(scores.iter().all(fits), "{scores:?}");
+    assert_eq!(eval(&model, &options, &mut |_| ()).unwrap(), scores);
+
+    let (_scratch, other) = compiled(&demo_folder());
+    let other = Model::open(&other, &opening("native")).unwrap();
+    let error = eval(&other, &options, &mut |_| ()).unwrap_err().to_string();
+    assert!(error.contains("flamingo-train"), "{error}");
 }

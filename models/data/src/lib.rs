@@ -1,5 +1,5 @@
-//! Training data of a Flamingo: interleaved pages, pairs of picture and text, generated scenes, and the
-//! tar shards that hold them.
+//! Training data of a Flamingo: interleaved pages, pairs of picture and text, and the tar shards
+//! that hold them.
 //!
 //! ```
 //! // `<image>` is token 7: with the coin at *next*, words look at the picture that follows them.
@@ -18,7 +18,6 @@ pub mod pairs;
 pub mod phi;
 pub mod picture;
 pub mod report;
-pub mod scenes;
 pub mod shard;
 pub mod vocabulary;
 

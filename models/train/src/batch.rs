@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use burn::tensor::{Device, Int, Tensor, TensorData, activation::log_softmax};
-use flamingo_data::scenes::episode::Episode;
-use flamingo_data::scenes::words::{IMAGE, PAD};
+use flamingo_scenes::episode::Episode;
+use flamingo_scenes::words::{IMAGE, PAD};
 
 use crate::model::gated::Media;
 use crate::model::resampler::Resampler;

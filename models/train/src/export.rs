@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
-use flamingo_data::scenes::words::{BEGIN, END_OF_CHUNK, IMAGE, PAD, vocabulary};
+use flamingo_scenes::words::{BEGIN, END_OF_CHUNK, IMAGE, PAD, vocabulary};
 use serde_json::json;
 
 use crate::checkpoint::write_tensors;

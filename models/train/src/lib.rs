@@ -17,7 +17,6 @@ pub mod optimiser;
 pub mod parallel;
 pub mod pictures;
 pub mod plot;
-pub mod random;
 pub mod recipe;
 pub mod run;
 pub mod stage;

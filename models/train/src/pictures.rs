@@ -4,14 +4,14 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor, TensorData};
-use flamingo_data::scenes::Split;
-use flamingo_data::scenes::draw::draw;
-use flamingo_data::scenes::facts::Facts;
+use flamingo_scenes::Split;
+use flamingo_scenes::draw::draw;
+use flamingo_scenes::facts::Facts;
 
 use crate::model::vision::Vision;
 use crate::parallel;
-use crate::random::stream;
 use crate::weights::Weights;
+use flamingo_scenes::random::stream;
 
 /// Pictures that one job encodes.
 const CHUNK: usize = 32;

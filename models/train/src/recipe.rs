@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use flamingo_data::scenes::episode::Task;
+use flamingo_scenes::episode::Task;
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 
@@ -195,7 +195,7 @@ impl Recipe {
     }
 
     fn check(&self) -> Result<()> {
-        use flamingo_data::scenes::draw;
+        use flamingo_scenes::draw;
         let (vision, language) = (&self.vision, &self.language);
         ensure!(
             vision.image_size == draw::SIDE,
@@ -217,7 +217,7 @@ impl Recipe {
         let data = &self.flamingo.data;
         ensure!(!data.is_empty(), "`flamingo.data`: at least one data set");
         let tasks = data.iter().map(|d| &d.tasks).chain([&self.language_training.tasks]);
-        let mut rng = crate::random::stream(0, "check");
+        let mut rng = flamingo_scenes::random::stream(0, "check");
         for tasks in tasks {
             ensure!(!tasks.is_empty(), "a data set has no tasks");
             for task in tasks {

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use flamingo_data::scenes::Split;
-use flamingo_data::scenes::episode::Task;
+use flamingo_scenes::Split;
+use flamingo_scenes::episode::Task;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 

@@ -4,19 +4,19 @@
 use anyhow::Result;
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use flamingo_data::scenes::Split;
-use flamingo_data::scenes::draw::{Medium, Region, draw};
-use flamingo_data::scenes::facts::Facts;
-use flamingo_data::scenes::words::{PAD, Vocabulary};
+use flamingo_scenes::Split;
+use flamingo_scenes::draw::{Medium, Region, draw};
+use flamingo_scenes::facts::Facts;
+use flamingo_scenes::words::{PAD, Vocabulary};
 
 use super::{Losses, Stage, in_pieces, is_small};
 use crate::batch::{UNSEEN, floats};
 use crate::model::text::TextEncoder;
 use crate::model::vision::Vision;
 use crate::optimiser::{Gradients, Rule};
-use crate::random::stream;
 use crate::recipe::{Contrastive, Recipe, Schedule};
 use crate::weights::Weights;
+use flamingo_scenes::random::stream;
 
 /// ln of 1 / temperature.
 pub const LOGIT_SCALE: &str = "logit_scale";

@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use burn::tensor::{Tensor, TensorData};
-use flamingo_data::scenes::Split;
-use flamingo_data::scenes::episode::{Episode, Style, Task};
-use flamingo_data::scenes::words::{END_OF_CHUNK, Vocabulary};
+use flamingo_scenes::Split;
+use flamingo_scenes::episode::{Episode, Style, Task};
+use flamingo_scenes::words::{END_OF_CHUNK, Vocabulary};
 use rand::Rng as _;
 
 use super::language::by_length;
@@ -17,9 +17,9 @@ use crate::model::language::EMBEDDING;
 use crate::optimiser::{Gradients, Rule, accumulate};
 use crate::parallel;
 use crate::pictures::{Painting, Pictures};
-use crate::random::stream;
 use crate::recipe::{DataSet, FlamingoTraining, Recipe, Schedule, random_task};
 use crate::weights::Weights;
+use flamingo_scenes::random::stream;
 
 /// The stage.
 pub struct FlamingoStage<'a> {

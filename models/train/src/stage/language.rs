@@ -1,18 +1,18 @@
 //! Stage 2: next-token training of the language model on text; it is frozen afterwards.
 
 use anyhow::Result;
-use flamingo_data::scenes::Split;
-use flamingo_data::scenes::episode::{Episode, Style};
-use flamingo_data::scenes::words::Vocabulary;
+use flamingo_scenes::Split;
+use flamingo_scenes::episode::{Episode, Style};
+use flamingo_scenes::words::Vocabulary;
 use rand::Rng as _;
 
 use super::{Losses, Stage, in_pieces, is_small};
 use crate::batch::Batch;
 use crate::model::language::Language;
 use crate::optimiser::{Gradients, Rule};
-use crate::random::stream;
 use crate::recipe::{LanguageTraining, Recipe, Schedule, random_task};
 use crate::weights::Weights;
+use flamingo_scenes::random::stream;
 
 /// The stage.
 pub struct LanguageStage<'a> {

@@ -9,9 +9,9 @@ use tiny_skia::{
     Transform,
 };
 
-use super::facts::{Facts, Object};
-use super::words::{COLOURS, NUMBERS, SHAPES};
-use super::{Split, digits};
+use crate::facts::{Facts, Object};
+use crate::words::{COLOURS, NUMBERS, SHAPES};
+use crate::{Split, digits};
 
 /// Side of a picture in pixels.
 pub const SIDE: usize = 48;

@@ -1,7 +1,7 @@
 //! Handwritten digits: 1797 of 8 × 8 pixels (UCI "Optical Recognition of Handwritten Digits", CC BY 4.0),
 //! from the sheet that `assets/digits.py` makes of scikit-learn's package.
 
-use super::Split;
+use crate::Split;
 
 /// Side of a digit in pixels.
 pub const SIDE: usize = 8;
@@ -13,7 +13,7 @@ const COUNTS: [usize; 10] = [178, 182, 177, 183, 181, 182, 181, 179, 174, 180];
 const TRAIN_PERCENT: usize = 85;
 
 /// Rows of grey pixels, after the header of a PGM file.
-const SHEET: &[u8] = include_bytes!("../../assets/digits.pgm");
+const SHEET: &[u8] = include_bytes!("../assets/digits.pgm");
 /// Bytes of the header.
 const HEADER: usize = "P5\n256 456\n255\n".len();
 

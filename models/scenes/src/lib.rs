@@ -4,10 +4,13 @@
 //! `facts` says what a medium shows, `draw` paints it, `words` is the vocabulary, `episode` the prompts of
 //! every task, with the weight that each word has in the loss. All of it is a pure function of a seed.
 
+#![forbid(unsafe_code)]
+
 pub mod digits;
 pub mod draw;
 pub mod episode;
 pub mod facts;
+pub mod random;
 pub mod words;
 
 /// Pictures and pairs of colour and kind that training may see, or those kept for the test.

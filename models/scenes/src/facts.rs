@@ -3,8 +3,8 @@
 use rand::Rng;
 use rand::seq::{IndexedRandom, SliceRandom};
 
-use super::Split;
-use super::words::{COLOURS, DIRECTIONS, KINDS, NUMBERS, PLACES, SIZES};
+use crate::Split;
+use crate::words::{COLOURS, DIRECTIONS, KINDS, NUMBERS, PLACES, SIZES};
 
 /// A coloured object: indices into [`COLOURS`] and [`KINDS`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

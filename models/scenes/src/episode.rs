@@ -6,9 +6,9 @@
 use rand::Rng;
 use rand::seq::SliceRandom;
 
-use super::Split;
-use super::facts::{ATTRIBUTES, Attribute, Facts, Object, one_of, shuffled};
-use super::words::{
+use crate::Split;
+use crate::facts::{ATTRIBUTES, Attribute, Facts, Object, one_of, shuffled};
+use crate::words::{
     BEGIN, COLOURS, DIRECTIONS, END_OF_CHUNK, IMAGE, KINDS, NEW_WORDS, NUMBERS, ORDINALS,
     Vocabulary,
 };

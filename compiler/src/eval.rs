@@ -1,0 +1,279 @@
+//! How often a model answers right: prompts of the demo's tasks about pictures that no training saw.
+//!
+//! Prompts and pictures are a pure function of task, split and seed (`flamingo-scenes`). An answer counts if all of
+//! its tokens are generated, greedily, as written.
+
+use std::fmt;
+use std::str::FromStr;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use flamingo_runtime::image::{Mode, Picture, preprocess};
+use flamingo_runtime::{GenerateOptions, Limits, Medium, Model};
+use flamingo_scenes::Split;
+use flamingo_scenes::draw::{self, draw};
+use flamingo_scenes::episode::{Episode, Style, Task};
+use flamingo_scenes::random::stream;
+use flamingo_scenes::words::Vocabulary;
+use serde::Serialize;
+
+/// The weight from which a token is part of the answer.
+const ANSWER: f32 = 0.9;
+/// Grey of the pictures that a blind model gets.
+const GREY: u8 = 35;
+/// Quantile of the normal distribution for intervals of 95 %.
+const Z: f64 = 1.959_964;
+
+/// What is asked.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EvalOptions {
+    /// Tasks, each with its number of examples or pictures.
+    pub tasks: Vec<Task>,
+    /// Pictures of which split.
+    pub split: Split,
+    /// Prompts of each task.
+    pub n: usize,
+    /// Decides prompts and pictures.
+    pub seed: u64,
+    /// All pictures are plain grey: what can be known without eyes.
+    pub blind: bool,
+}
+
+/// One task's score.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Score {
+    /// The task's name.
+    pub task: String,
+    /// Examples before the question.
+    pub shots: usize,
+    /// Prompts.
+    pub n: usize,
+    /// Share of right answers.
+    pub score: f64,
+    /// Lower end of Wilson's interval of 95 %.
+    pub low: f64,
+    /// Its upper end.
+    pub high: f64,
+}
+
+/// Names of tasks, in the order of tables. `which_2` and `which_4` show so many pictures.
+pub const TASKS: [&str; 10] = [
+    "caption",
+    "attribute",
+    "count",
+    "pair",
+    "yes_no",
+    "video",
+    "which_2",
+    "which_4",
+    "few_shot",
+    "bind",
+];
+
+/// Numbers of examples if none are given.
+const SHOTS: [usize; 6] = [0, 2, 4, 8, 16, 32];
+
+/// Tasks by name, each with all numbers of examples that it can have. No names, or `demo`, are all tasks.
+///
+/// # Errors
+/// A name that is none; numbers of examples beyond 63.
+pub fn tasks(names: &[String], shots: &[usize]) -> Result<Vec<Task>> {
+    let shots = if shots.is_empty() { SHOTS.as_slice() } else { shots };
+    ensure!(shots.iter().all(|n| *n < 64), "`--shots`: at most 63 examples, got {shots:?}");
+    let all = names.is_empty() || names.iter().any(|name| name == "demo");
+    let names: Vec<&str> = match all {
+        true => TASKS.to_vec(),
+        false => names.iter().map(String::as_str).collect(),
+    };
+    let mut tasks = Vec::new();
+    for name in names {
+        tasks.extend(match name {
+            "caption" => vec![Task::Caption],
+            "attribute" => vec![Task::Attribute],
+            "count" => vec![Task::Count],
+            "pair" => vec![Task::Pair],
+            "yes_no" => vec![Task::YesNo],
+            "video" => vec![Task::Video],
+            "which_2" => vec![Task::Which(2)],
+            "which_4" => vec![Task::Which(4)],
+            "few_shot" => shots.iter().map(|n| Task::FewShot(*n)).collect(),
+            // Both words must have been seen.
+            "bind" => shots.iter().filter(|n| **n >= 2).map(|n| Task::Bind(*n)).collect(),
+            other => bail!("no task `{other}`\n\nhint: `demo` for all, or of {}", TASKS.join(", ")),
+        });
+    }
+    Ok(tasks)
+}
+
+/// Answers the prompts of all tasks; tells each task before it begins.
+///
+/// # Errors
+/// A model of other words than the demo's; a prompt that does not fit it.
+pub fn eval(
+    model: &Model,
+    options: &EvalOptions,
+    on_prompt: &mut dyn FnMut(Task),
+) -> Result<Vec<Score>> {
+    check_words(model)?;
+    let mut scores = Vec::new();
+    for task in &options.tasks {
+        let mut right = 0;
+        for number in 0..options.n {
+            on_prompt(*task);
+            right += usize::from(answers(model, *task, options, number)?);
+        }
+        scores.push(score(*task, options.n, right));
+    }
+    Ok(scores)
+}
+
+/// The words of the demo are tokens with the ids that the generator gives them.
+fn check_words(model: &Model) -> Result<()> {
+    let (tokenizer, vocabulary) = (model.tokenizer()?, Vocabulary::default());
+    for id in 0..vocabulary.size() as u32 {
+        let word = vocabulary.word(id).unwrap_or_default();
+        ensure!(
+            tokenizer.token_to_id(word) == Some(id),
+            "tasks `demo`: `{word}` is token {id} there, and {:?} in this model\n\nhint: they ask a model that \
+             `flamingo-train` made",
+            tokenizer.token_to_id(word)
+        );
+    }
+    Ok(())
+}
+
+fn answers(model: &Model, task: Task, options: &EvalOptions, number: usize) -> Result<bool> {
+    let mut rng = stream(options.seed, &format!("eval/{task:?}/{:?}/{number}", options.split));
+    let style = Style { split: options.split, dense: false, described: false };
+    let episode = Episode::random(task, style, &Vocabulary::default(), &mut rng);
+    let mut media = Vec::new();
+    for facts in &episode.media {
+        let mut medium = draw(*facts, options.split, &mut rng);
+        if options.blind {
+            medium.frames.iter_mut().for_each(|frame| frame.fill(GREY));
+        }
+        media.push(encode(model, medium.frames)?);
+    }
+    let (prompt, answer) = split_answer(&episode);
+    let mut session = model.session()?;
+    session.append_ids(&prompt, &media, &Limits::default())?;
+    let generate = GenerateOptions {
+        max_new_tokens: answer.len(),
+        ignore_stops: true,
+        ..GenerateOptions::default()
+    };
+    let mut tokens = session.tokens(&generate);
+    for expected in answer {
+        if tokens.next_id()? != Some(expected) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+fn encode(model: &Model, frames: Vec<Vec<u8>>) -> Result<Medium> {
+    let (spec, n_frames) = (&model.manifest().image, frames.len());
+    let mut values = Vec::new();
+    for frame in frames {
+        let picture = Picture::new(draw::SIDE, draw::SIDE, Mode::Rgb, frame)?;
+        values.extend(preprocess(&picture, spec)?);
+    }
+    model.encode_medium(&values, n_frames).context("cannot encode a picture")
+}
+
+/// Ids before the answer, and the answer's.
+fn split_answer(episode: &Episode) -> (Vec<u32>, Vec<u32>) {
+    let tokens = &episode.tokens;
+    let first = tokens.iter().position(|token| token.weight >= ANSWER).unwrap_or(tokens.len());
+    let ids = |tokens: &[flamingo_scenes::episode::Token]| tokens.iter().map(|t| t.id).collect();
+    let answer = tokens[first..].iter().take_while(|token| token.weight >= ANSWER).count();
+    (ids(&tokens[..first]), ids(&tokens[first..first + answer]))
+}
+
+fn score(task: Task, n: usize, right: usize) -> Score {
+    let (name, shots) = match task {
+        Task::Which(pictures) => (format!("which_{pictures}"), 0),
+        Task::FewShot(shots) | Task::Bind(shots) => (task.name().to_owned(), shots),
+        _ => (task.name().to_owned(), 0),
+    };
+    let (low, high) = wilson(right, n);
+    Score { task: name, shots, n, score: right as f64 / n as f64, low, high }
+}
+
+/// Wilson's interval of a share (E. B. Wilson, 1927), 95 %.
+fn wilson(right: usize, n: usize) -> (f64, f64) {
+    let (n, share) = (n as f64, right as f64 / n as f64);
+    let centre = share + Z * Z / (2.0 * n);
+    let spread = Z * (share * (1.0 - share) / n + Z * Z / (4.0 * n * n)).sqrt();
+    let scale = 1.0 + Z * Z / n;
+    (((centre - spread) / scale).max(0.0), ((centre + spread) / scale).min(1.0))
+}
+
+/// A split by its name on the command line.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SplitName(pub Split);
+
+impl FromStr for SplitName {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<SplitName, String> {
+        match name {
+            "train" => Ok(SplitName(Split::Train)),
+            "test" => Ok(SplitName(Split::Test)),
+            "unseen" => Ok(SplitName(Split::Unseen)),
+            _ => Err("expected train, test or unseen".into()),
+        }
+    }
+}
+
+impl fmt::Display for SplitName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.0 {
+            Split::Train => "train",
+            Split::Test => "test",
+            Split::Unseen => "unseen",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Values of R's `binom::binom.wilson`.
+    #[test]
+    fn intervals_are_wilsons() {
+        for (right, n, low, high) in [
+            (0, 10, 0.0, 0.277_533),
+            (5, 10, 0.236_593, 0.763_407),
+            (490, 500, 0.963_609, 0.989_093),
+        ] {
+            let found = wilson(right, n);
+            assert!((found.0 - low).abs() < 2e-4 && (found.1 - high).abs() < 2e-4, "{found:?}");
+        }
+    }
+
+    #[test]
+    fn names_give_tasks_with_their_examples() {
+        let names = |names: &[&str]| names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>();
+        let found = tasks(&names(&["few_shot", "bind"]), &[0, 2]).unwrap();
+        assert_eq!(found, [Task::FewShot(0), Task::FewShot(2), Task::Bind(2)]);
+        assert_eq!(tasks(&names(&["demo"]), &[]).unwrap(), tasks(&[], &[]).unwrap());
+        assert_eq!(tasks(&[], &[4]).unwrap().len(), TASKS.len());
+        let error = tasks(&names(&["caption", "sing"]), &[]).unwrap_err().to_string();
+        assert!(error.contains("`sing`") && error.contains("few_shot"), "{error}");
+        assert!(tasks(&[], &[64]).is_err());
+    }
+
+    #[test]
+    fn the_answer_is_what_follows_the_prompt() {
+        let style = Style { split: Split::Test, dense: false, described: false };
+        for task in [Task::Caption, Task::Attribute, Task::FewShot(3), Task::Bind(4)] {
+            let mut rng = stream(1, "answer");
+            let episode = Episode::random(task, style, &Vocabulary::default(), &mut rng);
+            let (prompt, answer) = split_answer(&episode);
+            assert!(!answer.is_empty() && !prompt.is_empty(), "{task:?}");
+            let all: Vec<u32> = episode.tokens.iter().map(|t| t.id).collect();
+            assert!(all.starts_with(&[prompt, answer].concat()), "{task:?}");
+        }
+    }
+}
