@@ -53,6 +53,9 @@ struct Training {
     /// Prompts of each task that are answered at the end
     #[arg(long, default_value_t = 200, value_name = "N")]
     measured: usize,
+    /// Take the vision encoder and the language model of this run's folder, and train the rest
+    #[arg(long, value_name = "DIR")]
+    frozen_from: Option<PathBuf>,
     /// Stop after so many steps; the same command goes on from there
     #[arg(long, value_name = "STEPS")]
     stop_after: Option<usize>,
@@ -66,6 +69,7 @@ impl Training {
             folder: self.output,
             threads: self.threads.unwrap_or_else(processors).max(1),
             measured: self.measured.max(1),
+            frozen_from: self.frozen_from,
             stop_after: self.stop_after,
         };
         let result = train(&recipe, &options)?;

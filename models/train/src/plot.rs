@@ -19,12 +19,14 @@ pub fn curves(metrics: &Path, svg: &Path) -> Result<()> {
         .with_context(|| format!("cannot read `{}`", metrics.display()))?;
     let lines: Vec<Value> = text.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
     let panels = [
-        ("contrastive: loss", losses(&lines, "contrastive")),
-        ("language: loss", losses(&lines, "language")),
-        ("flamingo: losses", losses(&lines, "flamingo")),
+        ("contrastive: loss", numbers(&lines, "losses", "contrastive")),
+        ("language: loss", numbers(&lines, "losses", "language")),
+        ("flamingo: losses", numbers(&lines, "losses", "flamingo")),
         ("flamingo: tanh of the gates", gates(&lines)),
+        ("language: right in words", numbers(&lines, "accuracy", "language")),
+        ("flamingo: right", numbers(&lines, "accuracy", "flamingo")),
     ];
-    let area = SVGBackend::new(svg, (960, 1200)).into_drawing_area();
+    let area = SVGBackend::new(svg, (960, 1800)).into_drawing_area();
     area.fill(&WHITE)?;
     for (area, (title, series)) in area.split_evenly((panels.len(), 1)).iter().zip(&panels) {
         panel(area, title, series).with_context(|| format!("cannot draw `{}`", svg.display()))?;
@@ -32,10 +34,11 @@ pub fn curves(metrics: &Path, svg: &Path) -> Result<()> {
     area.present().with_context(|| format!("cannot write `{}`", svg.display()))
 }
 
-fn losses(lines: &[Value], stage: &str) -> Series {
+/// One curve for each number below a key.
+fn numbers(lines: &[Value], key: &str, stage: &str) -> Series {
     let mut series = Series::new();
     for line in lines.iter().filter(|line| line["stage"] == stage) {
-        for (name, loss) in line["losses"].as_object().into_iter().flatten() {
+        for (name, loss) in line[key].as_object().into_iter().flatten() {
             let point = (line["step"].as_f64().unwrap_or(0.0), loss.as_f64().unwrap_or(0.0));
             series.entry(name.clone()).or_default().push(point);
         }

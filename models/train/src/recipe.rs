@@ -95,6 +95,9 @@ pub struct FlamingoTraining {
     pub schedule: Schedule,
     /// Multiplies the learning rate of the gates.
     pub gate_rate: f64,
+    /// Steps after which the next gated block begins to learn, from the lowest on; 0 lets all begin at once.
+    #[serde(default)]
+    pub steps_per_block: usize,
     /// Different paintings of the same facts.
     pub paintings: usize,
     /// True sums the gradients of all data sets in each step; false takes one data set a step, in turn.

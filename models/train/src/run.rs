@@ -28,6 +28,10 @@ const CLIP: f64 = 1.0;
 const BETAS: (f32, f32) = (0.9, 0.98);
 /// Time between two checkpoints.
 const SAVE_EVERY: Duration = Duration::from_secs(60);
+/// Prompts of each task in a quick look.
+const QUICK: usize = 48;
+/// Quick looks in a stage.
+const LOOKS: usize = 10;
 /// Steps between two lines of metrics.
 const REPORT_EVERY: usize = 20;
 
@@ -40,6 +44,8 @@ pub struct Options {
     pub threads: usize,
     /// Prompts of each task that are answered at the end.
     pub measured: usize,
+    /// A run whose vision encoder and language model are taken over, so that only stage 3 is trained.
+    pub frozen_from: Option<PathBuf>,
     /// Stop after this many steps of this run, saved.
     pub stop_after: Option<usize>,
 }
@@ -77,6 +83,23 @@ fn contrastive_start(recipe: &Recipe) -> Weights {
     ContrastiveStage::new(recipe, 1).start()
 }
 
+/// The trained encoders and language model of another run, of the shapes that the recipe asks for.
+fn frozen(recipe: &Recipe, folder: &Path) -> Result<Weights> {
+    let (weights, ..) = checkpoint::load(&folder.join("training.safetensors"))?;
+    let mut expected = contrastive_start(recipe);
+    expected.extend(LanguageStage::new(recipe, 1).start());
+    for (name, weight) in expected.iter() {
+        let found = weights.iter().find(|(known, _)| *known == name).map(|(_, w)| &w.shape);
+        ensure!(
+            found == Some(&weight.shape),
+            "`{name}`: the recipe asks for {:?}, the run in `{}` has {found:?}",
+            weight.shape,
+            folder.display()
+        );
+    }
+    Ok(weights.filtered(|name| expected.contains(name)))
+}
+
 struct Run<'a> {
     recipe: &'a Recipe,
     options: &'a Options,
@@ -107,10 +130,16 @@ impl<'a> Run<'a> {
                 optimiser.restore(moments, position.step)?;
                 (weights, position)
             }
-            false => {
-                let stage = STAGES[0].to_owned();
-                (Weights::default(), Position { recipe: hash, stage, step: 0 })
-            }
+            false => match &options.frozen_from {
+                Some(other) => {
+                    let stage = STAGES[2].to_owned();
+                    (frozen(recipe, other)?, Position { recipe: hash, stage, step: 0 })
+                }
+                None => {
+                    let stage = STAGES[0].to_owned();
+                    (Weights::default(), Position { recipe: hash, stage, step: 0 })
+                }
+            },
         };
         fs::write(options.folder.join("training.toml"), text)?;
         let metrics = open_metrics(&options.folder.join("metrics.jsonl"), &position)?;
@@ -147,7 +176,7 @@ impl<'a> Run<'a> {
             let total = losses[0].1;
             ensure!(total.is_finite(), "stage {}, step {step}: the loss is {total}", stage.name());
             let rate = schedule.rate(step);
-            let rule = |name: &str| stage.rule(name);
+            let rule = |name: &str| stage.rule(step, name);
             let norm = self.optimiser.step(&mut self.weights, gradients, rate, CLIP, &rule);
             self.position.step += 1;
             self.steps_left -= 1;
@@ -159,6 +188,11 @@ impl<'a> Run<'a> {
             {
                 self.report(stage.name(), &seen, norm, rate, started.elapsed())?;
                 seen = Recent::default();
+            }
+            if self.position.step.is_multiple_of(schedule.steps.div_ceil(LOOKS))
+                || self.position.step == schedule.steps
+            {
+                self.look(stage.name())?;
             }
             if saved.elapsed() > SAVE_EVERY {
                 self.save()?;
@@ -208,38 +242,54 @@ impl<'a> Run<'a> {
             .collect()
     }
 
+    /// Accuracies of all tasks at the end, on pictures that training never saw.
     fn measure(&mut self) -> Result<Value> {
         let bar = bar("accuracy", MEASURED.len() as u64);
+        let n = self.options.measured;
         let mut results = serde_json::Map::new();
         for task in MEASURED {
-            let score = |split, blind, described| {
-                let how = How { split, blind, described };
-                let count = if blind || described {
-                    self.options.measured / 2
-                } else {
-                    self.options.measured
-                };
-                let (recipe, weights) = (self.recipe, &self.weights);
-                round(accuracy(recipe, weights, task, count.max(1), how, self.options.threads))
-            };
-            let mut entry = json!({ "score": score(Split::Test, false, false), "blind": score(Split::Test, true, false) });
-            if !matches!(task, Task::Caption) {
-                entry["in_words"] = json!(score(Split::Test, false, true));
+            let score = |n: usize, how| self.accuracy(task, n.max(1), how);
+            let mut entry =
+                json!({ "score": score(n, How::SEES), "blind": score(n / 2, How::BLIND) });
+            if task != Task::Caption {
+                entry["in_words"] = json!(score(n / 2, How::READS));
             }
             if matches!(task, Task::Caption | Task::Attribute) {
-                entry["unseen_pairs"] = json!(score(Split::Unseen, false, false));
+                entry["unseen_pairs"] = json!(score(n, How { split: Split::Unseen, ..How::SEES }));
             }
-            let name = match task {
-                Task::Which(n) | Task::FewShot(n) | Task::Bind(n) => format!("{}/{n}", task.name()),
-                _ => task.name().to_owned(),
-            };
-            results.insert(name, entry);
+            results.insert(label(task), entry);
             bar.inc(1);
         }
         bar.finish();
-        let line = json!({ "stage": "accuracy", "n": self.options.measured, "tasks": results });
+        let line = json!({ "stage": "accuracy", "n": n, "tasks": results });
         writeln!(self.metrics, "{line}").context("cannot write metrics.jsonl")?;
         Ok(line)
+    }
+
+    /// A quick look at what a stage has learned: tasks, in words for the language model.
+    fn look(&mut self, stage: &str) -> Result<()> {
+        let how = match stage {
+            "language" => How::READS,
+            "flamingo" => How::SEES,
+            _ => return Ok(()),
+        };
+        let tasks = MEASURED.into_iter().filter(|task| !how.described || *task != Task::Caption);
+        let scores: serde_json::Map<String, Value> =
+            tasks.map(|task| (label(task), json!(self.accuracy(task, QUICK, how)))).collect();
+        let line = json!({ "stage": stage, "step": self.position.step, "accuracy": scores });
+        writeln!(self.metrics, "{line}").context("cannot write metrics.jsonl")
+    }
+
+    fn accuracy(&self, task: Task, n: usize, how: How) -> f64 {
+        round(accuracy(self.recipe, &self.weights, task, n, how, self.options.threads))
+    }
+}
+
+/// A task's name in metrics.
+fn label(task: Task) -> String {
+    match task {
+        Task::Which(n) | Task::FewShot(n) | Task::Bind(n) => format!("{}/{n}", task.name()),
+        _ => task.name().to_owned(),
     }
 }
 
@@ -286,7 +336,7 @@ fn open_metrics(path: &Path, position: &Position) -> Result<File> {
             };
             let stage = order(value["stage"].as_str().unwrap_or_default());
             let (now, step) = (order(&position.stage), value["step"].as_u64().unwrap_or(u64::MAX));
-            if stage < now || (stage == now && step <= position.step as u64) {
+            if stage.is_some() && stage < now || (stage == now && step <= position.step as u64) {
                 kept.push_str(&line);
                 kept.push('\n');
             }

@@ -18,8 +18,8 @@ pub trait Stage {
     fn name(&self) -> &'static str;
     /// Steps and rates.
     fn schedule(&self) -> &Schedule;
-    /// How the optimiser treats a weight that is trained.
-    fn rule(&self, name: &str) -> Rule;
+    /// How the optimiser treats a weight that is trained, in a step.
+    fn rule(&self, step: usize, name: &str) -> Rule;
     /// Losses by name, and the gradients of their weighted sum; a pure function of step and weights.
     ///
     /// # Errors
@@ -61,5 +61,9 @@ pub fn in_pieces(
 /// Norms, biases, embeddings of places: what AdamW does not decay.
 pub fn is_small(name: &str) -> bool {
     let ends = ["bias", "embedding", "norm.weight", "layernorm.weight", "positions", "logit_scale"];
-    name.contains("ln_") || name.contains("norm") || ends.iter().any(|end| name.ends_with(end))
+    name.contains("ln_")
+        || name.ends_with("ff.0.weight")
+        || name.ends_with(".1.0.weight")
+        || name.contains("norm")
+        || ends.iter().any(|end| name.ends_with(end))
 }

@@ -46,6 +46,11 @@ impl Gated {
         (layer + 1).is_multiple_of(self.every)
     }
 
+    /// How many blocks stand before the block of a layer.
+    pub fn index(&self, layer: usize) -> usize {
+        (layer + 1) / self.every - 1
+    }
+
     /// Random weights, gates at 0.
     pub fn start(&self, layers: usize, width: usize, vision: usize, rng: &mut impl Rng) -> Weights {
         let (inner, mut w) = (self.heads * HEAD_DIM, Weights::default());

@@ -140,6 +140,12 @@ fn is_trained(name: &str) -> bool {
     name.contains("gated_cross_attn_layer") || name.starts_with("perceiver.") || name == EMBEDDING
 }
 
+/// The layer of the language model before which the block of a weight stands.
+fn gated_layer(name: &str) -> Option<usize> {
+    let (layer, part) = name.strip_prefix("model.layers.")?.split_once('.')?;
+    part.starts_with("gated_cross_attn_layer.").then(|| layer.parse().ok())?
+}
+
 /// Zero for all rows but that of `<eoc>`.
 fn only_end_of_chunk(gradient: Tensor<2>) -> Tensor<2> {
     let rows = gradient.dims()[0];
@@ -158,12 +164,16 @@ impl Stage for FlamingoStage<'_> {
         &self.options().schedule
     }
 
-    fn rule(&self, name: &str) -> Rule {
+    fn rule(&self, step: usize, name: &str) -> Rule {
         let is_gate = name.ends_with("_gate");
-        let decays =
-            !(is_gate || is_small(name) || name.starts_with("perceiver.") || name == EMBEDDING);
+        let is_bridge = name.starts_with("perceiver.") || name == EMBEDDING;
+        let decays = !(is_gate || is_bridge || is_small(name));
+        let waits = gated_layer(name).is_some_and(|layer| {
+            self.recipe.gated.index(layer) * self.options().steps_per_block > step
+        });
+        let rate = if is_gate { self.options().gate_rate } else { 1.0 };
         Rule {
-            rate: if is_gate { self.options().gate_rate } else { 1.0 },
+            rate: if waits { 0.0 } else { rate },
             decay: if decays { self.options().schedule.weight_decay } else { 0.0 },
         }
     }
@@ -261,4 +271,42 @@ pub struct How {
     pub blind: bool,
     /// In words instead of pictures.
     pub described: bool,
+}
+
+impl How {
+    /// Test pictures.
+    pub const SEES: How = How { split: Split::Test, blind: false, described: false };
+    /// Visual tokens of zeros.
+    pub const BLIND: How = How { blind: true, ..How::SEES };
+    /// Descriptions instead of pictures.
+    pub const READS: How = How { described: true, ..How::SEES };
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn blocks_begin_one_after_the_other_and_only_the_bridge_is_not_decayed() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/tiny.toml");
+        let mut recipe = Recipe::read(&path).unwrap();
+        recipe.flamingo.steps_per_block = 10;
+        let (vision, gate) = (Weights::default(), recipe.flamingo.gate_rate);
+        let stage = FlamingoStage::new(&recipe, &vision, 1);
+        let block = |layer, part| format!("model.layers.{layer}.gated_cross_attn_layer.{part}");
+        let rate = |step, name: &str| stage.rule(step, name).rate;
+        assert_eq!(rate(0, &block(0, "attn_gate")), gate);
+        assert_eq!(rate(9, &block(1, "attn_gate")), 0.0);
+        assert_eq!(rate(9, &block(1, "attn.to_q.weight")), 0.0);
+        assert_eq!(rate(10, &block(1, "attn.to_q.weight")), 1.0);
+        assert_eq!(rate(0, "perceiver.latents"), 1.0);
+        let decay = |name: &str| stage.rule(50, name).decay;
+        assert_eq!(decay(&block(0, "attn.to_q.weight")), 0.1);
+        for name in ["perceiver.latents", EMBEDDING, &block(0, "ff_gate"), &block(0, "ff.0.weight")]
+        {
+            assert_eq!(decay(name), 0.0, "{name}");
+        }
+    }
 }

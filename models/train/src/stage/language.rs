@@ -62,7 +62,7 @@ impl Stage for LanguageStage<'_> {
         &self.options.schedule
     }
 
-    fn rule(&self, name: &str) -> Rule {
+    fn rule(&self, _step: usize, name: &str) -> Rule {
         let decay = if is_small(name) { 0.0 } else { self.options.schedule.weight_decay };
         Rule { rate: 1.0, decay }
     }
