@@ -70,6 +70,12 @@ pub enum Error {
         /// What is wrong.
         reason: String,
     },
+    /// Shards that hold nothing.
+    #[error("no samples in {paths:?}\n\nhint: name a folder of .tar files, or the files")]
+    NoSamples {
+        /// Folders and files that were looked at.
+        paths: Vec<PathBuf>,
+    },
     /// A shard whose bytes are not what a writer of this crate leaves.
     #[error("shard `{}`, member `{member}`: {reason}", path.display())]
     Shard {

@@ -19,9 +19,11 @@ pub mod phi;
 pub mod picture;
 pub mod report;
 pub mod shard;
+pub mod shards;
 pub mod vocabulary;
 
 pub use command::{DataCommand, Progress};
 pub use error::Error;
 pub use report::Report;
 pub use shard::{Sample, ShardReader, ShardWriter};
+pub use shards::{Place, Shards};

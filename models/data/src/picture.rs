@@ -104,12 +104,28 @@ pub fn png(picture: &RgbImage) -> Vec<u8> {
     bytes
 }
 
+/// PNG of a square of `side` pixels, `[side, side, 3]` u8 RGB. `None` if there are not so many numbers.
+pub fn png_from_pixels(pixels: Vec<u8>, side: u32) -> Option<Vec<u8>> {
+    let picture = RgbImage::from_raw(side, side, pixels).filter(|_| side > 0)?;
+    Some(png(&picture))
+}
+
+/// Pixels of a picture made a square of `side` pixels if it is none yet, `[side, side, 3]` u8 RGB. `None` if it is
+/// broken or over a limit.
+pub fn pixels(bytes: &[u8], side: u32, fit: Fit) -> Option<Vec<u8>> {
+    let picture = decode(bytes)?;
+    Some(match picture.dimensions() == (side, side) {
+        true => picture.into_raw(),
+        false => square(&picture, side, fit).into_raw(),
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use image::{DynamicImage, Rgb, RgbImage, Rgba, RgbaImage};
     use proptest::prelude::*;
 
-    use super::{Fit, decode, on_white, png, square};
+    use super::{Fit, decode, on_white, pixels, png, png_from_pixels, square};
 
     /// Left third red, middle green, right blue.
     fn thirds(width: u32, height: u32) -> RgbImage {
@@ -144,6 +160,18 @@ mod tests {
     fn png_keeps_pixels() {
         let picture = thirds(7, 5);
         assert_eq!(decode(&png(&picture)), Some(picture));
+    }
+
+    #[test]
+    fn pixels_are_kept_if_they_fit_and_squared_if_not() {
+        let picture = thirds(30, 30);
+        let bytes = png_from_pixels(picture.as_raw().clone(), 30).unwrap();
+        assert_eq!(bytes, png(&picture));
+        assert_eq!(pixels(&bytes, 30, Fit::Crop), Some(picture.into_raw()));
+        let wide = pixels(&png(&thirds(90, 30)), 10, Fit::Crop).unwrap();
+        assert_eq!(wide, [0, 255, 0].repeat(100));
+        assert_eq!(png_from_pixels(vec![0; 26], 3), None);
+        assert_eq!(pixels(b"no picture", 3, Fit::Crop), None);
     }
 
     #[test]

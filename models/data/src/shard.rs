@@ -18,7 +18,7 @@ use crate::vocabulary::Vocabulary;
 const MAX_MEMBER_BYTES: u64 = 64 << 20;
 
 /// One training example: text, its media, and which of them each token looks at.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Sample {
     /// Tokens, `[L]`, filled up at the end.
     pub text: Vec<u32>,
@@ -32,6 +32,8 @@ pub struct Sample {
     pub n_frames: usize,
     /// Encoded PNG, `[N · T]`, all of one size; medium `n`, frame `t` is at `n · T + t`.
     pub pictures: Vec<Vec<u8>>,
+    /// What each token weighs in a loss, `[L]`, from 0; without it every token of text counts alike.
+    pub weights: Option<Vec<f32>>,
     /// The page or line it was made from.
     pub source: String,
 }
@@ -46,6 +48,8 @@ struct Meta {
     text_len: usize,
     text: Vec<u32>,
     phi: Vec<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    weights: Option<Vec<f32>>,
 }
 
 impl Sample {
@@ -64,7 +68,7 @@ impl Sample {
         let mut phi = media_indices(&text, vocabulary.image, next);
         text.resize(length, vocabulary.pad);
         phi.resize(length, 0);
-        Self { text, phi, text_len, next, n_frames, pictures, source }
+        Self { text, phi, text_len, next, n_frames, pictures, weights: None, source }
     }
 
     /// Pixels, `[n_media, T, size, size, 3]` u8 RGB, row-major; media that the sample lacks are zero.
@@ -97,6 +101,7 @@ impl Sample {
             text_len: self.text_len,
             text: self.text.clone(),
             phi: self.phi.clone(),
+            weights: self.weights.clone(),
         };
         serde_json::to_vec(&meta).expect("numbers and strings are JSON")
     }
@@ -200,7 +205,7 @@ pub fn names_of(paths: &[PathBuf]) -> Vec<String> {
 }
 
 /// Shards of a folder by name.
-fn shards_in(folder: &Path) -> Result<Vec<PathBuf>, Error> {
+pub(crate) fn shards_in(folder: &Path) -> Result<Vec<PathBuf>, Error> {
     let mut shards = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(Error::file(folder))? {
         let path = entry.map_err(Error::file(folder))?.path();
@@ -213,8 +218,9 @@ fn shards_in(folder: &Path) -> Result<Vec<PathBuf>, Error> {
 }
 
 /// Members of one shard that share a key: name after the key, place and size in bytes.
-struct Group {
-    key: String,
+pub(crate) struct Group {
+    /// The name up to its first dot.
+    pub(crate) key: String,
     members: Vec<(String, u64, u64)>,
 }
 
@@ -264,7 +270,7 @@ impl Iterator for ShardReader {
 }
 
 /// Walks the headers of an archive and gathers neighbours with the same key, the name up to its first dot.
-fn groups_of(file: &mut File) -> std::io::Result<Vec<Group>> {
+pub(crate) fn groups_of(file: &mut File) -> std::io::Result<Vec<Group>> {
     let mut groups: Vec<Group> = Vec::new();
     let mut archive = tar::Archive::new(file);
     for entry in archive.entries_with_seek()? {
@@ -283,7 +289,7 @@ fn groups_of(file: &mut File) -> std::io::Result<Vec<Group>> {
     Ok(groups)
 }
 
-fn read_group(path: &Path, file: &mut File, group: &Group) -> Result<Sample, Error> {
+pub(crate) fn read_group(path: &Path, file: &mut File, group: &Group) -> Result<Sample, Error> {
     let fail = |rest: &str, reason: String| Error::Shard {
         path: path.to_owned(),
         member: format!("{}.{rest}", group.key),
@@ -307,8 +313,12 @@ fn read_group(path: &Path, file: &mut File, group: &Group) -> Result<Sample, Err
     if n_media(&meta).is_none_or(|n_media| meta.phi.iter().any(|&medium| medium > n_media)) {
         return Err(fail("json", "n_pictures, n_frames and phi do not fit".to_owned()));
     }
-    let Meta { source, n_frames, next, text_len, text, phi, .. } = meta;
-    Ok(Sample { text, phi, text_len, next, n_frames, pictures, source })
+    let Meta { source, n_frames, next, text_len, text, phi, weights, .. } = meta;
+    let is_weight = |weight: &f32| weight.is_finite() && *weight >= 0.0;
+    if weights.iter().any(|own| own.len() != text.len() || !own.iter().all(is_weight)) {
+        return Err(fail("json", "expected a weight of at least 0 for each token".to_owned()));
+    }
+    Ok(Sample { text, phi, text_len, next, n_frames, pictures, weights, source })
 }
 
 /// Media of a sample; `None` if its pictures are not some media of `n_frames` each.
@@ -357,6 +367,7 @@ mod tests {
             next: text_len.is_multiple_of(2),
             n_frames: if n_media == 0 { 1 } else { n_frames },
             pictures: (0..n_pictures).map(picture).collect(),
+            weights: n_media.is_multiple_of(2).then(|| vec![0.1 * n_frames as f32; 16]),
             source: format!("page \u{fe}{text_len}"),
         }
     }
@@ -415,6 +426,22 @@ mod tests {
             assert_eq!(found.pop().unwrap().unwrap(), sample(1, 1, 2), "{len}");
             assert!(!found.is_empty() && found.iter().all(Result::is_err), "{len}: {found:?}");
         }
+    }
+
+    #[test]
+    fn weights_are_numbers_from_0_and_one_for_each_token() {
+        for weights in [vec![1.0; 15], vec![-0.5; 16], vec![f32::NAN; 16]] {
+            let folder = tempfile::tempdir().unwrap();
+            write(folder.path(), &[Sample { weights: Some(weights), ..sample(1, 1, 1) }], 1);
+            let error = read(folder.path()).remove(0).unwrap_err().to_string();
+            assert!(error.contains("000000.tar") && error.contains("000000000.json"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_sample_without_weights_says_nothing_of_them() {
+        let meta = String::from_utf8(sample(1, 1, 1).meta()).unwrap();
+        assert!(!meta.contains("weights"), "{meta}");
     }
 
     #[test]
