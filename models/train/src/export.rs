@@ -43,8 +43,18 @@ pub fn export(folder: &Path, recipe: &Recipe, weights: &Weights) -> Result<()> {
         fs::write(path, text).with_context(|| format!("cannot write `{}`", path.display()))
     };
     write(&language.join("config.json"), pretty(&language_config(recipe)))?;
-    write(&folder.join("tokenizer.json"), pretty(&tokenizer()))?;
+    write_tokenizer(folder)?;
     write(&folder.join("recipe.toml"), compile_recipe(recipe))
+}
+
+/// Writes the `tokenizer.json` of all models of this trainer.
+///
+/// # Errors
+/// A file that cannot be written.
+pub fn write_tokenizer(folder: &Path) -> Result<()> {
+    let path = folder.join("tokenizer.json");
+    fs::write(&path, pretty(&tokenizer()))
+        .with_context(|| format!("cannot write `{}`", path.display()))
 }
 
 fn pretty(value: &serde_json::Value) -> String {

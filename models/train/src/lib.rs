@@ -19,5 +19,6 @@ pub mod pictures;
 pub mod plot;
 pub mod recipe;
 pub mod run;
+pub mod scenes;
 pub mod stage;
 pub mod weights;

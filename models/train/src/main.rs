@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use flamingo_data::command::DataCommand;
 use flamingo_train::recipe::Recipe;
 use flamingo_train::run::{Options, train};
+use flamingo_train::scenes::ScenesArgs;
 use indicatif::ProgressBar;
 
 // Tensors come and go many times a step; the system's allocator gives their pages back each time.
@@ -35,7 +36,15 @@ struct Program {
 enum Command {
     /// Build training data
     #[command(subcommand)]
-    Data(DataCommand),
+    Data(Data),
+}
+
+#[derive(Subcommand)]
+enum Data {
+    /// Make samples of the demo's tasks with generated pictures
+    Scenes(ScenesArgs),
+    #[command(flatten)]
+    World(DataCommand),
 }
 
 /// A run goes on where it stopped if the folder holds one of the same recipe.
@@ -96,8 +105,10 @@ fn run(program: Program) -> Result<()> {
     match (program.command, program.training) {
         (Some(Command::Data(command)), _) => {
             let mut bar = Bar(ProgressBar::new_spinner());
-            command.run(&mut std::io::stdout(), &mut bar)?;
-            Ok(())
+            match command {
+                Data::Scenes(args) => args.run(&mut std::io::stdout(), &mut bar),
+                Data::World(command) => Ok(command.run(&mut std::io::stdout(), &mut bar)?),
+            }
         }
         (None, Some(training)) => training.run(),
         (None, None) => unreachable!("clap asks for one of the two"),
