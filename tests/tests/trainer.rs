@@ -62,7 +62,7 @@ fn trainer(recipe: &Recipe, w: &Weights, episode: &Episode, number: u64) -> Vec<
     let episodes = std::slice::from_ref(episode);
     let (batch, options) = (Batch::new(episodes, |weight| weight), media_options(recipe, false));
     let tracked = w.tracked(|_| false);
-    let logits = logits(recipe, &tracked, &batch, episodes, &features, &options);
+    let logits = logits(recipe, &tracked, &batch, &features, &options);
     logits.into_data().try_into_vec().unwrap()
 }
 

@@ -20,5 +20,6 @@ pub mod plot;
 pub mod recipe;
 pub mod run;
 pub mod scenes;
+pub mod shards;
 pub mod stage;
 pub mod weights;

@@ -1,4 +1,4 @@
-//! Features of media by the frozen vision encoder, each painting encoded once.
+//! Features of media by the frozen vision encoder: each painting encoded once, pictures of shards when they come.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -69,11 +69,7 @@ impl<'a> Pictures<'a> {
 
     fn encode(&self, paintings: &[Painting]) -> Vec<(Painting, Arc<[f32]>)> {
         let frames: Vec<Vec<u8>> = paintings.iter().flat_map(|p| self.frames(p)).collect();
-        let patches = self.vision.patches(frames.iter().map(Vec::as_slice));
-        let shape = [frames.len(), self.vision.n_patches(), self.vision.patch_width()];
-        let patches = Tensor::from_data(TensorData::new(patches, shape), &Device::flex());
-        let features = self.vision.forward(self.weights, patches).into_data();
-        let values: Vec<f32> = features.try_into_vec().expect("features are f32");
+        let values = features(self.vision, self.weights, &frames);
         let frame = self.vision.n_patches() * self.vision.width;
         let mut rest = values.as_slice();
         let take = |painting: &Painting| {
@@ -83,4 +79,20 @@ impl<'a> Pictures<'a> {
         };
         paintings.iter().map(take).collect()
     }
+}
+
+/// Features of frames of `[side, side, 3]` bytes each, `[frames × patches × width]`, on threads and without keeping
+/// any.
+pub fn encode(vision: &Vision, w: &Weights, frames: &[Vec<u8>], threads: usize) -> Vec<f32> {
+    let chunks: Vec<&[Vec<u8>]> = frames.chunks(CHUNK).collect();
+    parallel::map(chunks.len(), threads, |i| features(vision, w, chunks[i])).concat()
+}
+
+/// Features of frames, all at once.
+fn features(vision: &Vision, w: &Weights, frames: &[Vec<u8>]) -> Vec<f32> {
+    let patches = vision.patches(frames.iter().map(Vec::as_slice));
+    let shape = [frames.len(), vision.n_patches(), vision.patch_width()];
+    let patches = Tensor::from_data(TensorData::new(patches, shape), &Device::flex());
+    let features = vision.forward(w, patches).into_data();
+    features.try_into_vec().expect("features are f32")
 }

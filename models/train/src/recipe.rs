@@ -1,6 +1,6 @@
 //! The training recipe: a TOML file that decides everything a training run depends on.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use flamingo_scenes::episode::Task;
@@ -35,6 +35,9 @@ pub struct Recipe {
     pub language_training: LanguageTraining,
     /// Stage 3.
     pub flamingo: FlamingoTraining,
+    /// Where the recipe lies; its paths are relative to it. No part of what the recipe says.
+    #[serde(skip)]
+    pub folder: PathBuf,
 }
 
 /// How long and how fast a stage learns.
@@ -114,7 +117,7 @@ fn yes() -> bool {
     true
 }
 
-/// One data set of stage 3.
+/// One data set of stage 3: generated prompts of `tasks`, or samples of `shards`, one of the two.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataSet {
@@ -124,8 +127,41 @@ pub struct DataSet {
     pub weight: f64,
     /// Prompts of a step.
     pub batch: usize,
+    /// Shards and folders of them, relative to the recipe's folder; read in order, and round again.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shards: Vec<PathBuf>,
+    /// Probability that the words of a sample of pictures look at the next one, not the last one; drawn anew each
+    /// time. 0 keeps φ of the shards, as pairs and generated scenes need. Without it, [`DataSet::SHIFT`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shift: Option<f64>,
     /// What prompts ask.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tasks: Vec<TaskShare>,
+}
+
+impl DataSet {
+    /// `shift` of shards where the recipe does not say it: the paper's for interleaved pages.
+    pub const SHIFT: f64 = 0.5;
+
+    fn check(&self) -> Result<()> {
+        ensure!(
+            self.tasks.is_empty() != self.shards.is_empty(),
+            "data set `{}`: expected one of `tasks` and `shards`, got {}",
+            self.name,
+            if self.tasks.is_empty() { "none" } else { "both" }
+        );
+        ensure!(
+            self.shift.is_none() || !self.shards.is_empty(),
+            "data set `{}`: `shift` is for `shards`, not for `tasks`",
+            self.name
+        );
+        ensure!(
+            self.shift.is_none_or(|shift| (0.0..=1.0).contains(&shift)),
+            "data set `{}`: `shift`: expected a number from 0 to 1",
+            self.name
+        );
+        Ok(())
+    }
 }
 
 /// A task and how often it comes.
@@ -191,8 +227,9 @@ impl Recipe {
     pub fn read(path: &Path) -> Result<Recipe> {
         let text = std::fs::read_to_string(path)
             .with_context(|| format!("cannot read `{}`", path.display()))?;
-        let recipe: Recipe =
+        let mut recipe: Recipe =
             toml::from_str(&text).with_context(|| format!("in `{}`", path.display()))?;
+        recipe.folder = path.parent().map(Path::to_owned).unwrap_or_default();
         recipe.check().with_context(|| format!("in `{}`", path.display()))?;
         Ok(recipe)
     }
@@ -219,15 +256,56 @@ impl Recipe {
         ensure!(self.resampler.max_frames >= draw::FRAMES, "`resampler.max_frames`: too few");
         let data = &self.flamingo.data;
         ensure!(!data.is_empty(), "`flamingo.data`: at least one data set");
+        data.iter().try_for_each(DataSet::check)?;
+        ensure!(!self.language_training.tasks.is_empty(), "`language_training.tasks`: no tasks");
         let tasks = data.iter().map(|d| &d.tasks).chain([&self.language_training.tasks]);
         let mut rng = flamingo_scenes::random::stream(0, "check");
         for tasks in tasks {
-            ensure!(!tasks.is_empty(), "a data set has no tasks");
             for task in tasks {
                 ensure!(task.share > 0.0, "task `{}`: `share` must be positive", task.task);
                 task.task(&mut rng)?;
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is wrong with the tiny recipe if its last data set says this.
+    fn error(data: &str) -> String {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/tiny.toml");
+        let text = std::fs::read_to_string(path).unwrap();
+        let (head, _) = text.rsplit_once("[[flamingo.data]]").unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("recipe.toml");
+        let set = "[[flamingo.data]]\nname = \"pages\"\nweight = 1.0\nbatch = 2\n";
+        std::fs::write(&path, format!("{head}{set}{data}")).unwrap();
+        match Recipe::read(&path) {
+            Ok(recipe) => {
+                assert_eq!(recipe.folder, folder.path());
+                String::new()
+            }
+            Err(error) => format!("{error:#}"),
+        }
+    }
+
+    #[test]
+    fn a_data_set_has_tasks_or_shards() {
+        let tasks = "tasks = [{ task = \"count\", share = 1.0 }]\n";
+        let shards = "shards = [\"pages\", \"more/000001.tar\"]\n";
+        assert_eq!(error(tasks), "");
+        assert_eq!(error(shards), "");
+        assert_eq!(error(&format!("{shards}shift = 0.0")), "");
+        for (data, part) in [
+            ("", "data set `pages`: expected one of `tasks` and `shards`, got none"),
+            (&format!("{tasks}{shards}"), "got both"),
+            (&format!("{tasks}shift = 0.5"), "`shift` is for `shards`"),
+            (&format!("{shards}shift = 1.5"), "from 0 to 1"),
+        ] {
+            assert!(error(data).contains(part), "{data}: {}", error(data));
+        }
     }
 }

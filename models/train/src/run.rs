@@ -16,6 +16,7 @@ use crate::export::export;
 use crate::optimiser::Optimiser;
 use crate::plot;
 use crate::recipe::Recipe;
+use crate::shards::ShardStream;
 use crate::stage::contrastive::ContrastiveStage;
 use crate::stage::flamingo::{FlamingoStage, How, MEASURED, accuracy};
 use crate::stage::language::LanguageStage;
@@ -54,8 +55,9 @@ pub struct Options {
 /// accuracies are, or nothing if the run was told to stop before.
 ///
 /// # Errors
-/// Another recipe's run in the folder; files that cannot be written.
+/// Another recipe's run in the folder; files that cannot be written; shards that cannot be read, with the sample.
 pub fn train(recipe: &Recipe, options: &Options) -> Result<Option<Value>> {
+    let streams = ShardStream::open_all(recipe)?;
     fs::create_dir_all(&options.folder)
         .with_context(|| format!("cannot make `{}`", options.folder.display()))?;
     let mut run = Run::open(recipe, options)?;
@@ -69,7 +71,7 @@ pub fn train(recipe: &Recipe, options: &Options) -> Result<Option<Value>> {
         return Ok(None);
     }
     let frozen = run.weights.clone();
-    let mut flamingo = FlamingoStage::new(recipe, &frozen, options.threads);
+    let mut flamingo = FlamingoStage::new(recipe, &frozen, streams, options.threads);
     if !run.stage(&mut flamingo, || FlamingoStage::start(recipe))? {
         return Ok(None);
     }

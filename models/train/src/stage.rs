@@ -23,7 +23,7 @@ pub trait Stage {
     /// Losses by name, and the gradients of their weighted sum; a pure function of step and weights.
     ///
     /// # Errors
-    /// A task of the recipe that does not exist.
+    /// A task of the recipe that does not exist; a sample of a shard that cannot be used.
     fn step(&mut self, step: usize, weights: &Weights) -> Result<(Losses, Gradients)>;
 }
 

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use burn::tensor::{Tensor, TensorData};
 use flamingo_scenes::Split;
 use flamingo_scenes::episode::{Episode, Style, Task};
@@ -16,8 +16,9 @@ use crate::batch::{Batch, MediaOptions};
 use crate::model::language::EMBEDDING;
 use crate::optimiser::{Gradients, Rule, accumulate};
 use crate::parallel;
-use crate::pictures::{Painting, Pictures};
+use crate::pictures::{Painting, Pictures, encode};
 use crate::recipe::{DataSet, FlamingoTraining, Recipe, Schedule, random_task};
+use crate::shards::{ShardStream, Shown};
 use crate::weights::Weights;
 use flamingo_scenes::random::stream;
 
@@ -25,20 +26,32 @@ use flamingo_scenes::random::stream;
 pub struct FlamingoStage<'a> {
     recipe: &'a Recipe,
     threads: usize,
+    vision: &'a Weights,
     pictures: Pictures<'a>,
+    streams: Vec<Option<ShardStream<'a>>>,
     vocabulary: Vocabulary,
 }
 
 type Features = Vec<Arc<[f32]>>;
 
+/// Prompts of like length, and the features of their media.
+type Piece = (Batch, Features);
+
 impl<'a> FlamingoStage<'a> {
-    /// The stage of a recipe, over a trained vision encoder.
-    pub fn new(recipe: &'a Recipe, vision: &'a Weights, threads: usize) -> Self {
+    /// The stage of a recipe, over a trained vision encoder and the streams of its data sets.
+    pub fn new(
+        recipe: &'a Recipe,
+        vision: &'a Weights,
+        streams: Vec<Option<ShardStream<'a>>>,
+        threads: usize,
+    ) -> Self {
         let split = Split::Train;
         FlamingoStage {
             recipe,
             threads,
+            vision,
             pictures: Pictures::new(&recipe.vision, vision, recipe.seed, split, threads),
+            streams,
             vocabulary: Vocabulary::default(),
         }
     }
@@ -66,43 +79,75 @@ impl<'a> FlamingoStage<'a> {
         (0..data.batch).map(|_| episode()).collect()
     }
 
-    /// The loss of one data set and its gradients, weighted with λ.
-    fn data_set(
-        &mut self,
-        data: &DataSet,
-        step: usize,
-        weights: &Weights,
-    ) -> Result<(f64, Gradients)> {
-        let pieces = by_length(self.episodes(data, step)?, self.options().schedule.pieces);
+    /// Generated prompts of a data set in a step.
+    fn generated(&mut self, data: &DataSet, step: usize) -> Result<Vec<Piece>> {
+        let length = |episode: &Episode| episode.tokens.len();
+        let episodes = self.episodes(data, step)?;
+        let pieces = by_length(episodes, length, self.options().schedule.pieces);
         let purpose = format!("flamingo/{}/{step}/paintings", data.name);
         let mut rng = stream(self.recipe.seed, &purpose);
-        let mut features: Vec<Features> = Vec::new();
-        for piece in &pieces {
-            let paintings: Vec<Painting> = piece
-                .iter()
-                .flat_map(|episode| &episode.media)
+        let mut piece = |episodes: Vec<Episode>| {
+            let media = episodes.iter().flat_map(|episode| &episode.media);
+            let paintings: Vec<Painting> = media
                 .map(|facts| {
                     let number = rng.random_range(0..self.recipe.flamingo.paintings as u64);
                     Painting { facts: *facts, number }
                 })
                 .collect();
-            features.push(self.pictures.features(&paintings));
+            (Batch::new(&episodes, |weight| weight), self.pictures.features(&paintings))
+        };
+        Ok(pieces.into_iter().map(&mut piece).collect())
+    }
+
+    /// Prompts of a data set that is read from shards, in its `turn`.
+    fn streamed(&mut self, index: usize, turn: usize) -> Result<Vec<Piece>> {
+        let Some(stream) = &mut self.streams[index] else {
+            bail!("data set `{}`: its shards are not open", self.recipe.flamingo.data[index].name)
+        };
+        let shown = stream.turn(turn, self.threads)?;
+        let length = |shown: &Shown| shown.prompt.tokens.len();
+        let pieces = by_length(shown, length, self.options().schedule.pieces);
+        Ok(pieces.into_iter().map(|piece| self.encoded(piece)).collect())
+    }
+
+    fn encoded(&self, shown: Vec<Shown>) -> Piece {
+        let vision = &self.recipe.vision;
+        let (mut prompts, mut frames) = (Vec::new(), Vec::new());
+        for one in shown {
+            prompts.push(one.prompt);
+            frames.extend(one.frames);
         }
-        let batches: Vec<Batch> = pieces.iter().map(|p| Batch::new(p, |weight| weight)).collect();
-        let total: f64 = batches.iter().map(Batch::total_weight).sum();
+        let values = encode(vision, self.vision, &frames, self.threads);
+        let mut rest = values.as_slice();
+        let take = |n_frames: &usize| {
+            let (own, later) = rest.split_at(n_frames * vision.n_patches() * vision.width);
+            rest = later;
+            own.into()
+        };
+        let features = prompts.iter().flat_map(|prompt| &prompt.n_frames).map(take).collect();
+        (Batch::of(&prompts, |weight| weight), features)
+    }
+
+    /// The loss of one data set and its gradients. `turn` counts the steps that the data set had before.
+    fn data_set(
+        &mut self,
+        index: usize,
+        step: usize,
+        turn: usize,
+        weights: &Weights,
+    ) -> Result<(f64, Gradients)> {
+        let data = &self.options().data[index];
+        let pieces = match data.shards.is_empty() {
+            true => self.generated(data, step)?,
+            false => self.streamed(index, turn)?,
+        };
+        let total: f64 = pieces.iter().map(|(batch, _)| batch.total_weight()).sum();
         let own = weights.filtered(is_run);
         let options = media_options(self.recipe, false);
         let (loss, mut gradients) =
-            in_pieces(batches.len(), self.threads, &own, &is_trained, |piece, w| {
-                let logits = logits(
-                    self.recipe,
-                    w,
-                    &batches[piece],
-                    &pieces[piece],
-                    &features[piece],
-                    &options,
-                );
-                batches[piece].loss(logits) / total
+            in_pieces(pieces.len(), self.threads, &own, &is_trained, |piece, w| {
+                let (batch, features) = &pieces[piece];
+                batch.loss(logits(self.recipe, w, batch, features, &options)) / total
             });
         if let Some(gradient) = gradients.remove(EMBEDDING) {
             gradients.insert(EMBEDDING.into(), only_end_of_chunk(gradient));
@@ -122,11 +167,10 @@ pub fn logits(
     recipe: &Recipe,
     w: &Weights,
     batch: &Batch,
-    episodes: &[Episode],
     features: &[Arc<[f32]>],
     options: &MediaOptions,
 ) -> Tensor<3> {
-    let media = batch.media(w, &recipe.resampler, episodes, features, options);
+    let media = batch.media(w, &recipe.resampler, features, options);
     recipe.language.forward(w, batch.ids(), Some((&recipe.gated, &media)))
 }
 
@@ -182,10 +226,12 @@ impl Stage for FlamingoStage<'_> {
         let (mut losses, mut sum) = (Losses::new(), Gradients::new());
         let sets = &self.options().data;
         for (index, data) in sets.iter().enumerate() {
-            if !self.options().accumulate && step % sets.len() != index {
-                continue;
-            }
-            let (loss, gradients) = self.data_set(data, step, weights)?;
+            let turn = match self.options().accumulate {
+                true => step,
+                false if step % sets.len() == index => step / sets.len(),
+                false => continue,
+            };
+            let (loss, gradients) = self.data_set(index, step, turn, weights)?;
             accumulate(&mut sum, gradients, data.weight);
             losses.push((data.name.clone(), loss));
         }
@@ -254,7 +300,7 @@ pub fn accuracy(
             true => recipe.language.forward(&w, batch.ids(), None),
             false => {
                 let options = media_options(recipe, how.blind);
-                logits(recipe, &w, &batch, pieces[piece], &features[piece], &options)
+                logits(recipe, &w, &batch, &features[piece], &options)
             }
         };
         batch.all_right(logits, 0.9).into_iter().filter(|right| *right).count()
@@ -294,7 +340,7 @@ mod tests {
         let mut recipe = Recipe::read(&path).unwrap();
         recipe.flamingo.steps_per_block = 10;
         let (vision, gate) = (Weights::default(), recipe.flamingo.gate_rate);
-        let stage = FlamingoStage::new(&recipe, &vision, 1);
+        let stage = FlamingoStage::new(&recipe, &vision, Vec::new(), 1);
         let block = |layer, part| format!("model.layers.{layer}.gated_cross_attn_layer.{part}");
         let rate = |step, name: &str| stage.rule(step, name).rate;
         assert_eq!(rate(0, &block(0, "attn_gate")), gate);

@@ -70,7 +70,8 @@ impl Stage for LanguageStage<'_> {
     fn step(&mut self, step: usize, weights: &Weights) -> Result<(Losses, Gradients)> {
         let other = self.options.other_words;
         let episodes = self.episodes(step)?;
-        let pieces = by_length(episodes, self.options.schedule.pieces);
+        let length = |episode: &Episode| episode.tokens.len();
+        let pieces = by_length(episodes, length, self.options.schedule.pieces);
         let batches: Vec<Batch> =
             pieces.iter().map(|p| Batch::new(p, |weight| other + weight)).collect();
         let total: f64 = batches.iter().map(Batch::total_weight).sum();
@@ -86,14 +87,19 @@ impl Stage for LanguageStage<'_> {
 }
 
 /// Prompts of like length together, so that little is padding. Pieces hold about equally many tokens.
-pub(crate) fn by_length(mut episodes: Vec<Episode>, pieces: usize) -> Vec<Vec<Episode>> {
-    episodes.sort_by_key(|episode| episode.tokens.len());
-    let total: usize = episodes.iter().map(|episode| episode.tokens.len()).sum();
-    let (mut out, mut taken) = (vec![Vec::new(); pieces.max(1)], 0);
-    for episode in episodes {
+pub(crate) fn by_length<T>(
+    mut prompts: Vec<T>,
+    length: impl Fn(&T) -> usize,
+    pieces: usize,
+) -> Vec<Vec<T>> {
+    prompts.sort_by_key(&length);
+    let total: usize = prompts.iter().map(&length).sum();
+    let mut out: Vec<Vec<T>> = (0..pieces.max(1)).map(|_| Vec::new()).collect();
+    let mut taken = 0;
+    for prompt in prompts {
         let piece = taken * out.len() / total.max(1);
-        taken += episode.tokens.len();
-        out[piece].push(episode);
+        taken += length(&prompt);
+        out[piece].push(prompt);
     }
     out.retain(|piece| !piece.is_empty());
     out
