@@ -24,7 +24,7 @@ pub enum Part {
     Train,
     /// Digits that training never sees; the last answer counts
     Test,
-    /// Pairs of colour and kind that training never sees; the last answer counts
+    /// Digits and pairs of colour and kind that training never sees; the last answer counts
     Unseen,
 }
 
