@@ -20,9 +20,9 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-const VERBS: [&str; 11] = [
-    "demo", "compile", "run", "chat", "score", "trace", "check", "inspect", "bench", "synth",
-    "doctor",
+const VERBS: [&str; 12] = [
+    "demo", "compile", "run", "chat", "score", "eval", "trace", "check", "inspect", "bench",
+    "synth", "doctor",
 ];
 
 /// The value at a JSON pointer.

@@ -4,8 +4,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use flamingo_runtime::Model;
 use flamingo_runtime::backend::Media;
+use flamingo_runtime::{GenerateOptions, Model, PromptFile, Segment};
 use flamingo_scenes::Split;
 use flamingo_scenes::episode::{Episode, Style, Task};
 use flamingo_scenes::random::stream;
@@ -19,7 +19,7 @@ use flamingo_train::stage::contrastive::ContrastiveStage;
 use flamingo_train::stage::flamingo::{FlamingoStage, logits, media_options};
 use flamingo_train::stage::language::LanguageStage;
 use flamingo_train::weights::Weights;
-use flamingoc::eval::{EvalOptions, Score, eval, tasks};
+use flamingoc::eval::{EvalOptions, Question, Score, eval, tasks, words};
 use flamingoc::parity::compare;
 
 /// OpenAI CLIP's mean and standard deviation.
@@ -174,14 +174,48 @@ fn eval_counts_answers_of_the_demo_tasks() {
     let tasks = tasks(&[], &[2]).unwrap();
     let options = EvalOptions { tasks, split: Split::Test, n: 10, seed: 1, blind: false };
     let mut asked = 0;
-    let scores = eval(&model, &options, &mut |_| asked += 1).unwrap();
+    let scores = eval(&model, &options, &mut |_, _| Ok(asked += 1)).unwrap();
     assert_eq!((asked, scores.len()), (10 * options.tasks.len(), options.tasks.len()));
     let fits = |s: &Score| s.low <= s.score && s.score <= s.high && s.n == 10;
     assert!(scores.iter().all(fits), "{scores:?}");
-    assert_eq!(eval(&model, &options, &mut |_| ()).unwrap(), scores);
+    assert_eq!(eval(&model, &options, &mut |_, _| Ok(())).unwrap(), scores);
 
     let (_scratch, other) = compiled(&demo_folder());
     let other = Model::open(&other, &opening("native")).unwrap();
-    let error = eval(&other, &options, &mut |_| ()).unwrap_err().to_string();
+    let error = eval(&other, &options, &mut |_, _| Ok(())).unwrap_err().to_string();
     assert!(error.contains("flamingo-train"), "{error}");
+}
+
+/// A prompt that was saved, read from its files, gives the tokens that were asked, and the answer that was given.
+#[test]
+fn saved_prompts_are_those_that_were_asked() {
+    let recipe = recipe();
+    let folder = tempfile::tempdir().unwrap();
+    export(folder.path(), &recipe, &weights(&recipe, 0.6, -0.4)).unwrap();
+    let (_scratch, path) = compiled(&folder.path().join("recipe.toml"));
+    let model = Model::open(&path, &opening("native")).unwrap();
+    let names = ["caption", "video", "which_2", "few_shot"].map(str::to_owned);
+    let tasks = tasks(&names, &[2]).unwrap();
+    let options = EvalOptions { tasks, split: Split::Test, n: 2, seed: 5, blind: false };
+    let mut n_saved = 0;
+    let mut check = |question: &Question, given: &[u32]| {
+        n_saved += 1;
+        let saved = tempfile::tempdir()?;
+        let line = question.save(saved.path())?;
+        assert_eq!(line["answer"], words(&question.answer));
+        let segments: Vec<Segment> = serde_json::from_value(line["segments"].clone())?;
+        let mut prompt = PromptFile { segments, ..PromptFile::default() };
+        prompt.resolve(saved.path());
+        assert_eq!(model.encode_prompt(&prompt)?, question.prompt, "{line}");
+        let options = GenerateOptions {
+            max_new_tokens: given.len(),
+            ignore_stops: true,
+            ..GenerateOptions::default()
+        };
+        let answer = model.generate(&prompt, &options, &mut |_| {})?;
+        assert_eq!(answer.tokens, given, "{line}");
+        Ok(())
+    };
+    eval(&model, &options, &mut check).unwrap();
+    assert_eq!(n_saved, 8);
 }
