@@ -174,7 +174,11 @@ fn eval_counts_answers_of_the_demo_tasks() {
     let tasks = tasks(&[], &[2]).unwrap();
     let options = EvalOptions { tasks, split: Split::Test, n: 10, seed: 1, blind: false };
     let mut asked = 0;
-    let scores = eval(&model, &options, &mut |_, _| Ok(asked += 1)).unwrap();
+    let scores = eval(&model, &options, &mut |_, _| {
+        asked += 1;
+        Ok(())
+    })
+    .unwrap();
     assert_eq!((asked, scores.len()), (10 * options.tasks.len(), options.tasks.len()));
     let fits = |s: &Score| s.low <= s.score && s.score <= s.high && s.n == 10;
     assert!(scores.iter().all(fits), "{scores:?}");
