@@ -12,6 +12,13 @@ fn recipe() -> Recipe {
     Recipe::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/tiny.toml")).unwrap()
 }
 
+#[test]
+fn the_recipe_of_the_demo_can_be_read() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo/training.toml");
+    let recipe = Recipe::read(&path).unwrap();
+    assert_eq!(recipe.flamingo.data.len(), 4);
+}
+
 fn options(folder: &Path, threads: usize, stop_after: Option<usize>) -> Options {
     Options { folder: folder.to_owned(), threads, measured: 8, frozen_from: None, stop_after }
 }
