@@ -3,18 +3,20 @@
 //! Prompts and pictures are a pure function of task, split and seed (`flamingo-scenes`). An answer counts if all of
 //! its tokens are generated, greedily, as written.
 
-use std::fmt;
+use std::path::Path;
 use std::str::FromStr;
+use std::{fmt, fs};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use flamingo_runtime::image::{Mode, Picture, preprocess};
 use flamingo_runtime::{GenerateOptions, Limits, Medium, Model};
 use flamingo_scenes::Split;
-use flamingo_scenes::draw::{self, draw};
+use flamingo_scenes::draw::{self, Pixels, draw};
 use flamingo_scenes::episode::{Episode, Style, Task};
 use flamingo_scenes::random::stream;
-use flamingo_scenes::words::Vocabulary;
+use flamingo_scenes::words::{BEGIN, END_OF_CHUNK, IMAGE, Vocabulary};
 use serde::Serialize;
+use serde_json::{Value, json};
 
 /// The weight from which a token is part of the answer.
 const ANSWER: f32 = 0.9;
@@ -104,22 +106,24 @@ pub fn tasks(names: &[String], shots: &[usize]) -> Result<Vec<Task>> {
     Ok(tasks)
 }
 
-/// Answers the prompts of all tasks; tells each task before it begins.
+/// Answers the prompts of all tasks; `on_answer` hears each, with the tokens that were generated.
 ///
 /// # Errors
-/// A model of other words than the demo's; a prompt that does not fit it.
+/// A model of other words than the demo's; a prompt that does not fit it; those of `on_answer`.
 pub fn eval(
     model: &Model,
     options: &EvalOptions,
-    on_prompt: &mut dyn FnMut(Task),
+    on_answer: &mut dyn FnMut(&Question, &[u32]) -> Result<()>,
 ) -> Result<Vec<Score>> {
     check_words(model)?;
     let mut scores = Vec::new();
     for task in &options.tasks {
         let mut right = 0;
         for number in 0..options.n {
-            on_prompt(*task);
-            right += usize::from(answers(model, *task, options, number)?);
+            let question = Question::new(*task, options, number);
+            let answer = question.ask(model)?;
+            right += usize::from(answer == question.answer);
+            on_answer(&question, &answer)?;
         }
         scores.push(score(*task, options.n, right));
     }
@@ -141,40 +145,120 @@ fn check_words(model: &Model) -> Result<()> {
     Ok(())
 }
 
-fn answers(model: &Model, task: Task, options: &EvalOptions, number: usize) -> Result<bool> {
-    let mut rng = stream(options.seed, &format!("eval/{task:?}/{:?}/{number}", options.split));
-    let style = Style { split: options.split, dense: false, described: false };
-    let episode = Episode::random(task, style, &Vocabulary::default(), &mut rng);
-    let mut media = Vec::new();
-    for facts in &episode.media {
-        let mut medium = draw(*facts, options.split, &mut rng);
-        if options.blind {
-            medium.frames.iter_mut().for_each(|frame| frame.fill(GREY));
-        }
-        media.push(encode(model, medium.frames)?);
-    }
-    let (prompt, answer) = split_answer(&episode);
-    let mut session = model.session()?;
-    session.append_ids(&prompt, &media, &Limits::default())?;
-    let generate = GenerateOptions {
-        max_new_tokens: answer.len(),
-        ignore_stops: true,
-        ..GenerateOptions::default()
-    };
-    let mut tokens = session.tokens(&generate);
-    for expected in answer {
-        if tokens.next_id()? != Some(expected) {
-            return Ok(false);
-        }
-    }
-    Ok(true)
+/// One prompt of a task.
+#[derive(Debug, Clone)]
+pub struct Question {
+    /// Of which task.
+    pub task: Task,
+    /// Its number within the task.
+    pub number: usize,
+    /// Tokens before the answer.
+    pub prompt: Vec<u32>,
+    /// The right answer's tokens.
+    pub answer: Vec<u32>,
+    /// Frames of each medium, `[side, side, 3]` bytes.
+    pub media: Vec<Vec<Pixels>>,
 }
 
-fn encode(model: &Model, frames: Vec<Vec<u8>>) -> Result<Medium> {
+impl Question {
+    fn new(task: Task, options: &EvalOptions, number: usize) -> Question {
+        let mut rng = stream(options.seed, &format!("eval/{task:?}/{:?}/{number}", options.split));
+        let style = Style { split: options.split, dense: false, described: false };
+        let episode = Episode::random(task, style, &Vocabulary::default(), &mut rng);
+        let (prompt, answer) = split_answer(&episode);
+        let mut frames = |facts| draw(facts, options.split, &mut rng).frames;
+        let mut media: Vec<Vec<Pixels>> = episode.media.iter().map(|f| frames(*f)).collect();
+        if options.blind {
+            media.iter_mut().flatten().for_each(|frame| frame.fill(GREY));
+        }
+        Question { task, number, prompt, answer, media }
+    }
+
+    /// What the model answers, as many tokens as the right answer has.
+    fn ask(&self, model: &Model) -> Result<Vec<u32>> {
+        let media: Vec<Medium> =
+            self.media.iter().map(|frames| encode(model, frames)).collect::<Result<_>>()?;
+        let mut session = model.session()?;
+        session.append_ids(&self.prompt, &media, &Limits::default())?;
+        let generate = GenerateOptions {
+            max_new_tokens: self.answer.len(),
+            ignore_stops: true,
+            ..GenerateOptions::default()
+        };
+        let (mut tokens, mut answer) = (session.tokens(&generate), Vec::new());
+        while let Some(id) = tokens.next_id()? {
+            answer.push(id);
+        }
+        Ok(answer)
+    }
+
+    /// Writes the pictures below `images/` of a folder; gives the prompt as a line of `prompts.jsonl`.
+    ///
+    /// # Errors
+    /// A picture that cannot be written.
+    pub fn save(&self, folder: &Path) -> Result<Value> {
+        let images = folder.join("images");
+        fs::create_dir_all(&images)
+            .with_context(|| format!("cannot make `{}`", images.display()))?;
+        let (name, shots) = label(self.task);
+        let mut media = Vec::new();
+        for (index, frames) in self.media.iter().enumerate() {
+            let mut files = Vec::new();
+            for (frame, pixels) in frames.iter().enumerate() {
+                let part = if frames.len() > 1 { format!("-f{frame}") } else { String::new() };
+                let file = format!("images/{name}-{shots}-{}-{index}{part}.png", self.number);
+                let side = draw::SIDE as u32;
+                image::save_buffer(folder.join(&file), pixels, side, side, image::ColorType::Rgb8)
+                    .with_context(|| format!("cannot write `{file}`"))?;
+                files.push(file);
+            }
+            media.push(match files.as_slice() {
+                [file] => json!({ "image": file }),
+                files => json!({ "video": files }),
+            });
+        }
+        Ok(json!({
+            "task": name,
+            "shots": shots,
+            "segments": self.segments(media),
+            "answer": words(&self.answer),
+        }))
+    }
+
+    /// The prompt as segments of a prompt file.
+    fn segments(&self, media: Vec<Value>) -> Vec<Value> {
+        let mut media = media.into_iter();
+        let mut segments: Vec<Value> = Vec::new();
+        for id in &self.prompt {
+            match *id {
+                BEGIN => {}
+                IMAGE => segments.extend(media.next()),
+                END_OF_CHUNK => segments.push(json!({ "end_of_chunk": true })),
+                id => match segments.last_mut().and_then(|last| last.get_mut("text")) {
+                    Some(text) => {
+                        *text =
+                            json!(format!("{} {}", text.as_str().unwrap_or_default(), words(&[id])))
+                    }
+                    None => segments.push(json!({ "text": words(&[id]) })),
+                },
+            }
+        }
+        segments
+    }
+}
+
+/// Tokens as words.
+pub fn words(ids: &[u32]) -> String {
+    let vocabulary = Vocabulary::default();
+    let words: Vec<&str> = ids.iter().filter_map(|id| vocabulary.word(*id)).collect();
+    words.join(" ")
+}
+
+fn encode(model: &Model, frames: &[Pixels]) -> Result<Medium> {
     let (spec, n_frames) = (&model.manifest().image, frames.len());
     let mut values = Vec::new();
     for frame in frames {
-        let picture = Picture::new(draw::SIDE, draw::SIDE, Mode::Rgb, frame)?;
+        let picture = Picture::new(draw::SIDE, draw::SIDE, Mode::Rgb, frame.clone())?;
         values.extend(preprocess(&picture, spec)?);
     }
     model.encode_medium(&values, n_frames).context("cannot encode a picture")
@@ -190,13 +274,18 @@ fn split_answer(episode: &Episode) -> (Vec<u32>, Vec<u32>) {
 }
 
 fn score(task: Task, n: usize, right: usize) -> Score {
-    let (name, shots) = match task {
+    let (task, shots) = label(task);
+    let (low, high) = wilson(right, n);
+    Score { task, shots, n, score: right as f64 / n as f64, low, high }
+}
+
+/// A task's name, and its examples.
+fn label(task: Task) -> (String, usize) {
+    match task {
         Task::Which(pictures) => (format!("which_{pictures}"), 0),
         Task::FewShot(shots) | Task::Bind(shots) => (task.name().to_owned(), shots),
         _ => (task.name().to_owned(), 0),
-    };
-    let (low, high) = wilson(right, n);
-    Score { task: name, shots, n, score: right as f64 / n as f64, low, high }
+    }
 }
 
 /// Wilson's interval of a share (E. B. Wilson, 1927), 95 %.

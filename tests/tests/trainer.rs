@@ -10,7 +10,7 @@ use flamingo_scenes::Split;
 use flamingo_scenes::episode::{Episode, Style, Task};
 use flamingo_scenes::random::stream;
 use flamingo_scenes::words::Vocabulary;
-use flamingo_tests::{compiled, demo_folder, opening};
+use flamingo_tests::{compiled, opening, tiny_scenes};
 use flamingo_train::batch::Batch;
 use flamingo_train::export::export;
 use flamingo_train::pictures::{Painting, Pictures};
@@ -174,14 +174,14 @@ fn eval_counts_answers_of_the_demo_tasks() {
     let tasks = tasks(&[], &[2]).unwrap();
     let options = EvalOptions { tasks, split: Split::Test, n: 10, seed: 1, blind: false };
     let mut asked = 0;
-    let scores = eval(&model, &options, &mut |_| asked += 1).unwrap();
+    let scores = eval(&model, &options, &mut |_, _| Ok(asked += 1)).unwrap();
     assert_eq!((asked, scores.len()), (10 * options.tasks.len(), options.tasks.len()));
     let fits = |s: &Score| s.low <= s.score && s.score <= s.high && s.n == 10;
     assert!(scores.iter().all(fits), "{scores:?}");
-    assert_eq!(eval(&model, &options, &mut |_| ()).unwrap(), scores);
+    assert_eq!(eval(&model, &options, &mut |_, _| Ok(())).unwrap(), scores);
 
-    let (_scratch, other) = compiled(&demo_folder());
+    let (_scratch, other) = compiled(&tiny_scenes());
     let other = Model::open(&other, &opening("native")).unwrap();
-    let error = eval(&other, &options, &mut |_| ()).unwrap_err().to_string();
+    let error = eval(&other, &options, &mut |_, _| Ok(())).unwrap_err().to_string();
     assert!(error.contains("flamingo-train"), "{error}");
 }

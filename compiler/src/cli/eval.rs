@@ -1,14 +1,14 @@
 //! `flamingoc eval`.
 
+use std::fs;
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use clap::Args;
-use flamingo_scenes::episode::Task;
 
 use super::output::{Output, count_bar};
 use super::{Caching, Opening, Outcome};
-use crate::eval::{EvalOptions, SplitName, eval, tasks};
+use crate::eval::{EvalOptions, Score, SplitName, eval, tasks, words};
 
 /// Measure how often a model answers right
 ///
@@ -43,6 +43,9 @@ pub(super) struct Eval {
     /// Show plain grey pictures: what can be known without eyes
     #[arg(long)]
     blind: bool,
+    /// Write pictures, prompts, right and given answers to this folder
+    #[arg(long, value_name = "DIR")]
+    save: Option<PathBuf>,
     #[command(flatten)]
     opening: Opening,
     #[command(flatten)]
@@ -64,11 +67,24 @@ impl Eval {
         let model = self.caching.open(&self.artifact, &self.opening)?;
         let bar = count_bar();
         bar.set_length((options.n * options.tasks.len()) as u64);
-        let scores = eval(&model, &options, &mut |task: Task| {
-            bar.set_message(task.name());
+        let mut lines = String::new();
+        let scores = eval(&model, &options, &mut |question, answer| {
+            bar.set_message(question.task.name());
             bar.inc(1);
+            if let Some(folder) = &self.save {
+                let mut line = question.save(folder)?;
+                line["given"] = words(answer).into();
+                lines.push_str(&format!("{line}\n"));
+            }
+            Ok(())
         })?;
         bar.finish_and_clear();
+        if let Some(folder) = &self.save {
+            let path = folder.join("prompts.jsonl");
+            fs::write(&path, lines)
+                .with_context(|| format!("cannot write `{}`", path.display()))?;
+            output.note(&format!("wrote {}", path.display()));
+        }
         if self.json {
             let split = self.split.to_string();
             output.json(
@@ -76,14 +92,19 @@ impl Eval {
             )?;
             return Ok(Outcome::Ok);
         }
-        let percent = |share: f64| format!("{:.1}", 100.0 * share);
-        let row = |score: &crate::eval::Score| {
-            let interval = format!("{} – {}", percent(score.low), percent(score.high));
-            let (shots, n) = (score.shots.to_string(), score.n.to_string());
-            vec![score.task.clone(), shots, n, percent(score.score), interval]
-        };
-        let rows: Vec<_> = scores.iter().map(row).collect();
-        output.table(&["task", "shots", "n", "right %", "95 % interval"], &rows)?;
+        table(output, &scores)?;
         Ok(Outcome::Ok)
     }
+}
+
+/// Scores for people.
+pub(super) fn table(output: &mut Output, scores: &[Score]) -> Result<()> {
+    let percent = |share: f64| format!("{:.1}", 100.0 * share);
+    let row = |score: &Score| {
+        let interval = format!("{} – {}", percent(score.low), percent(score.high));
+        let (shots, n) = (score.shots.to_string(), score.n.to_string());
+        vec![score.task.clone(), shots, n, percent(score.score), interval]
+    };
+    let rows: Vec<_> = scores.iter().map(row).collect();
+    output.table(&["task", "shots", "n", "right %", "95 % interval"], &rows)
 }
