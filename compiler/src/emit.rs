@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use flamingo_ir::onnx::{MAX_INLINE_BYTES, WeightEntry, WeightLayout, write_onnx};
-use flamingo_ir::op::{Flavour, Op, PanelFormat, sqnr_db};
+use flamingo_ir::op::{Flavour, Inputs, Op, PanelFormat, output_sqnr_db, sqnr_db};
 use flamingo_ir::{Constant, DType, Fact, Graph, NodeId, Tensor, ValueId, Verified, Weights, fold};
 use flamingo_models::manifest::{FileEntry, GraphEntry, TensorEntry};
 use serde::{Deserialize, Serialize};
@@ -54,7 +54,13 @@ pub struct LayerStorage {
     pub bytes: u64,
     /// Signal-to-noise ratio against f32, in dB; none if nothing was lost.
     pub sqnr_db: Option<f64>,
+    /// The same of its products with the rows that calibration saw; none without calibration.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output_sqnr_db: Option<f64>,
 }
+
+/// What calibration saw, by the name of a packed weight; empty rounds to nearest.
+pub type Calibrated<'a> = BTreeMap<String, &'a Inputs>;
 
 /// The weight file, written.
 pub struct WrittenWeights {
@@ -173,6 +179,7 @@ impl WeightPlan {
         path: &Path,
         graphs: &[&Verified],
         weights: &dyn Weights,
+        calibrated: &Calibrated,
         progress: &mut dyn FnMut(u64),
     ) -> Result<WrittenWeights> {
         let file =
@@ -182,7 +189,7 @@ impl WeightPlan {
         writer.put(&u64::try_from(self.header.len())?.to_le_bytes())?;
         writer.put(&self.header)?;
         let begin = writer.n;
-        let mut folding = Folding::new(graphs, weights);
+        let mut folding = Folding::new(graphs, weights, calibrated);
         for (offset, tensor) in &self.tensors {
             writer.pad_to(begin + offset)?;
             put_tensor(&mut writer, &folding.tensor(tensor)?)?;
@@ -206,6 +213,7 @@ impl WeightPlan {
 struct Folding<'a> {
     graphs: &'a [&'a Verified],
     weights: &'a dyn Weights,
+    calibrated: &'a Calibrated<'a>,
     /// The packed weight whose parts come next to each other.
     packed: Option<((usize, NodeId), Vec<Tensor>)>,
     not_finite: BTreeMap<String, usize>,
@@ -213,9 +221,13 @@ struct Folding<'a> {
 }
 
 impl<'a> Folding<'a> {
-    fn new(graphs: &'a [&'a Verified], weights: &'a dyn Weights) -> Folding<'a> {
+    fn new(
+        graphs: &'a [&'a Verified],
+        weights: &'a dyn Weights,
+        calibrated: &'a Calibrated<'a>,
+    ) -> Folding<'a> {
         let (not_finite, layers) = (BTreeMap::new(), Vec::new());
-        Folding { graphs, weights, packed: None, not_finite, layers }
+        Folding { graphs, weights, calibrated, packed: None, not_finite, layers }
     }
 
     fn tensor(&mut self, tensor: &Planned) -> Result<Tensor> {
@@ -243,12 +255,23 @@ impl<'a> Folding<'a> {
         let weight = fold(graph, part.weight, self.weights)?;
         self.note_not_finite(tensor, part.weight, &weight)?;
         let node = graph.node(part.node);
-        let packed = node.op.operator().evaluate(std::slice::from_ref(&weight));
+        let name = node.name.strip_suffix(".panels").unwrap_or(&node.name);
+        let inputs = self.calibrated.get(name).copied();
+        let packed = match (&node.op, inputs) {
+            (Op::PackPanels(op), Some(inputs)) => op.pack_for(&weight, inputs),
+            (op, _) => op.operator().evaluate(std::slice::from_ref(&weight)),
+        };
         let packed = packed.with_context(|| format!("cannot pack `{}`", tensor.stem()))?;
+        let output_sqnr_db = match inputs {
+            Some(inputs) => Some(output_sqnr_db(part.format, &weight, &packed, inputs)?),
+            None => None,
+        };
         let bytes: usize = packed.iter().map(|t| t.n_elements() * t.dtype().size()).sum();
         let sqnr_db = Some(sqnr_db(part.format, &weight, &packed)?).filter(|db| db.is_finite());
         let scheme = part.format.to_string();
-        self.layers.push(tensor.storage(&scheme, u64::try_from(bytes)?, sqnr_db));
+        let mut layer = tensor.storage(&scheme, u64::try_from(bytes)?, sqnr_db);
+        layer.output_sqnr_db = output_sqnr_db.filter(|db| db.is_finite());
+        self.layers.push(layer);
         Ok(packed)
     }
 
@@ -282,7 +305,7 @@ impl Planned {
 
     fn storage(&self, scheme: &str, bytes: u64, sqnr_db: Option<f64>) -> LayerStorage {
         let (name, scheme) = (self.stem().to_owned(), scheme.to_owned());
-        LayerStorage { name, scheme, bytes, sqnr_db }
+        LayerStorage { name, scheme, bytes, sqnr_db, output_sqnr_db: None }
     }
 }
 

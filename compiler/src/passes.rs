@@ -10,7 +10,7 @@ mod share_common;
 
 use std::collections::BTreeMap;
 
-use flamingo_ir::{Graph, GraphError, Patch, Verified, Weights, verify};
+use flamingo_ir::{Graph, GraphError, Patch, ValueId, Verified, Weights, verify};
 use serde::{Deserialize, Serialize};
 
 use crate::scheme::Scheme;
@@ -81,6 +81,11 @@ pub fn pass_names() -> impl Iterator<Item = &'static str> {
 /// Names and reasons of the passes, in order.
 pub fn pass_reasons() -> impl Iterator<Item = (&'static str, &'static str)> {
     PASSES.iter().map(|(name, _, reason)| (*name, *reason))
+}
+
+/// Names that weights have once they are packed, and their values, of a graph that was optimised for f32.
+pub fn packed_names(graph: &Verified) -> Vec<(String, ValueId)> {
+    quantise::packed_names(&mut Graph::clone(graph))
 }
 
 /// Runtime ops of a graph after a pass.

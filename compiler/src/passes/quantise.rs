@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 
 use flamingo_ir::op::{Op, PANEL_ROWS, PackPanels, PanelFormat, UnpackPanels};
-use flamingo_ir::{DType, GraphError, Node, Patch, ValueId};
+use flamingo_ir::{DType, Graph, GraphError, Node, Patch, ValueId};
 
 use super::Context;
 use crate::scheme::LayerGroup;
@@ -43,6 +43,18 @@ pub(super) fn run(patch: &mut Patch, context: &Context) -> Result<(), GraphError
         patch.replace(node.outputs[0], new)?;
     }
     Ok(())
+}
+
+/// Names that weights have once they are packed, and their values, of a graph in f32.
+pub(super) fn packed_names(graph: &mut Graph) -> Vec<(String, ValueId)> {
+    let patch = Patch::new(graph);
+    let mut names = Vec::new();
+    for node in patch.nodes() {
+        for (place, role) in weight_places(&patch, &node) {
+            names.push((format!("{}.{role}", node.name), node.inputs[place]));
+        }
+    }
+    names
 }
 
 /// Inputs of `node` that can be packed, and what they are for; none where one of them cannot, as
