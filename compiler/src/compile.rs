@@ -8,12 +8,15 @@ use flamingo_ir::op::{Flavour, Op};
 use flamingo_ir::{Graph, Verified};
 use flamingo_models::manifest::{Limits, Manifest, Provenance, SCHEMA_VERSION, WEIGHT_LAYOUT};
 use flamingo_models::{Source, tokenizer_json};
+use flamingo_runtime::{Model, OpenOptions};
 use serde::{Deserialize, Serialize};
 
+use crate::calibrate::{self, Calibration};
 use crate::emit::{
-    LayerStorage, Staging, WeightPlan, WrittenWeights, hash_file, write_file, write_graph,
+    Calibrated, LayerStorage, Staging, WeightPlan, WrittenWeights, hash_file, write_file,
+    write_graph,
 };
-use crate::passes::{PassRecord, optimise};
+use crate::passes::{PassRecord, optimise, packed_names};
 use crate::scheme::{LayerGroup, Precision, Scheme};
 
 /// What to compile, and how.
@@ -31,8 +34,22 @@ pub struct CompileOptions {
     pub max_images: usize,
     /// How weights are stored.
     pub scheme: Scheme,
+    /// What int8 and int4 are calibrated on; ignored for other precisions.
+    pub calibrate: CalibrateOn,
     /// Where to write the graphs' text after which pass.
     pub dump: Option<(String, PathBuf)>,
+}
+
+/// What the rounding of weights is fitted to.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum CalibrateOn {
+    /// Nothing: weights are rounded to nearest.
+    #[default]
+    Nothing,
+    /// Prompts that the program makes.
+    Bundled,
+    /// A file of prompts, one in JSON a line.
+    File(PathBuf),
 }
 
 /// What the compiler did, `report.json`.
@@ -97,11 +114,16 @@ pub fn compile(
     let (decoder, decoder_passes) = optimise_stage(graphs.decoder, &source, options)?;
     let stages = [&media, &decoder];
     let plan = WeightPlan::new(&stages)?;
+    let calibration = calibration(options, progress)?;
+    let calibrated = match &calibration {
+        Some(calibration) => by_packed_name(&source, options, calibration)?,
+        None => Calibrated::new(),
+    };
     progress(Progress::Stage("writing the weights"));
     let path = staging.path().join("graphs").join(crate::emit::WEIGHTS);
     let total = plan.total_bytes();
     let mut on_bytes = |done| progress(Progress::Bytes(done, total));
-    let written = plan.write(&path, &stages, &source.parts, &mut on_bytes)?;
+    let written = plan.write(&path, &stages, &source.parts, &calibrated, &mut on_bytes)?;
     refuse_not_finite(&written.not_finite)?;
     let passes = BTreeMap::from([
         ("media".to_owned(), media_passes),
@@ -142,6 +164,64 @@ pub fn compile(
     write_file(staging.path(), "manifest.json", &pretty_json(&manifest)?)?;
     staging.finish()?;
     Ok((manifest, report))
+}
+
+/// Runs prompts through the same model in f32, which lies in a temporary folder beside the output meanwhile.
+fn calibration(
+    options: &CompileOptions,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Option<Calibration>> {
+    let is_rounded = matches!(options.scheme.precision, Precision::Int8 | Precision::Int4);
+    if !is_rounded || options.calibrate == CalibrateOn::Nothing {
+        return Ok(None);
+    }
+    let parent = options.output.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let scratch = tempfile::Builder::new()
+        .prefix(".flamingoc-calibration-")
+        .tempdir_in(parent.unwrap_or(Path::new(".")))
+        .context("cannot make a temporary folder beside the output")?;
+    let f32 = CompileOptions {
+        output: scratch.path().join("f32.flamingo"),
+        scheme: Scheme::default(),
+        dump: None,
+        ..options.clone()
+    };
+    progress(Progress::Stage("compiling to f32, to calibrate on"));
+    compile(&f32, &mut |_| {})?;
+    let model = Model::open(&f32.output, &OpenOptions::default())?;
+    let examples = match &options.calibrate {
+        CalibrateOn::File(path) => calibrate::from_file(&model, path)?,
+        _ => calibrate::bundled(&model, 0, calibrate::N_BUNDLED)?,
+    };
+    progress(Progress::Stage("calibrating"));
+    let total = u64::try_from(examples.len())?;
+    let mut on_example =
+        |index| progress(Progress::Bytes(u64::try_from(index).unwrap_or(0), total));
+    calibrate::calibrate(&model, &examples, &mut on_example).map(Some)
+}
+
+/// What met each weight, by the name that it has once it is packed.
+fn by_packed_name<'a>(
+    source: &Source,
+    options: &CompileOptions,
+    calibration: &'a Calibration,
+) -> Result<Calibrated<'a>> {
+    let f32 = CompileOptions { scheme: Scheme::default(), dump: None, ..options.clone() };
+    let graphs = source.graphs()?;
+    let (media, _) = optimise_stage(graphs.media, source, &f32)?;
+    let (decoder, _) = optimise_stage(graphs.decoder, source, &f32)?;
+    let stages = [&media, &decoder];
+    let plan = WeightPlan::new(&stages)?;
+    let mut calibrated = Calibrated::new();
+    for (index, stage) in stages.iter().enumerate() {
+        let entries = &plan.layout(index).entries;
+        for (name, value) in packed_names(stage) {
+            let weight = entries.get(&value).map(|entry| entry.name.as_str());
+            let inputs = weight.and_then(|weight| calibration.inputs(weight));
+            calibrated.extend(inputs.map(|inputs| (name, inputs)));
+        }
+    }
+    Ok(calibrated)
 }
 
 fn limits(source: &Source, options: &CompileOptions) -> Result<Limits> {

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::Outcome;
 use super::output::{Output, byte_bar, bytes};
-use crate::compile::{CompileOptions, Progress, compile, default_output};
+use crate::compile::{CalibrateOn, CompileOptions, Progress, compile, default_output};
 use crate::passes::{pass_names, pass_reasons};
 use crate::scheme::{INT4_BLOCK, Precision, Scheme};
 
@@ -30,6 +30,12 @@ pub(super) struct Compile {
     /// Columns of a row that share a scale in int4: 32 or 128
     #[arg(long, value_name = "N", value_parser = int4_block)]
     int4_block: Option<usize>,
+    /// Prompts that int8 and int4 are fitted to, one in JSON a line [default: generated ones]
+    #[arg(long, value_name = "FILE.jsonl")]
+    calibrate: Option<PathBuf>,
+    /// Round int8 and int4 to nearest
+    #[arg(long, conflicts_with = "calibrate")]
+    no_calibration: bool,
     /// What the artifact is for; this version targets the CPU
     #[arg(long, value_enum, default_value = "cpu")]
     target: Vec<Target>,
@@ -90,6 +96,11 @@ impl Compile {
             scheme: Scheme {
                 precision: self.precision,
                 int4_block: self.int4_block.unwrap_or(INT4_BLOCK),
+            },
+            calibrate: match (self.no_calibration, self.calibrate) {
+                (true, _) => CalibrateOn::Nothing,
+                (false, Some(file)) => CalibrateOn::File(file),
+                (false, None) => CalibrateOn::Bundled,
             },
             dump,
         };

@@ -13,7 +13,7 @@ use serde_json::json;
 
 use super::output::{Output, bytes};
 use super::{Opening, Outcome};
-use crate::compile::{CompileOptions, compile};
+use crate::compile::{CalibrateOn, CompileOptions, compile};
 use crate::scheme::Scheme;
 
 /// Tasks of which the demo shows one prompt, with the number of examples before the question.
@@ -68,6 +68,7 @@ impl Demo {
             max_context: None,
             max_images: 64,
             scheme: Scheme::default(),
+            calibrate: CalibrateOn::Nothing,
             dump: None,
         };
         let (manifest, _) = compile(&options, &mut |_| {})?;
