@@ -10,6 +10,7 @@ pub mod cli;
 pub mod compile;
 pub mod emit;
 pub mod eval;
+pub mod gate;
 pub mod parity;
 pub mod passes;
 pub mod profile;
