@@ -35,11 +35,35 @@ impl DataCommand {
     /// # Errors
     /// Those of [`pages::build`] and [`pairs::build`]; a tokenizer without the markers; `output` closed.
     pub fn run(self, output: &mut dyn Write, progress: &mut dyn Progress) -> Result<(), Error> {
-        let (report, json) = match self {
-            Self::Pages(args) => (args.build(progress)?, args.common.json),
-            Self::Pairs(args) => (args.build(progress)?, args.common.json),
+        let (report, writing) = match self {
+            Self::Pages(args) => (args.build(progress)?, args.common.writing),
+            Self::Pairs(args) => (args.build(progress)?, args.common.writing),
         };
-        let text = if json { report.json() } else { report.table() };
+        writing.print(&report, output)
+    }
+}
+
+/// How samples are written and counted, the same for all commands.
+#[derive(Debug, Args)]
+pub struct WritingArgs {
+    /// Seed of all chance
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Samples in a shard
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..))]
+    pub shard_size: u64,
+    /// Print the counts as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl WritingArgs {
+    /// Writes the counts, a table or JSON, to `output`.
+    ///
+    /// # Errors
+    /// `output` is closed.
+    pub fn print(&self, report: &Report, output: &mut dyn Write) -> Result<(), Error> {
+        let text = if self.json { report.json() } else { report.table() };
         writeln!(output, "{text}").map_err(Error::file(Path::new("output")))
     }
 }
@@ -59,15 +83,8 @@ pub struct CommonArgs {
     /// How a picture becomes a square
     #[arg(long, value_enum, default_value_t = Fit::Crop)]
     fit: Fit,
-    /// Seed of all chance
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
-    /// Samples in a shard
-    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..))]
-    shard_size: u64,
-    /// Print the counts as JSON
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    writing: WritingArgs,
 }
 
 /// Arguments of `data pages`.
@@ -104,8 +121,8 @@ impl PagesArgs {
             max_images: self.max_images,
             next: self.next,
             min_words: self.min_words,
-            seed: common.seed,
-            shard_size: common.shard_size,
+            seed: common.writing.seed,
+            shard_size: common.writing.shard_size,
         };
         let vocabulary = Vocabulary::open(&common.tokenizer)?;
         pages::build(&self.inputs, &common.out, &vocabulary, &options, None, progress)
@@ -151,8 +168,8 @@ impl PairsArgs {
             length: self.length,
             frames: self.frames,
             space: self.space,
-            seed: common.seed,
-            shard_size: common.shard_size,
+            seed: common.writing.seed,
+            shard_size: common.writing.shard_size,
         };
         let vocabulary = Vocabulary::open(&common.tokenizer)?;
         pairs::build(&self.inputs, &common.out, &vocabulary, &options, progress)

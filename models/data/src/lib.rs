@@ -22,7 +22,7 @@ pub mod shard;
 pub mod shards;
 pub mod vocabulary;
 
-pub use command::{DataCommand, Progress};
+pub use command::{DataCommand, Progress, WritingArgs};
 pub use error::Error;
 pub use report::Report;
 pub use shard::{Sample, ShardReader, ShardWriter};

@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 use flamingo_data::phi::media_indices;
 use flamingo_data::picture::png_from_pixels;
-use flamingo_data::{Progress, Report, Sample, ShardWriter};
+use flamingo_data::{Progress, Report, Sample, ShardWriter, WritingArgs};
 use flamingo_scenes::Split;
 use flamingo_scenes::draw::{SIDE, draw};
 use flamingo_scenes::episode::{Episode, Style, Task};
@@ -134,15 +134,8 @@ pub struct ScenesArgs {
     /// Samples
     #[arg(long, value_name = "N", default_value_t = 1000)]
     n: usize,
-    /// Seed of all chance
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
-    /// Samples in a shard
-    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..))]
-    shard_size: u64,
-    /// Print the counts as JSON
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    writing: WritingArgs,
 }
 
 impl ScenesArgs {
@@ -155,12 +148,11 @@ impl ScenesArgs {
             part: self.split,
             tasks: tasks(&self.tasks)?,
             n_samples: self.n,
-            seed: self.seed,
-            shard_size: self.shard_size,
+            seed: self.writing.seed,
+            shard_size: self.writing.shard_size,
         };
         let report = build(&self.out, &options, progress)?;
-        let text = if self.json { report.json() } else { report.table() };
-        writeln!(output, "{text}").context("cannot write to stdout")
+        Ok(self.writing.print(&report, output)?)
     }
 }
 
