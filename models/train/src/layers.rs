@@ -1,11 +1,9 @@
 //! The layers that the models share, as functions of named weights. Tensors are `[batch, tokens, width]`.
 
-use burn::tensor::activation::{sigmoid, softmax};
 use burn::tensor::{Int, Tensor, module};
 
+use crate::fused::{self, masked_softmax};
 use crate::weights::Weights;
-
-const EPSILON: f64 = 1e-5;
 
 /// x Wᵀ + b, with `NAME.weight`, and `NAME.bias` where there is one.
 pub fn linear(weights: &Weights, name: &str, x: Tensor<3>) -> Tensor<3> {
@@ -31,22 +29,13 @@ pub fn multiply_by(x: Tensor<3>, weight: Tensor<2>) -> Tensor<3> {
 
 /// LayerNorm with `NAME.weight` and `NAME.bias`.
 pub fn layer_norm(weights: &Weights, name: &str, x: Tensor<3>) -> Tensor<3> {
-    let centred = x.clone() - x.mean_dim(2);
-    let variance = centred.clone().square().mean_dim(2);
-    let scale = weights.get(&format!("{name}.weight")).unsqueeze();
-    let shift = weights.get(&format!("{name}.bias")).unsqueeze();
-    centred * (variance + EPSILON).sqrt().recip() * scale + shift
+    let (scale, shift) = (format!("{name}.weight"), format!("{name}.bias"));
+    fused::layer_norm(x, weights.get(&scale), weights.get(&shift))
 }
 
 /// RMSNorm with `NAME.weight`.
 pub fn rms_norm(weights: &Weights, name: &str, x: Tensor<3>) -> Tensor<3> {
-    let power = x.clone().square().mean_dim(2);
-    x * (power + EPSILON).sqrt().recip() * weights.get(&format!("{name}.weight")).unsqueeze()
-}
-
-/// x σ(1.702 x), the activation of OpenAI's CLIP.
-pub fn quick_gelu(x: Tensor<3>) -> Tensor<3> {
-    x.clone() * sigmoid(x * 1.702)
+    fused::rms_norm(x, weights.get(&format!("{name}.weight")))
 }
 
 /// `[batch, tokens, heads × dim]` to `[batch, heads, tokens, dim]`.
@@ -59,12 +48,10 @@ pub fn split_heads(x: Tensor<3>, heads: usize) -> Tensor<4> {
 /// scores, `[batch or 1, 1, queries, keys]`; heads merged: `[batch, queries, heads × dim]`.
 pub fn attend(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, mask: Option<Tensor<4>>) -> Tensor<3> {
     let [batch, heads, queries, dim] = q.dims();
-    let scores = (q * (dim as f64).powf(-0.5)).matmul(k.swap_dims(2, 3));
-    let scores = match mask {
-        Some(mask) => scores + mask,
-        None => scores,
-    };
-    softmax(scores, 3).matmul(v).swap_dims(1, 2).reshape([batch, queries, heads * dim])
+    let keys = k.dims()[2];
+    let mask = mask.unwrap_or_else(|| Tensor::zeros([1, 1, queries, keys], &q.device()));
+    let scores = masked_softmax(q.matmul(k.swap_dims(2, 3)), mask, (dim as f32).powf(-0.5));
+    scores.matmul(v).swap_dims(1, 2).reshape([batch, queries, heads * dim])
 }
 
 /// Rows of a table by their ids: `[batch, tokens]` to `[batch, tokens, width]`.

@@ -11,6 +11,7 @@
 pub mod batch;
 pub mod checkpoint;
 pub mod export;
+pub mod fused;
 pub mod layers;
 pub mod model;
 pub mod optimiser;

@@ -2,10 +2,10 @@
 //! before it, nothing before the first; the gates begin at 0.
 
 use burn::tensor::Tensor;
-use burn::tensor::activation::gelu;
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 
+use crate::fused::gelu;
 use crate::layers::{attend, layer_norm, multiply, split_heads};
 use crate::weights::Weights;
 

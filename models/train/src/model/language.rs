@@ -1,11 +1,11 @@
 //! The language model: LLaMA as Hugging Face writes it (RMSNorm, rotary positions, SwiGLU, tied head).
 
-use burn::tensor::activation::silu;
 use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 
 use super::gated::{Gated, Media};
+use crate::fused::{rotate, swiglu};
 use crate::layers::{attend, embed, multiply, multiply_by, rms_norm, split_heads};
 use crate::weights::{Start, Weights};
 
@@ -60,7 +60,7 @@ impl Language {
         gated: Option<(&Gated, &Media)>,
     ) -> Tensor<3> {
         let tokens = ids.dims()[1];
-        let rotary = Rotary::new(tokens, self.width / self.heads);
+        let angles = rotary_angles(tokens, self.width / self.heads);
         let mask = causal_mask(tokens);
         let mut x = embed(w.get(EMBEDDING), ids);
         for layer in 0..self.layers {
@@ -69,16 +69,15 @@ impl Language {
             }
             let name = |part: &str| format!("model.layers.{layer}.{part}");
             let y = rms_norm(w, &name("input_layernorm"), x.clone());
-            let part = |part: &str| {
-                let weight = name(&format!("self_attn.{part}.weight"));
-                split_heads(multiply(w, &weight, y.clone()), self.heads)
-            };
-            let (q, k) = (rotary.turn(part("q_proj")), rotary.turn(part("k_proj")));
-            let y = attend(q, k, part("v_proj"), Some(mask.clone()));
+            let part =
+                |part: &str| multiply(w, &name(&format!("self_attn.{part}.weight")), y.clone());
+            let turned = |name| split_heads(rotate(part(name), angles.clone()), self.heads);
+            let v = split_heads(part("v_proj"), self.heads);
+            let y = attend(turned("q_proj"), turned("k_proj"), v, Some(mask.clone()));
             x = x + multiply(w, &name("self_attn.o_proj.weight"), y);
             let y = rms_norm(w, &name("post_attention_layernorm"), x.clone());
-            let gate = silu(multiply(w, &name("mlp.gate_proj.weight"), y.clone()));
-            let y = gate * multiply(w, &name("mlp.up_proj.weight"), y);
+            let gate = multiply(w, &name("mlp.gate_proj.weight"), y.clone());
+            let y = swiglu(gate, multiply(w, &name("mlp.up_proj.weight"), y));
             x = x + multiply(w, &name("mlp.down_proj.weight"), y);
         }
         multiply_by(rms_norm(w, "model.norm", x), w.get(EMBEDDING))
@@ -92,35 +91,16 @@ fn causal_mask(tokens: usize) -> Tensor<4> {
     Tensor::from_inner(zeros.mask_fill(later, -1e9)).unsqueeze()
 }
 
-/// Rotary positions in Hugging Face's arrangement: the two halves of a head turn together.
-struct Rotary {
-    /// `[tokens, dim]`.
-    cos: Tensor<2>,
-    /// `[tokens, dim]`, negative in the first half.
-    sin: Tensor<2>,
-}
-
-impl Rotary {
-    fn new(tokens: usize, dim: usize) -> Rotary {
-        let half = dim / 2;
-        let angle = |i: usize| {
-            let (token, pair) = (i / dim, i % dim % half);
-            token as f32 * ROTARY_BASE.powf(-(pair as f32) / half as f32)
-        };
-        let sign = |i: usize| if i % dim < half { -1.0 } else { 1.0 };
-        let table = |value: &dyn Fn(usize) -> f32| {
-            let values: Vec<f32> = (0..tokens * dim).map(value).collect();
-            let data = TensorData::new(values, [tokens, dim]);
-            Tensor::from_inner(Tensor::from_data(data, &Device::flex()))
-        };
-        Rotary { cos: table(&|i| angle(i).cos()), sin: table(&|i| sign(i) * angle(i).sin()) }
-    }
-
-    /// Turns `[batch, heads, tokens, dim]`.
-    fn turn(&self, x: Tensor<4>) -> Tensor<4> {
-        let half = x.dims()[3] / 2;
-        let (first, second) = (x.clone().narrow(3, 0, half), x.clone().narrow(3, half, half));
-        let swapped = Tensor::cat(vec![second, first], 3);
-        x * self.cos.clone().unsqueeze() + swapped * self.sin.clone().unsqueeze()
-    }
+/// Rotary positions in Hugging Face's arrangement, where the two halves of a head turn together: cosines, then
+/// sines of each token's angles, `[tokens, dim]`.
+fn rotary_angles(tokens: usize, dim: usize) -> Tensor<2> {
+    let half = dim / 2;
+    let value = |i: usize| {
+        let (token, pair) = (i / dim, i % dim % half);
+        let angle = token as f32 * ROTARY_BASE.powf(-(pair as f32) / half as f32);
+        if i % dim < half { angle.cos() } else { angle.sin() }
+    };
+    let values: Vec<f32> = (0..tokens * dim).map(value).collect();
+    let data = TensorData::new(values, [tokens, dim]);
+    Tensor::from_inner(Tensor::from_data(data, &Device::flex()))
 }

@@ -1,10 +1,10 @@
 //! The Perceiver Resampler (open_flamingo `helpers.py`): features of any number of frames to latents.
 
 use burn::tensor::Tensor;
-use burn::tensor::activation::gelu;
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 
+use crate::fused::gelu;
 use crate::layers::{attend, layer_norm, multiply, split_heads};
 use crate::weights::{Start, Weights};
 

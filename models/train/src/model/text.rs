@@ -1,11 +1,11 @@
 //! The text side of the contrastive stage: a small BERT-like encoder, thrown away afterwards.
 
-use burn::tensor::activation::gelu;
 use burn::tensor::{Int, Tensor};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 
 use super::vision::add_linear_with_bias;
+use crate::fused::gelu;
 use crate::layers::{attend, embed, layer_norm, linear, split_heads};
 use crate::weights::{Start, Weights};
 

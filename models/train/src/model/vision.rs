@@ -4,7 +4,8 @@ use burn::tensor::Tensor;
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 
-use crate::layers::{attend, layer_norm, linear, multiply, quick_gelu, split_heads};
+use crate::fused::quick_gelu;
+use crate::layers::{attend, layer_norm, linear, multiply, split_heads};
 use crate::weights::{Start, Weights};
 
 /// Shape of the vision encoder.
