@@ -16,6 +16,7 @@ mod prompt;
 mod run;
 mod score;
 mod synth;
+mod thumbnail;
 mod trace;
 
 use std::num::NonZeroUsize;

@@ -5,6 +5,7 @@
 
 use std::path::Path;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::{fmt, fs};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -20,8 +21,6 @@ use serde_json::{Value, json};
 
 /// The weight from which a token is part of the answer.
 const ANSWER: f32 = 0.9;
-/// Grey of the pictures that a blind model gets.
-const GREY: u8 = 35;
 /// Quantile of the normal distribution for intervals of 95 %.
 const Z: f64 = 1.959_964;
 
@@ -36,7 +35,7 @@ pub struct EvalOptions {
     pub n: usize,
     /// Decides prompts and pictures.
     pub seed: u64,
-    /// All pictures are plain grey: what can be known without eyes.
+    /// All visual tokens are 0: what can be known without eyes.
     pub blind: bool,
 }
 
@@ -121,7 +120,7 @@ pub fn eval(
         let mut right = 0;
         for number in 0..options.n {
             let question = Question::new(*task, options, number);
-            let answer = question.ask(model)?;
+            let answer = question.ask(model, options.blind)?;
             right += usize::from(answer == question.answer);
             on_answer(&question, &answer)?;
         }
@@ -167,17 +166,17 @@ impl Question {
         let episode = Episode::random(task, style, &Vocabulary::default(), &mut rng);
         let (prompt, answer) = split_answer(&episode);
         let mut frames = |facts| draw(facts, options.split, &mut rng).frames;
-        let mut media: Vec<Vec<Pixels>> = episode.media.iter().map(|f| frames(*f)).collect();
-        if options.blind {
-            media.iter_mut().flatten().for_each(|frame| frame.fill(GREY));
-        }
+        let media = episode.media.iter().map(|facts| frames(*facts)).collect();
         Question { task, number, prompt, answer, media }
     }
 
     /// What the model answers, as many tokens as the right answer has.
-    fn ask(&self, model: &Model) -> Result<Vec<u32>> {
-        let media: Vec<Medium> =
+    fn ask(&self, model: &Model, blind: bool) -> Result<Vec<u32>> {
+        let mut media: Vec<Medium> =
             self.media.iter().map(|frames| encode(model, frames)).collect::<Result<_>>()?;
+        if blind {
+            media.iter_mut().for_each(|m| *m = Medium::from(Arc::new(m.media.blind())));
+        }
         let mut session = model.session()?;
         session.append_ids(&self.prompt, &media, &Limits::default())?;
         let generate = GenerateOptions {
@@ -247,10 +246,11 @@ impl Question {
     }
 }
 
-/// Tokens as words.
+/// Tokens as words; an end of chunk is none.
 pub fn words(ids: &[u32]) -> String {
     let vocabulary = Vocabulary::default();
-    let words: Vec<&str> = ids.iter().filter_map(|id| vocabulary.word(*id)).collect();
+    let said = ids.iter().filter(|id| **id != END_OF_CHUNK);
+    let words: Vec<&str> = said.filter_map(|id| vocabulary.word(*id)).collect();
     words.join(" ")
 }
 

@@ -34,7 +34,7 @@ fn files(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
 
 /// Checkpoints of each family and file format.
 const SOURCES: [&str; 5] = [
-    "models/demo",
+    "tests/golden/tiny-scenes",
     "tests/golden/idefics-vector",
     "tests/golden/openflamingo-mpt1b",
     "tests/golden/openflamingo-opt-training",
@@ -167,7 +167,7 @@ fn weights_are_aligned_and_any_reader_reads_them() {
 fn an_artifact_is_replaced_whole() {
     let scratch = tempfile::tempdir().unwrap();
     let artifact = scratch.path().join("a.flamingo");
-    flamingoc!("compile", repository("models/demo"), "-o", artifact).ok();
+    flamingoc!("compile", repository("tests/golden/tiny-scenes"), "-o", artifact).ok();
     fs::write(artifact.join("left over"), "").unwrap();
     let other = repository("tests/golden/idefics-plain");
     flamingoc!("compile", other, "-o", artifact, "--overwrite").ok();
@@ -221,7 +221,7 @@ fn a_compilation_that_is_killed_leaves_what_was_there() {
     fs::create_dir(target.parent().unwrap()).unwrap();
     kill_midway(&source, &target);
     assert!(!target.exists());
-    flamingoc!("compile", repository("models/demo"), "-o", target).ok();
+    flamingoc!("compile", repository("tests/golden/tiny-scenes"), "-o", target).ok();
     let before = files(&target);
     kill_midway(&source, &target);
     assert!(files(&target) == before, "the artifact that was there is as it was");

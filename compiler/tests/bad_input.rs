@@ -406,7 +406,7 @@ struct Artifact {
 
 impl Artifact {
     fn demo() -> Artifact {
-        Artifact::of("models/demo/recipe.toml", &[])
+        Artifact::of("tests/golden/tiny-scenes/recipe.toml", &[])
     }
 
     fn of(source: &str, options: &[&str]) -> Artifact {
@@ -453,7 +453,7 @@ impl Artifact {
     /// A run of one picture and a question is refused.
     #[track_caller]
     fn refused(&self, words: &[&str]) {
-        let picture = repository("models/demo/images/single-000.png");
+        let picture = repository("tests/golden/tiny-scenes/images/single-000.png");
         let picture = picture.to_str().unwrap();
         refused(&self.run(&["--prompt", "<image>what color ?", "--image", picture]), words);
         refused(&flamingoc!("inspect", self.path("")), words);
@@ -511,7 +511,7 @@ fn manifests_that_are_none() {
 /// Sizes that a manifest may claim and no graph backs.
 #[test]
 fn manifests_of_absurd_sizes() {
-    let picture = repository("models/demo/images/single-000.png");
+    let picture = repository("tests/golden/tiny-scenes/images/single-000.png");
     let picture = picture.to_str().unwrap();
     let absurd = [
         ("/config/language/vocabulary", u64::MAX),
@@ -644,7 +644,7 @@ fn graphs_that_were_altered() {
 fn panels_of_other_formats_and_shapes() {
     let refused = |from: &str, to: &str, words: &[&str]| {
         let options = ["--precision", "int4"];
-        let artifact = Artifact::of("models/demo/recipe.toml", &options);
+        let artifact = Artifact::of("tests/golden/tiny-scenes/recipe.toml", &options);
         artifact.edit("graphs/decoder.portable.onnx", |bytes| replace_bytes(bytes, from, to));
         artifact.refused(&[&["decoder.portable.onnx"], words].concat());
     };
@@ -656,7 +656,7 @@ fn panels_of_other_formats_and_shapes() {
 /// Rounding is a part of the meaning: weights of bytes do not meet other activations.
 #[test]
 fn activations_that_are_rounded_otherwise() {
-    let artifact = Artifact::of("models/demo/recipe.toml", &["--precision", "bf16"]);
+    let artifact = Artifact::of("tests/golden/tiny-scenes/recipe.toml", &["--precision", "bf16"]);
     artifact.edit("graphs/decoder.portable.onnx", |bytes| replace_bytes(bytes, "bf16", "int8"));
     artifact.refused(&["decoder.portable.onnx", "hint: "]);
 }
@@ -696,7 +696,7 @@ fn external_data_past_the_end_of_its_file() {
 #[test]
 fn prompts_that_do_not_fit_their_pictures() {
     let artifact = Artifact::demo();
-    let picture = repository("models/demo/images/single-000.png");
+    let picture = repository("tests/golden/tiny-scenes/images/single-000.png");
     let picture = picture.to_str().unwrap();
     let more = artifact.run(&["--prompt", "<image><image>what ?", "--image", picture]);
     refused(&more, &["2 `<image>`", "1 pictures", "hint: "]);
@@ -707,7 +707,7 @@ fn prompts_that_do_not_fit_their_pictures() {
     refused(&artifact.run(&["--prompt", ""]), &["prompt", "hint: "]);
     refused(&artifact.run(&[]), &["no prompt", "hint: "]);
 
-    let few = Artifact::of("models/demo/recipe.toml", &["--max-images", "1"]);
+    let few = Artifact::of("tests/golden/tiny-scenes/recipe.toml", &["--max-images", "1"]);
     let two = ["--prompt", "<image><image>", "--image", picture, "--image", picture];
     refused(&few.run(&two), &["2 pictures", "limited to 1", "hint: ", "--max-images 2"]);
 }
@@ -719,7 +719,7 @@ fn prompts_longer_than_the_context() {
     let words = ["300 tokens", "context of 256", "hint: "];
     let ran = artifact.run(&["--prompt", &long]);
     refused(&ran, &words[1..]);
-    let small = Artifact::of("models/demo/recipe.toml", &["--max-context", "8"]);
+    let small = Artifact::of("tests/golden/tiny-scenes/recipe.toml", &["--max-context", "8"]);
     let ran = small.run(&["--prompt", &"red ".repeat(9)]);
     refused(&ran, &["context of 8", "--max-context"]);
 }
@@ -727,7 +727,7 @@ fn prompts_longer_than_the_context() {
 #[test]
 fn pictures_that_are_none() {
     let artifact = Artifact::demo();
-    let whole = fs::read(repository("models/demo/images/single-000.png")).unwrap();
+    let whole = fs::read(repository("tests/golden/tiny-scenes/images/single-000.png")).unwrap();
     // 4 billion pixels a side, in a header with a right checksum.
     let huge = b"GIF89a\xff\xff\xff\xff\x00\x00\x00,\x00\x00\x00\x00\xff\xff\xff\xff\x00\x02\x02D\x01\x00;";
     let cases: [(&str, &[u8], &[&str]); 5] = [
@@ -755,7 +755,7 @@ fn pictures_that_are_none() {
 #[test]
 fn prompt_files_that_are_wrong() {
     let artifact = Artifact::demo();
-    let picture = repository("models/demo/images/single-000.png");
+    let picture = repository("tests/golden/tiny-scenes/images/single-000.png");
     let text = artifact.beside("text.txt", "text");
     let refused = |prompt: &str, words: &[&str]| {
         let prompt = prompt.replace("PICTURE", picture.to_str().unwrap());
@@ -861,7 +861,7 @@ fn traces_of_no_file() {
 
 #[test]
 fn options_out_of_range() {
-    let demo = repository("models/demo/recipe.toml");
+    let demo = repository("tests/golden/tiny-scenes/recipe.toml");
     let scratch = tempfile::tempdir().unwrap();
     let target = scratch.path().join("x");
     let compile = |option: &str, value: &str, words: &[&str]| {
@@ -908,7 +908,7 @@ fn sampling_out_of_range() {
 
 #[test]
 fn outputs_that_are_there_stay() {
-    let demo = repository("models/demo/recipe.toml");
+    let demo = repository("tests/golden/tiny-scenes/recipe.toml");
     let scratch = tempfile::tempdir().unwrap();
     let target = scratch.path().join("photos");
     fs::create_dir(&target).unwrap();

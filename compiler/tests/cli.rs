@@ -48,7 +48,7 @@ impl Demo {
 
     fn in_precision(name: &str) -> Demo {
         let demo = Demo { scratch: tempfile::tempdir().unwrap() };
-        let recipe = repository("models/demo/recipe.toml");
+        let recipe = repository("tests/golden/tiny-scenes/recipe.toml");
         flamingoc!("compile", recipe, "-o", demo.path(), "--precision", name).ok();
         demo
     }
@@ -66,12 +66,12 @@ impl Demo {
 }
 
 fn picture(name: &str) -> String {
-    repository("models/demo/images").join(name).display().to_string()
+    repository("tests/golden/tiny-scenes/images").join(name).display().to_string()
 }
 
 /// A prompt of the demo with what PyTorch answers.
 fn bundled_prompt() -> (Value, String) {
-    let text = fs::read_to_string(repository("models/demo/prompts.jsonl")).unwrap();
+    let text = fs::read_to_string(repository("tests/golden/tiny-scenes/prompts.jsonl")).unwrap();
     let line = parse(text.lines().next().unwrap());
     let answer = at(&line, "/reference_prediction").as_str().unwrap().to_owned();
     (line, answer)
@@ -179,7 +179,7 @@ fn run_answers_a_prompt_and_a_prompt_file_alike() {
     let demo = Demo::new();
     let (line, answer) = bundled_prompt();
     let name = at(&line, "/segments/0/image").as_str().unwrap();
-    let image = repository("models/demo").join(name).display().to_string();
+    let image = repository("tests/golden/tiny-scenes").join(name).display().to_string();
     let ran = demo.run(&["--prompt", "<image>", "--image", &image]);
     assert_eq!(ran.stderr, "", "nothing to say");
     assert_eq!(ran.ok(), format!("{answer}\n"));
@@ -309,7 +309,7 @@ fn trace_writes_the_tensors_it_names() {
 #[test]
 fn check_stores_its_verdict_and_the_artifact_stays_whole() {
     let demo = Demo::new();
-    let (path, recipe) = (demo.path(), repository("models/demo/recipe.toml"));
+    let (path, recipe) = (demo.path(), repository("tests/golden/tiny-scenes/recipe.toml"));
     let table = flamingoc!("check", path, "--against", recipe, "--no-store").ok();
     assert!(table.contains("logits") && table.contains("worst"), "{table}");
     let report = || parse(&fs::read_to_string(path.join("report.json")).unwrap());
@@ -353,7 +353,7 @@ fn check_fails_where_one_weight_differs() {
 
 #[test]
 fn precisions_are_compiled_checked_and_shown() {
-    let recipe = repository("models/demo/recipe.toml");
+    let recipe = repository("tests/golden/tiny-scenes/recipe.toml");
     for (precision, format) in
         [("f16", "f16"), ("bf16", "bf16"), ("int8", "int8"), ("int4", "int4/32")]
     {
@@ -410,15 +410,50 @@ fn check_fails_where_next_tokens_are_others() {
 }
 
 #[test]
-fn demo_answers_and_times() {
-    let found = parse(&flamingoc!("demo", "--json").ok());
+fn demo_answers_measures_and_times() {
+    let found = parse(&flamingoc!("demo", "--json", "--n", "3").ok());
     let answers = at(&found, "/answers").as_array().unwrap();
-    assert!(answers.len() >= 6, "{found:#}");
-    assert!(
-        answers.iter().all(|answer| at(answer, "/text").as_str().is_some_and(|t| !t.is_empty()))
-    );
+    assert!(answers.len() >= 8, "{found:#}");
+    for answer in answers {
+        assert_eq!(at(answer, "/text"), at(answer, "/answer"), "{answer:#}");
+        let picture = at(answer, "/picture").as_str();
+        let is_which = at(answer, "/task").as_str().unwrap().starts_with("which");
+        assert_eq!(picture.is_some_and(|name| name.ends_with(".png")), is_which, "{answer:#}");
+    }
+    let scores = at(&found, "/scores").as_array().unwrap();
+    let right = scores.iter().map(|score| at(score, "/score").as_f64().unwrap()).sum::<f64>();
+    assert!(scores.len() >= 10 && right / scores.len() as f64 > 0.7, "{found:#}");
     let latency = at(&found, "/latency").as_object().unwrap();
     assert!(latency.values().all(|value| value.as_f64().unwrap() > 0.0), "{found:#}");
+    let text = flamingoc!("demo", "--n", "0").ok();
+    assert!(text.contains(", that is [which_4-") && !text.contains('\x1b'), "{text}");
+}
+
+#[test]
+fn eval_saves_prompts_that_run_answers_alike() {
+    let scratch = tempfile::tempdir().unwrap();
+    let (artifact, saved) = (scratch.path().join("demo.flamingo"), scratch.path().join("saved"));
+    flamingoc!("compile", repository("models/demo/recipe.toml"), "-o", artifact).ok();
+    let tasks = "caption,video,which_2,few_shot";
+    flamingoc!(
+        "eval", artifact, "--tasks", tasks, "--shots", "2", "--n", "2", "--seed", "5", "--save",
+        saved
+    )
+    .ok();
+    let lines = fs::read_to_string(saved.join("prompts.jsonl")).unwrap();
+    assert_eq!(lines.lines().count(), 8);
+    for line in lines.lines() {
+        let mut line = parse(line);
+        let given = at(&line, "/given").as_str().unwrap().to_owned();
+        for key in ["task", "shots", "answer", "given"] {
+            line.as_object_mut().unwrap().remove(key);
+        }
+        line["max_new_tokens"] = given.split(' ').count().into();
+        let file = saved.join("one.json");
+        fs::write(&file, line.to_string()).unwrap();
+        let text = flamingoc!("run", artifact, "--prompt-file", file).ok();
+        assert_eq!(text.trim_end(), given, "{line}");
+    }
 }
 
 #[test]
@@ -464,7 +499,7 @@ fn a_reader_may_leave() {
     reader_leaves(&["inspect", path]);
     reader_leaves(&["inspect", path, "--json"]);
     reader_leaves(&["inspect", path, "--graph", "decoder"]);
-    reader_leaves(&["demo"]);
+    reader_leaves(&["demo", "--n", "2"]);
     reader_leaves(&["compile", "--help"]);
 }
 

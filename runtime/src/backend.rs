@@ -11,7 +11,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use flamingo_ir::DType;
-use flamingo_kernels::{KernelError, KvCache, SharedBlock};
+use flamingo_kernels::{KernelError, KvCache, Matrix, SharedBlock};
 
 use crate::profile::Record;
 
@@ -72,6 +72,23 @@ impl MediaKv {
         }
     }
 
+    /// The same shapes and format with all numbers 0: what visual tokens of zeros give, since keys and values are
+    /// products of them without a bias.
+    fn zeroed(&self) -> MediaKv {
+        match self {
+            MediaKv::None => MediaKv::None,
+            MediaKv::Rows { k, v } => {
+                MediaKv::Rows { k: vec![0.0; k.len()], v: vec![0.0; v.len()] }
+            }
+            MediaKv::Cache(cache) => {
+                let (n_latents, heads) = (cache.capacity(), cache.n_kv_heads());
+                let zeros = vec![0.0; n_latents * heads * cache.head_dim()];
+                let rows = Matrix::new(&zeros, n_latents, heads * cache.head_dim());
+                MediaKv::Cache(KvCache::from_rows(heads, rows, rows, cache.format()))
+            }
+        }
+    }
+
     fn bytes(&self) -> usize {
         match self {
             MediaKv::None => 0,
@@ -86,6 +103,15 @@ impl Media {
     pub fn bytes(&self) -> usize {
         let blocks: usize = self.blocks.iter().map(MediaKv::bytes).sum();
         self.visual_tokens.len() * size_of::<f32>() + blocks
+    }
+
+    /// What a medium of visual tokens of zeros would be: the control of what a model answers without eyes.
+    pub fn blind(&self) -> Media {
+        Media {
+            visual_tokens: vec![0.0; self.visual_tokens.len()],
+            blocks: self.blocks.iter().map(MediaKv::zeroed).collect(),
+            n_latents: self.n_latents,
+        }
     }
 
     /// Numbers of the keys or the values of a block.

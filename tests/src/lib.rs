@@ -21,9 +21,9 @@ pub fn golden_folders() -> Vec<PathBuf> {
     folders
 }
 
-/// The demo model's folder.
-pub fn demo_folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/demo")
+/// A small trained Flamingo in genuine OpenFlamingo files, with pictures, prompts and PyTorch's answers.
+pub fn tiny_scenes() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/tiny-scenes")
 }
 
 /// Compiles `source` in f32 into a temporary folder, which lives as long as the returned handle.

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use flamingo_ir::{Fact, Graph, op::Linear};
 use flamingo_models::Source;
-use flamingo_tests::{demo_folder, golden_folders};
+use flamingo_tests::golden_folders;
 use flamingoc::passes::optimise;
 use flamingoc::scheme::Scheme;
 
@@ -303,7 +303,7 @@ fn the_decoder_computes_nothing_about_pictures() {
     assert_eq!(media_problems(&graph).len(), 2);
 
     let mut problems = Vec::new();
-    for folder in golden_folders().into_iter().chain([demo_folder()]) {
+    for folder in golden_folders() {
         let source = Source::open(&folder).unwrap();
         let decoder = source.graphs().unwrap().decoder;
         problems.extend(media_problems(&decoder));

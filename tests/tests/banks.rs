@@ -11,13 +11,13 @@ use flamingo_runtime::{
     Bank, GenerateOptions, KvFormat, Limits, Model, OpenOptions, PromptEncoder, PromptFile,
     Segment, Selection, Shots,
 };
-use flamingo_tests::{compiled_as, demo_folder, golden_folders, opening};
+use flamingo_tests::{compiled_as, golden_folders, opening, tiny_scenes};
 use flamingoc::scheme::Precision;
 
 const N_EXAMPLES: usize = 12;
 
 fn picture(name: &str) -> PathBuf {
-    demo_folder().join("images").join(name)
+    tiny_scenes().join("images").join(name)
 }
 
 fn text(text: &str) -> Segment {
@@ -132,7 +132,7 @@ fn a_bank_is_the_inline_prompt_to_the_bit() {
     for (precision, kv) in
         [(Precision::F32, None), (Precision::F32, Some(KvFormat::Int8)), (Precision::Int8, None)]
     {
-        let (scratch, artifact) = compiled_as(&demo_folder(), precision.into());
+        let (scratch, artifact) = compiled_as(&tiny_scenes(), precision.into());
         let dir = build(&open(&artifact, kv), scratch.path());
         for n in [0, 1, 4, 8, N_EXAMPLES] {
             let selections = [
@@ -165,7 +165,7 @@ fn a_bank_is_the_inline_prompt_to_the_bit() {
 
 #[test]
 fn selections_are_what_they_say() {
-    let (scratch, artifact) = compiled_as(&demo_folder(), Precision::F32.into());
+    let (scratch, artifact) = compiled_as(&tiny_scenes(), Precision::F32.into());
     let model = open(&artifact, None);
     let bank = Bank::open(&build(&model, scratch.path()), &model).unwrap();
     bank.verify().unwrap();
@@ -192,7 +192,7 @@ fn selections_are_what_they_say() {
 /// A session that is rewound into the examples, forked and scored makes the media that it then sees.
 #[test]
 fn sessions_go_on_from_the_middle_of_examples() {
-    let (scratch, artifact) = compiled_as(&demo_folder(), Precision::F32.into());
+    let (scratch, artifact) = compiled_as(&tiny_scenes(), Precision::F32.into());
     let model = open(&artifact, None);
     let dir = build(&model, scratch.path());
     let model = open(&artifact, None);
@@ -219,10 +219,10 @@ fn sessions_go_on_from_the_middle_of_examples() {
 
 #[test]
 fn banks_of_others_and_damaged_ones_are_refused() {
-    let (scratch, artifact) = compiled_as(&demo_folder(), Precision::F32.into());
+    let (scratch, artifact) = compiled_as(&tiny_scenes(), Precision::F32.into());
     let model = open(&artifact, None);
     let dir = build(&model, scratch.path());
-    let int8 = compiled_as(&demo_folder(), Precision::Int8.into());
+    let int8 = compiled_as(&tiny_scenes(), Precision::Int8.into());
     let golden = golden_folders().into_iter().find(|f| f.ends_with("openflamingo-mpt")).unwrap();
     let other = compiled_as(&golden, Precision::F32.into());
     let error = |model: &Model| Bank::open(&dir, model).err().unwrap().to_string();
@@ -268,7 +268,7 @@ fn banks_of_others_and_damaged_ones_are_refused() {
 
 #[test]
 fn bad_lines_are_listed_at_once_or_left_out() {
-    let (scratch, artifact) = compiled_as(&demo_folder(), Precision::F32.into());
+    let (scratch, artifact) = compiled_as(&tiny_scenes(), Precision::F32.into());
     let model = open(&artifact, None);
     let good = serde_json::json!({ "segments": examples()[0] }).to_string();
     let lines = [
@@ -297,7 +297,7 @@ fn bad_lines_are_listed_at_once_or_left_out() {
 
 #[test]
 fn scores_are_averaged_over_orders_of_the_examples() {
-    let (scratch, artifact) = compiled_as(&demo_folder(), Precision::F32.into());
+    let (scratch, artifact) = compiled_as(&tiny_scenes(), Precision::F32.into());
     let model = open(&artifact, None);
     let bank = Bank::open(&build(&model, scratch.path()), &model).unwrap();
     let shots = bank.choose(3, Selection::Random { seed: 4 }, &query()).unwrap();

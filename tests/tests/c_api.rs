@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use flamingo_tests::{compiled, demo_folder};
+use flamingo_tests::{compiled, tiny_scenes};
 
 /// The folder that cargo put the C library into.
 fn library_folder() -> PathBuf {
@@ -39,8 +39,8 @@ fn run(compiler: &[&str], arguments: &[&str]) -> (bool, String, String) {
 
 #[test]
 fn the_c_example_answers() {
-    let (_scratch, artifact) = compiled(&demo_folder());
-    let picture = demo_folder().join("images/single-188.png");
+    let (_scratch, artifact) = compiled(&tiny_scenes());
+    let picture = tiny_scenes().join("images/single-188.png");
     let arguments = [artifact.to_str().unwrap(), picture.to_str().unwrap()];
     let arguments = [&arguments[..], &["what color ?", "what color ?"]].concat();
     for compiler in [&["cc", "-std=c99"][..], &["c++", "-x", "c++"]] {
@@ -61,7 +61,7 @@ fn the_c_example_answers() {
 fn the_c_example_says_what_is_wrong() {
     let (is_ok, _, stderr) = run(&["cc"], &["nothing.flamingo", "a.png", "what color ?"]);
     assert!(!is_ok && stderr.contains("nothing.flamingo"), "{stderr}");
-    let (_scratch, artifact) = compiled(&demo_folder());
+    let (_scratch, artifact) = compiled(&tiny_scenes());
     let artifact = artifact.to_str().unwrap();
     let (is_ok, _, stderr) = run(&["cc"], &[artifact, "nothing.png", "what color ?"]);
     assert!(!is_ok && stderr.contains("nothing.png"), "{stderr}");

@@ -8,7 +8,7 @@ use flamingo_models::{Family, media_time};
 use flamingo_runtime::backend::{Backend, Media, Step};
 use flamingo_runtime::ort::{OrtBackend, OrtOptions};
 use flamingo_runtime::{Artifact, GenerateOptions, Model};
-use flamingo_tests::{Golden, compiled, demo_folder, golden_folders, opening};
+use flamingo_tests::{Golden, compiled, golden_folders, opening};
 use flamingoc::parity::{F32_BOUND, MIN_COSINE, compare};
 
 /// Near-ties: two logits closer than this part of the largest logit.
@@ -77,7 +77,6 @@ fn check_all(backend: &str) {
     for folder in golden_folders() {
         check(&folder, backend);
     }
-    check(&demo_folder(), backend);
 }
 
 /// Visual tokens and logits of a case on any backend.
@@ -108,7 +107,7 @@ fn forward(backend: &dyn Backend, model: &Model, golden: &Golden, case: &str) ->
 fn onnx_runtime_runs_the_portable_graphs() {
     let library = opening("ort").ort_library;
     let options = OrtOptions { library, ..OrtOptions::default() };
-    for folder in golden_folders().into_iter().chain([demo_folder()]) {
+    for folder in golden_folders() {
         let (_scratch, path) = compiled(&folder);
         let model = Model::open(&path, &opening("native")).unwrap();
         let artifact = Artifact::open(&path, true).unwrap();

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use flamingo_tests::{compiled, compiled_as, demo_folder, golden_folders};
+use flamingo_tests::{compiled, compiled_as, golden_folders, tiny_scenes};
 use flamingoc::scheme::Precision;
 use serde_json::{Map, Value};
 
@@ -35,8 +35,7 @@ fn graphs(artifact: &Path) -> Vec<PathBuf> {
 
 #[test]
 fn every_graph_passes_the_checker() {
-    let mut folders = golden_folders();
-    folders.push(demo_folder());
+    let folders = golden_folders();
     let artifacts: Vec<_> = folders.iter().map(|folder| compiled(folder)).collect();
     let files: Vec<PathBuf> = artifacts.iter().flat_map(|(_, path)| graphs(path)).collect();
     assert_eq!(files.len(), 4 * folders.len(), "two graphs of two flavours each");
@@ -48,7 +47,7 @@ fn every_graph_passes_the_checker() {
 #[test]
 fn graphs_of_every_precision_pass_the_checker() {
     let precisions = [Precision::F16, Precision::Bf16, Precision::Int8, Precision::Int4];
-    let artifacts = precisions.map(|precision| compiled_as(&demo_folder(), precision.into()));
+    let artifacts = precisions.map(|precision| compiled_as(&tiny_scenes(), precision.into()));
     let files: Vec<PathBuf> = artifacts.iter().flat_map(|(_, path)| graphs(path)).collect();
     assert_eq!(files.len(), 4 * precisions.len());
     for (file, problem) in findings(&files) {
@@ -72,7 +71,7 @@ fn rename(file: &Path, from: &str, to: &str) {
 
 #[test]
 fn the_checker_finds_damage() {
-    let (_scratch, artifact) = compiled(&demo_folder());
+    let (_scratch, artifact) = compiled(&tiny_scenes());
     let files = graphs(&artifact);
     let file = |name: &str| artifact.join("graphs").join(name);
     rename(&file("decoder.portable.onnx"), "Softmax", "Softmux");

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use flamingo_runtime::backend::Media;
 use flamingo_runtime::{GenerateOptions, KvFormat, Model, OpenOptions, PromptFile, Segment};
-use flamingo_tests::{Golden, compiled_as, demo_folder, golden_folders, opening};
+use flamingo_tests::{Golden, compiled_as, golden_folders, opening, tiny_scenes};
 use flamingoc::parity::{Divergence, F32_BOUND, MIN_COSINE, compare, divergence};
 use flamingoc::scheme::{Precision, Scheme};
 use serde_json::Value;
@@ -116,7 +116,7 @@ fn tract_agrees_with_native_but_for_bf16() {
     for precision in [Precision::F16, Precision::Int8, Precision::Int4] {
         check_engine("tract", precision);
     }
-    let folder = demo_folder();
+    let folder = tiny_scenes();
     let (_scratch, artifact) = compiled_as(&folder, Precision::Bf16.into());
     let refused = Model::open(&artifact, &opening("tract")).err().map(|error| error.to_string());
     assert!(refused.is_some_and(|text| text.contains("hint: ")));
@@ -145,7 +145,7 @@ fn next_tokens_stay_near_those_of_pytorch() {
         (Precision::Int8, 0.01),
         (Precision::Int4, 0.2),
     ] {
-        for folder in golden_folders().into_iter().chain([demo_folder()]) {
+        for folder in golden_folders() {
             let found = next_tokens(&folder, precision.into());
             assert!(found.mean_kl <= bound, "{} {}: {found:?}", precision.name(), folder.display());
         }
@@ -154,15 +154,15 @@ fn next_tokens_stay_near_those_of_pytorch() {
 
 /// Share of the bundled prompts that are answered as PyTorch does.
 fn answered_alike(precision: Precision) -> f64 {
-    let (_scratch, artifact) = compiled_as(&demo_folder(), precision.into());
+    let (_scratch, artifact) = compiled_as(&tiny_scenes(), precision.into());
     let model = open(&artifact, "native");
-    let text = fs::read_to_string(demo_folder().join("prompts.jsonl")).unwrap();
+    let text = fs::read_to_string(tiny_scenes().join("prompts.jsonl")).unwrap();
     let (mut n, mut alike) = (0, 0);
     for line in text.lines() {
         let line: Value = serde_json::from_str(line).unwrap();
         let segments: Vec<Segment> = serde_json::from_value(line["segments"].clone()).unwrap();
         let mut prompt = PromptFile { segments, ..PromptFile::default() };
-        prompt.resolve(&demo_folder());
+        prompt.resolve(&tiny_scenes());
         let max_new_tokens = if line["task"] == "caption" { 8 } else { 1 };
         let options = GenerateOptions { max_new_tokens, ..GenerateOptions::default() };
         let answer = model.generate(&prompt, &options, &mut |_| {}).unwrap();

@@ -12,7 +12,7 @@ use flamingo_runtime::{
     BeamOptions, CancelToken, GenerateOptions, KvFormat, Limits, Mark, Medium, Model, OpenOptions,
     PromptFile, RunError, Segment, Session, Stop,
 };
-use flamingo_tests::{Golden, compiled, demo_folder, golden_folders, opening};
+use flamingo_tests::{Golden, compiled, golden_folders, opening, tiny_scenes};
 use flamingoc::parity::{F32_BOUND, compare};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
@@ -128,7 +128,7 @@ fn forked_and_rewound_sequences_are_as_fresh_ones_on_other_engines() {
 /// Every golden, fed in pieces: logits and greedy tokens of one prefill.
 #[test]
 fn a_prompt_in_pieces_has_the_bits_of_a_whole_one() {
-    for folder in golden_folders().into_iter().chain([demo_folder()]) {
+    for folder in golden_folders() {
         let (_scratch, artifact) = compiled(&folder);
         let model = Model::open(&artifact, &opening("native")).unwrap();
         let (golden, tokens) = (Golden::read(&folder), &model.manifest().config.tokens);
@@ -332,16 +332,16 @@ fn any_order_of_operations_has_the_bits_of_a_fresh_sequence() {
 }
 
 fn demo() -> (tempfile::TempDir, Model, Vec<PathBuf>) {
-    let (scratch, artifact) = compiled(&demo_folder());
+    let (scratch, artifact) = compiled(&tiny_scenes());
     let model = Model::open(&artifact, &opening("native")).unwrap();
-    let text = std::fs::read_to_string(demo_folder().join("prompts.jsonl")).unwrap();
+    let text = std::fs::read_to_string(tiny_scenes().join("prompts.jsonl")).unwrap();
     let mut images = Vec::new();
     for line in text.lines() {
         let line: serde_json::Value = serde_json::from_str(line).unwrap();
         let segments: Vec<Segment> = serde_json::from_value(line["segments"].clone()).unwrap();
         for segment in segments {
             if let Segment::Image { image } = segment {
-                images.push(demo_folder().join(image));
+                images.push(tiny_scenes().join(image));
             }
         }
     }

@@ -10,7 +10,7 @@ use flamingo_scenes::Split;
 use flamingo_scenes::episode::{Episode, Style, Task};
 use flamingo_scenes::random::stream;
 use flamingo_scenes::words::Vocabulary;
-use flamingo_tests::{compiled, demo_folder, opening};
+use flamingo_tests::{compiled, opening, tiny_scenes};
 use flamingo_train::batch::Batch;
 use flamingo_train::export::export;
 use flamingo_train::pictures::{Painting, Pictures};
@@ -184,7 +184,7 @@ fn eval_counts_answers_of_the_demo_tasks() {
     assert!(scores.iter().all(fits), "{scores:?}");
     assert_eq!(eval(&model, &options, &mut |_, _| Ok(())).unwrap(), scores);
 
-    let (_scratch, other) = compiled(&demo_folder());
+    let (_scratch, other) = compiled(&tiny_scenes());
     let other = Model::open(&other, &opening("native")).unwrap();
     let error = eval(&other, &options, &mut |_, _| Ok(())).unwrap_err().to_string();
     assert!(error.contains("flamingo-train"), "{error}");

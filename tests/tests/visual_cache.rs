@@ -8,11 +8,11 @@ use flamingo_runtime::visual_cache::{CacheStats, VisualCache, VisualCacheOptions
 use flamingo_runtime::{
     Answer, GenerateOptions, KvFormat, Model, OpenOptions, PromptFile, Segment, VideoFiles,
 };
-use flamingo_tests::{compiled_as, demo_folder, golden_folders, opening};
+use flamingo_tests::{compiled_as, golden_folders, opening, tiny_scenes};
 use flamingoc::scheme::Precision;
 
 fn picture(name: &str) -> PathBuf {
-    demo_folder().join("images").join(name)
+    tiny_scenes().join("images").join(name)
 }
 
 /// A picture, another, the first again, and a clip.
@@ -71,7 +71,7 @@ fn cached_equals_uncached_to_the_bit() {
         (Precision::Int8, None),
         (Precision::Int8, Some(KvFormat::Int8)),
     ] {
-        let (scratch, artifact) = compiled_as(&demo_folder(), precision.into());
+        let (scratch, artifact) = compiled_as(&tiny_scenes(), precision.into());
         let case = format!("{} {kv_format:?}", precision.name());
         let dir = scratch.path().join("cache");
         let none = Arc::new(VisualCache::new(&VisualCacheOptions::off()));
@@ -110,8 +110,8 @@ fn a_cache_serves_no_model_with_what_another_saw() {
     let shared = cache(1 << 30, Some(scratch.path()));
     let of_golden = |folder: &PathBuf| folder.ends_with("openflamingo-mpt");
     let golden = golden_folders().into_iter().find(of_golden).unwrap();
-    let f32 = compiled_as(&demo_folder(), Precision::F32.into());
-    let int8 = compiled_as(&demo_folder(), Precision::Int8.into());
+    let f32 = compiled_as(&tiny_scenes(), Precision::F32.into());
+    let int8 = compiled_as(&tiny_scenes(), Precision::Int8.into());
     let other = compiled_as(&golden, Precision::F32.into());
     let mut stats = CacheStats::default();
     for (artifact, kv_format) in [
@@ -128,14 +128,14 @@ fn a_cache_serves_no_model_with_what_another_saw() {
         stats = now;
     }
     // The same artifact elsewhere is the same model.
-    let copy = compiled_as(&demo_folder(), Precision::F32.into());
+    let copy = compiled_as(&tiny_scenes(), Precision::F32.into());
     open(&copy.1, None, &shared).pin_media(&prompt()).unwrap();
     assert_eq!(shared.stats().misses, stats.misses);
 }
 
 #[test]
 fn engines_without_a_second_stage_use_no_folder_and_say_so() {
-    let (scratch, artifact) = compiled_as(&demo_folder(), Precision::F32.into());
+    let (scratch, artifact) = compiled_as(&tiny_scenes(), Precision::F32.into());
     let dir = scratch.path().join("cache");
     let visual_cache = Some(cache(1 << 30, Some(&dir)));
     let model = Model::open(&artifact, &OpenOptions { visual_cache, ..opening("tract") }).unwrap();

@@ -2,9 +2,11 @@
 //!
 //! [`setup`] installs what the tests need under `target/test-deps`; [`checks`] runs the checks in
 //! order and stops at the first failure; [`aarch64`] and [`sanitizers`] run the kernels' tests on another processor
-//! and under other eyes; [`process`] runs one command and says what it runs.
+//! and under other eyes; [`card`] measures the demo model, [`ablations`] others like it; [`process`] runs one command and says what it runs.
 
 mod aarch64;
+mod ablations;
+mod card;
 mod checks;
 mod process;
 mod sanitizers;
@@ -32,6 +34,10 @@ Usage: cargo xtask <TASK>
   test-aarch64     run the kernels' tests for aarch64 on three emulated processors
   test-sanitizers  run the kernels' tests under valgrind, and under AddressSanitizer with
                    a nightly compiler
+  model-card       measure the demo model in every precision and write the tables of
+                   models/demo/README.md
+  ablations        train the demo's stage 3 with one part changed at a time, an hour on
+                   two cores, and write the table of models/demo/README.md
 
 Environment:
   FLAMINGO_TEST_ORT_LIB   use this ONNX Runtime library instead of installing one
@@ -56,6 +62,8 @@ fn run(args: &[String]) -> Result<()> {
         ["test"] => checks::run_all(&root, &setup::install(&root)?),
         ["setup-aarch64"] => aarch64::setup(),
         ["test-aarch64"] => aarch64::test(&root, &aarch64::Toolchain::find()?),
+        ["ablations"] => ablations::write(&root),
+        ["model-card"] => card::write(&root),
         ["test-sanitizers"] => test_sanitizers(&root),
         ["setup"] => setup::install(&root).map(|deps| deps.announce()),
         [] | ["help" | "--help" | "-h"] => {

@@ -40,7 +40,7 @@ pub(super) struct Eval {
     /// Seed of prompts and pictures
     #[arg(long, value_name = "N", default_value = "0")]
     seed: u64,
-    /// Show plain grey pictures: what can be known without eyes
+    /// Set all visual tokens to 0: what can be known without eyes
     #[arg(long)]
     blind: bool,
     /// Write pictures, prompts, right and given answers to this folder

@@ -147,7 +147,7 @@ fn check_trace(text: &str) {
 #[test]
 fn run_shows_a_profile_beside_its_answer() {
     let demo = Demo::new();
-    let image = repository("models/demo/images/single-000.png");
+    let image = repository("tests/golden/tiny-scenes/images/single-000.png");
     let trace = demo.scratch.path().join("t.json");
     let prompt = ["--prompt", "<image>what color ?", "--image"];
     let [flag, text, image_flag] = prompt;
@@ -295,7 +295,7 @@ fn the_first_token_after_examples_is_timed_with_and_without_a_bank() {
     let demo = Demo::new();
     let examples = demo.scratch.path().join("examples.jsonl");
     let line = |n: usize| {
-        let picture = repository(&format!("models/demo/images/multi-00{n}.png"));
+        let picture = repository(&format!("tests/golden/tiny-scenes/images/multi-00{n}.png"));
         json!({"segments": [{"image": picture}, {"text": "what color ?"}, {"end_of_chunk": true}]})
             .to_string()
     };

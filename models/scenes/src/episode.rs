@@ -24,7 +24,7 @@ pub enum Task {
     Count,
     /// Two objects: the colour of a kind, or the kind on a side.
     Pair,
-    /// Two objects: whether a colour and kind is there.
+    /// Two objects: whether a colour and kind is there; in training also one.
     YesNo,
     /// Which way it moves, or how many times it flashes.
     Video,
@@ -116,7 +116,15 @@ const CAPTION_WEIGHT: f32 = 0.5;
 /// Weight of an `<eoc>` after an answer.
 const END_WEIGHT: f32 = 0.1;
 
+/// Share of training's yes/no prompts that show one object: what learns to compare on one finds it among two.
+const ONE_OBJECT: f64 = 0.4;
+
 type Question = (Vec<&'static str>, &'static str);
+
+fn is_there(object: Object, truth: bool) -> Question {
+    let question = vec!["is", "there", "a", object.colour(), object.kind(), "?"];
+    (question, if truth { "yes" } else { "no" })
+}
 
 struct Writer<'a, R> {
     episode: Episode,
@@ -223,6 +231,9 @@ impl<'a, R: Rng> Writer<'a, R> {
     }
 
     fn pair(&mut self, yes_no: bool) {
+        if yes_no && self.style.dense && self.rng.random_bool(ONE_OBJECT) {
+            return self.yes_no_of_one();
+        }
         let facts = Facts::pair(self.style.split, self.rng);
         let Facts::Pair(left, right) = facts else { unreachable!("asked for a pair") };
         let mut open = Vec::new();
@@ -231,7 +242,7 @@ impl<'a, R: Rng> Writer<'a, R> {
             open.push((vec!["what", "shape", "is", "on", "the", side, "?"], object.kind()));
         }
         open.shuffle(self.rng);
-        let mut closed = || self.is_there(left, right);
+        let mut closed = || self.is_one_there(left, right);
         let questions = match yes_no {
             true => vec![closed(), closed(), closed(), open.remove(0)],
             false => vec![open.remove(0), open.remove(0), closed()],
@@ -239,8 +250,29 @@ impl<'a, R: Rng> Writer<'a, R> {
         self.ask(facts, questions, 4);
     }
 
+    /// Whether a single object is what is asked for; half of those asked for differ in colour or in kind.
+    fn yes_no_of_one(&mut self) {
+        let object = self.object();
+        let facts = Facts::single(object, self.rng);
+        let mut question = || {
+            let rng = &mut *self.rng;
+            let (colours, kinds) = (COLOURS.len(), KINDS.len());
+            let asked = match rng.random_range(0..4) {
+                0 | 1 => object,
+                2 => Object {
+                    colour: (object.colour + rng.random_range(1..colours)) % colours,
+                    ..object
+                },
+                _ => Object { kind: (object.kind + rng.random_range(1..kinds)) % kinds, ..object },
+            };
+            is_there(asked, asked == object)
+        };
+        let questions = (0..4).map(|_| question()).collect();
+        self.ask(facts, questions, 4);
+    }
+
     /// Half of the objects asked for are there; the others differ in colour, in kind, or mix the two.
-    fn is_there(&mut self, left: Object, right: Object) -> Question {
+    fn is_one_there(&mut self, left: Object, right: Object) -> Question {
         let rng = &mut *self.rng;
         let truth = rng.random_bool(0.5);
         let new = |rng: &mut R, old: [usize; 2], count: usize| loop {
@@ -262,8 +294,7 @@ impl<'a, R: Rng> Writer<'a, R> {
                 Object { kind, ..one_of(&[left, right], rng) }
             }
         };
-        let question = vec!["is", "there", "a", object.colour(), object.kind(), "?"];
-        (question, if truth { "yes" } else { "no" })
+        is_there(object, truth)
     }
 
     fn video(&mut self) {

@@ -68,6 +68,27 @@ pub fn save(path: &Path, weights: &Weights, optimiser: &Optimiser, at: &Position
     write_tensors(path, &all, Some(metadata.into_iter().collect()))
 }
 
+/// Weights of a file as [`write_tensors`] writes it.
+///
+/// # Errors
+/// A file that cannot be read or holds other numbers than f32.
+pub fn read_tensors(path: &Path) -> Result<Weights> {
+    let bytes = fs::read(path).with_context(|| format!("cannot read `{}`", path.display()))?;
+    let tensors = SafeTensors::deserialize(&bytes);
+    let tensors = tensors.with_context(|| format!("in `{}`", path.display()))?;
+    let mut weights = Weights::default();
+    for (name, view) in tensors.tensors() {
+        weights.insert(&name, view.shape(), floats(&name, &view, path)?);
+    }
+    Ok(weights)
+}
+
+fn floats(name: &str, view: &TensorView<'_>, path: &Path) -> Result<Vec<f32>> {
+    ensure!(view.dtype() == Dtype::F32, "`{name}` in `{}` is not f32", path.display());
+    let number = |b: &[u8]| f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+    Ok(view.data().chunks_exact(4).map(number).collect())
+}
+
 /// What [`save`] saved.
 ///
 /// # Errors
@@ -85,12 +106,7 @@ pub fn load(path: &Path) -> Result<(Weights, Moments, Position)> {
     let position = Position { recipe: entry("recipe")?, stage: entry("stage")?, step };
     let (mut weights, mut moments) = (Weights::default(), Moments::new());
     for (name, view) in SafeTensors::deserialize(&bytes).with_context(place)?.tensors() {
-        ensure!(view.dtype() == Dtype::F32, "`{name}` in `{}` is not f32", path.display());
-        let values: Vec<f32> = view
-            .data()
-            .chunks_exact(4)
-            .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-            .collect();
+        let values = floats(&name, &view, path)?;
         let moment = |prefix| name.strip_prefix(prefix).map(str::to_owned);
         match (moment(MOMENT_1), moment(MOMENT_2)) {
             (Some(own), _) => {

@@ -12,6 +12,11 @@ use crate::model::language::EMBEDDING;
 use crate::recipe::Recipe;
 use crate::weights::Weights;
 
+/// The vision encoder in a model's folder.
+pub const VISION_FILE: &str = "clip_visual.safetensors";
+/// The language model in a model's folder; its row of `<eoc>` is the one that stage 3 learned.
+pub const LANGUAGE_FILE: &str = "lang_encoder/model.safetensors";
+
 /// Writes `recipe.toml`, `clip_visual.safetensors`, `checkpoint.safetensors`, `lang_encoder/`, `tokenizer.json`.
 ///
 /// # Errors
@@ -30,9 +35,9 @@ pub fn export(folder: &Path, recipe: &Recipe, weights: &Weights) -> Result<()> {
             && name != "logit_scale"
     };
     let visual = weights.filtered(is_vision);
-    write_tensors(&folder.join("clip_visual.safetensors"), &visual, None)?;
+    write_tensors(&folder.join(VISION_FILE), &visual, None)?;
     let frozen = weights.filtered(is_language);
-    write_tensors(&language.join("model.safetensors"), &frozen, None)?;
+    write_tensors(&folder.join(LANGUAGE_FILE), &frozen, None)?;
     let bridge = |name: &str| is_gated(name) || is_perceiver(name) || name == EMBEDDING;
     let bridge = weights.filtered(bridge).renamed(|name| match is_perceiver(name) {
         true => name.to_owned(),

@@ -555,7 +555,7 @@ fn exp(x: f32) -> f32 {
     let inside = x.clamp(-87.0, 88.0);
     let shifted = inside * std::f32::consts::LOG2_E + ROUND;
     let whole = shifted - ROUND;
-    let rest = inside - whole * 0.693_359_375 + whole * 2.121_944_4e-4;
+    let rest = inside - whole * 0.693_359_4 + whole * 2.121_944_4e-4;
     let series =
         [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5];
     let p = polynomial(series, rest) * rest * rest + rest + 1.0;

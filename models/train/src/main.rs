@@ -62,7 +62,7 @@ struct Training {
     /// Prompts of each task that are answered at the end
     #[arg(long, default_value_t = 200, value_name = "N")]
     measured: usize,
-    /// Take the vision encoder and the language model of this run's folder, and train the rest
+    /// Take the vision encoder and the language model of this run or model, and train the rest
     #[arg(long, value_name = "DIR")]
     frozen_from: Option<PathBuf>,
     /// Stop after so many steps; the same command goes on from there

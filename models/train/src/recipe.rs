@@ -50,6 +50,9 @@ pub struct Schedule {
     pub learning_rate: f64,
     /// Steps over which the rate rises from 0.
     pub warmup: usize,
+    /// Share of the steps before which the rate stays at the full one.
+    #[serde(default)]
+    pub hold: f64,
     /// The rate at the end as a share of the full one, reached along half a cosine; 1 keeps it constant.
     pub final_rate: f64,
     /// Weight decay.
@@ -216,7 +219,8 @@ impl Schedule {
     /// The learning rate of a step, counted from 0.
     pub fn rate(&self, step: usize) -> f64 {
         let warm = ((step + 1) as f64 / self.warmup.max(1) as f64).min(1.0);
-        let done = step as f64 / self.steps.max(1) as f64;
+        let held = self.hold * self.steps as f64;
+        let done = (step as f64 - held).max(0.0) / (self.steps as f64 - held).max(1.0);
         let cosine = 0.5 * (1.0 + (std::f64::consts::PI * done).cos());
         self.learning_rate * warm * (self.final_rate + (1.0 - self.final_rate) * cosine)
     }
@@ -247,11 +251,28 @@ impl Recipe {
             ensure!(by > 0 && of.is_multiple_of(by), "`{name}`: {by} does not divide {of}");
             Ok(())
         };
+        let schedules = [
+            ("contrastive", &self.contrastive.schedule),
+            ("language_training", &self.language_training.schedule),
+            ("flamingo", &self.flamingo.schedule),
+        ];
+        for (stage, schedule) in schedules {
+            let hold = schedule.hold;
+            ensure!(
+                (0.0..=1.0).contains(&hold),
+                "`{stage}.schedule.hold`: expected a share from 0 to 1, got {hold}"
+            );
+        }
         divides("vision.patch_size", vision.image_size, vision.patch_size)?;
         divides("vision.heads", vision.width, vision.heads)?;
         divides("text.heads", self.text.width, self.text.heads)?;
         divides("language.heads", language.width, language.heads)?;
-        divides("gated.every", language.layers, self.gated.every)?;
+        ensure!(
+            (1..=language.layers).contains(&self.gated.every),
+            "`gated.every`: expected 1 to {}, the layers of the language model, got {}",
+            language.layers,
+            self.gated.every
+        );
         divides("two halves of a head", language.width / language.heads, 2)?;
         ensure!(self.resampler.max_frames >= draw::FRAMES, "`resampler.max_frames`: too few");
         let data = &self.flamingo.data;
@@ -290,6 +311,22 @@ mod tests {
             }
             Err(error) => format!("{error:#}"),
         }
+    }
+
+    #[test]
+    fn a_rate_rises_stays_and_falls() {
+        let schedule = Schedule {
+            steps: 100,
+            learning_rate: 2.0,
+            warmup: 10,
+            hold: 0.5,
+            final_rate: 0.1,
+            weight_decay: 0.0,
+            pieces: 1,
+        };
+        assert_eq!([0, 4, 9, 50].map(|step| schedule.rate(step)), [0.2, 1.0, 2.0, 2.0]);
+        assert!((schedule.rate(75) - 1.1).abs() < 1e-9);
+        assert!((schedule.rate(100) - 0.2).abs() < 1e-9);
     }
 
     #[test]

@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use flamingo_scenes::Split;
 use flamingo_scenes::episode::Task;
+use flamingo_scenes::random::stream;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use crate::checkpoint::{self, Position};
-use crate::export::export;
+use crate::export::{LANGUAGE_FILE, VISION_FILE, export};
 use crate::optimiser::Optimiser;
 use crate::plot;
 use crate::recipe::Recipe;
@@ -45,7 +46,7 @@ pub struct Options {
     pub threads: usize,
     /// Prompts of each task that are answered at the end.
     pub measured: usize,
-    /// A run whose vision encoder and language model are taken over, so that only stage 3 is trained.
+    /// A run or a model whose vision encoder and language model are taken over, so that only stage 3 is trained.
     pub frozen_from: Option<PathBuf>,
     /// Stop after this many steps of this run, saved.
     pub stop_after: Option<usize>,
@@ -85,10 +86,19 @@ fn contrastive_start(recipe: &Recipe) -> Weights {
     ContrastiveStage::new(recipe, 1).start()
 }
 
-/// The trained encoders and language model of another run, of the shapes that the recipe asks for.
+/// The trained vision encoder and language model of another run's folder, or of the model that a run wrote, in the
+/// shapes that the recipe asks for.
 fn frozen(recipe: &Recipe, folder: &Path) -> Result<Weights> {
-    let (weights, ..) = checkpoint::load(&folder.join("training.safetensors"))?;
-    let mut expected = contrastive_start(recipe);
+    let run = folder.join("training.safetensors");
+    let weights = match run.exists() {
+        true => checkpoint::load(&run)?.0,
+        false => {
+            let mut weights = checkpoint::read_tensors(&folder.join(VISION_FILE))?;
+            weights.extend(checkpoint::read_tensors(&folder.join(LANGUAGE_FILE))?);
+            weights
+        }
+    };
+    let mut expected = recipe.vision.start(&mut stream(0, "shapes"));
     expected.extend(LanguageStage::new(recipe, 1).start());
     for (name, weight) in expected.iter() {
         let found = weights.iter().find(|(known, _)| *known == name).map(|(_, w)| &w.shape);
@@ -109,6 +119,10 @@ struct Run<'a> {
     optimiser: Optimiser,
     position: Position,
     metrics: File,
+    /// Seconds that the stage took before this process went on with it.
+    before: f64,
+    /// Accuracies of the last look, for the progress bar.
+    looked: String,
     steps_left: usize,
 }
 
@@ -144,9 +158,20 @@ impl<'a> Run<'a> {
             },
         };
         fs::write(options.folder.join("training.toml"), text)?;
-        let metrics = open_metrics(&options.folder.join("metrics.jsonl"), &position)?;
+        let (metrics, before) = open_metrics(&options.folder.join("metrics.jsonl"), &position)?;
         let steps_left = options.stop_after.unwrap_or(usize::MAX);
-        Ok(Run { recipe, options, weights, optimiser, position, metrics, steps_left })
+        let looked = String::new();
+        Ok(Run {
+            recipe,
+            options,
+            weights,
+            optimiser,
+            position,
+            metrics,
+            before,
+            looked,
+            steps_left,
+        })
     }
 
     /// Runs what is left of a stage. False if the run has to stop here.
@@ -159,6 +184,8 @@ impl<'a> Run<'a> {
             self.position =
                 Position { stage: stage.name().into(), step: 0, ..self.position.clone() };
             self.optimiser = Optimiser::new(BETAS);
+            self.before = 0.0;
+            self.looked.clear();
         }
         if self.position.step == 0 {
             self.weights.extend(start());
@@ -184,11 +211,12 @@ impl<'a> Run<'a> {
             self.steps_left -= 1;
             seen.add(losses);
             bar.set_position(self.position.step as u64);
-            bar.set_message(format!("loss {:.3}", seen.mean("loss")));
+            bar.set_message(self.message(stage.name(), seen.mean("loss")));
             if self.position.step.is_multiple_of(REPORT_EVERY)
                 || self.position.step == schedule.steps
             {
-                self.report(stage.name(), &seen, norm, rate, started.elapsed())?;
+                let seconds = self.before + started.elapsed().as_secs_f64();
+                self.report(stage.name(), &seen, norm, rate, seconds)?;
                 seen = Recent::default();
             }
             if self.position.step.is_multiple_of(schedule.steps.div_ceil(LOOKS))
@@ -218,18 +246,29 @@ impl<'a> Run<'a> {
         seen: &Recent,
         norm: f64,
         rate: f64,
-        time: Duration,
+        seconds: f64,
     ) -> Result<()> {
         let losses: serde_json::Map<String, Value> =
             seen.means().map(|(name, loss)| (name.to_owned(), json!(round(loss)))).collect();
         let mut line = json!({
             "stage": stage, "step": self.position.step, "losses": losses,
-            "gradient_norm": round(norm), "learning_rate": rate, "seconds": round(time.as_secs_f64()),
+            "gradient_norm": round(norm), "learning_rate": rate, "seconds": round(seconds),
         });
         if stage == "flamingo" {
             line["gates"] = json!(self.gates());
         }
         writeln!(self.metrics, "{line}").context("cannot write metrics.jsonl")
+    }
+
+    /// What the progress bar says: the loss, how far the gates are open, the accuracies of the last look.
+    fn message(&self, stage: &str, loss: f64) -> String {
+        let mut message = format!("loss {loss:.3}");
+        if stage == "flamingo" {
+            let open: Vec<String> =
+                self.gates().iter().map(|g| format!("{:.1}", g.abs())).collect();
+            message += &format!(" · gates {}", open.join(" "));
+        }
+        message + &self.looked
     }
 
     /// tanh of the gates, attention and feed-forward, layer by layer.
@@ -276,8 +315,13 @@ impl<'a> Run<'a> {
             _ => return Ok(()),
         };
         let tasks = MEASURED.into_iter().filter(|task| !how.described || *task != Task::Caption);
+        let scores: Vec<(String, f64)> =
+            tasks.map(|task| (label(task), self.accuracy(task, QUICK, how))).collect();
+        let shown: Vec<String> =
+            scores.iter().map(|(name, score)| format!("{name} {:.0}", 100.0 * score)).collect();
+        self.looked = format!(" · right % {}", shown.join(" "));
         let scores: serde_json::Map<String, Value> =
-            tasks.map(|task| (label(task), json!(self.accuracy(task, QUICK, how)))).collect();
+            scores.into_iter().map(|(name, score)| (name, json!(score))).collect();
         let line = json!({ "stage": stage, "step": self.position.step, "accuracy": scores });
         writeln!(self.metrics, "{line}").context("cannot write metrics.jsonl")
     }
@@ -325,10 +369,11 @@ fn round(value: f64) -> f64 {
     (value * 1e4).round() / 1e4
 }
 
-/// The file of metrics; lines beyond the position, of steps that will run again, are dropped.
-fn open_metrics(path: &Path, position: &Position) -> Result<File> {
+/// The file of metrics, and the seconds that it gives the position's stage; lines beyond the position, of steps
+/// that will run again, are dropped.
+fn open_metrics(path: &Path, position: &Position) -> Result<(File, f64)> {
     let order = |name: &str| STAGES.iter().position(|known| *known == name);
-    let mut kept = String::new();
+    let (mut kept, mut seconds) = (String::new(), 0.0);
     if path.exists() {
         let file = File::open(path).with_context(|| format!("cannot read `{}`", path.display()))?;
         for line in BufReader::new(file).lines() {
@@ -339,6 +384,9 @@ fn open_metrics(path: &Path, position: &Position) -> Result<File> {
             let stage = order(value["stage"].as_str().unwrap_or_default());
             let (now, step) = (order(&position.stage), value["step"].as_u64().unwrap_or(u64::MAX));
             if stage.is_some() && stage < now || (stage == now && step <= position.step as u64) {
+                if stage == now {
+                    seconds = value["seconds"].as_f64().unwrap_or(seconds);
+                }
                 kept.push_str(&line);
                 kept.push('\n');
             }
@@ -346,11 +394,11 @@ fn open_metrics(path: &Path, position: &Position) -> Result<File> {
     }
     fs::write(path, kept).with_context(|| format!("cannot write `{}`", path.display()))?;
     let file = OpenOptions::new().append(true).open(path);
-    file.with_context(|| format!("cannot open `{}`", path.display()))
+    Ok((file.with_context(|| format!("cannot open `{}`", path.display()))?, seconds))
 }
 
 fn bar(name: &'static str, steps: u64) -> ProgressBar {
-    let style = "{prefix:12} {bar:30} {pos}/{len} {msg} [{elapsed} < {eta}]";
+    let style = "{prefix:11} {bar:20} {pos}/{len} [{elapsed} < {eta}] {wide_msg}";
     let style = ProgressStyle::with_template(style).expect("a template that parses");
     ProgressBar::new(steps).with_style(style).with_prefix(name)
 }

@@ -1,9 +1,9 @@
-//! The demo model from picture files to words, on every engine: PyTorch's own answers.
+//! A trained model from picture files to words, on every engine: PyTorch's own answers.
 
 use std::fs;
 
 use flamingo_runtime::{GenerateOptions, Model, PromptFile, Segment};
-use flamingo_tests::{compiled, demo_folder, opening};
+use flamingo_tests::{compiled, opening, tiny_scenes};
 use serde_json::Value;
 
 /// Answers may differ where PyTorch's two best logits were closer than this.
@@ -11,15 +11,15 @@ const NEAR_TIE: f64 = 0.01;
 
 /// Answers all bundled prompts.
 fn check(backend: &str) {
-    let (_scratch, artifact) = compiled(&demo_folder());
+    let (_scratch, artifact) = compiled(&tiny_scenes());
     let model = Model::open(&artifact, &opening(backend)).unwrap();
-    let text = fs::read_to_string(demo_folder().join("prompts.jsonl")).unwrap();
+    let text = fs::read_to_string(tiny_scenes().join("prompts.jsonl")).unwrap();
     let (mut n, mut near_ties) = (0, 0);
     for line in text.lines() {
         let line: Value = serde_json::from_str(line).unwrap();
         let segments: Vec<Segment> = serde_json::from_value(line["segments"].clone()).unwrap();
         let mut prompt = PromptFile { segments, ..PromptFile::default() };
-        prompt.resolve(&demo_folder());
+        prompt.resolve(&tiny_scenes());
         let expected_ids: Vec<u32> = serde_json::from_value(line["tokens"].clone()).unwrap();
         assert_eq!(model.encode_prompt(&prompt).unwrap(), expected_ids, "{}", line["prompt"]);
         let max_new_tokens = if line["task"] == "caption" { 8 } else { 1 };
