@@ -57,10 +57,21 @@ fn paintings(episode: &Episode, number: u64) -> Vec<Painting> {
 
 /// The trainer's logits of one prompt, and the ids that they belong to.
 fn trainer(recipe: &Recipe, w: &Weights, episode: &Episode, number: u64) -> Vec<f32> {
+    trainer_with(recipe, w, episode, number, false)
+}
+
+/// The same, or with visual tokens of zeros.
+fn trainer_with(
+    recipe: &Recipe,
+    w: &Weights,
+    episode: &Episode,
+    number: u64,
+    blind: bool,
+) -> Vec<f32> {
     let mut pictures = Pictures::new(&recipe.vision, w, 1, Split::Test, 1);
     let features = pictures.features(&paintings(episode, number));
     let episodes = std::slice::from_ref(episode);
-    let (batch, options) = (Batch::new(episodes, |weight| weight), media_options(recipe, false));
+    let (batch, options) = (Batch::new(episodes, |weight| weight), media_options(recipe, blind));
     let tracked = w.tracked(|_| false);
     let logits = logits(recipe, &tracked, &batch, &features, &options);
     logits.into_data().try_into_vec().unwrap()
@@ -80,6 +91,10 @@ fn ids(episode: &Episode) -> Vec<u32> {
 
 /// The artifact's logits of the same prompt.
 fn artifact(recipe: &Recipe, model: &Model, w: &Weights, episode: &Episode) -> Vec<f32> {
+    model.logits(&ids(episode), &media(recipe, model, w, episode)).unwrap()
+}
+
+fn media(recipe: &Recipe, model: &Model, w: &Weights, episode: &Episode) -> Vec<Arc<Media>> {
     let pictures = Pictures::new(&recipe.vision, w, 1, Split::Test, 1);
     let mut media: Vec<Arc<Media>> = Vec::new();
     for painting in paintings(episode, 0) {
@@ -87,7 +102,7 @@ fn artifact(recipe: &Recipe, model: &Model, w: &Weights, episode: &Episode) -> V
         let values: Vec<f32> = frames.iter().flat_map(|pixels| normalised(pixels)).collect();
         media.extend(model.encode_pixels(&values, 1, frames.len()).unwrap());
     }
-    model.logits(&ids(episode), &media).unwrap()
+    media
 }
 
 /// `[3, side, side]` of a picture of `[side, side, 3]` bytes.
@@ -115,6 +130,13 @@ fn the_artifact_computes_what_the_trainer_computes() {
             let expected = trainer(&recipe, &w, &episode, 0);
             let comparison = compare("logits", &found, &expected, vocabulary).unwrap();
             assert!(comparison.pass, "{backend} {:?}: {comparison:?}", episode.task);
+
+            let media = media(&recipe, &model, &w, &episode);
+            let blind: Vec<Arc<Media>> = media.iter().map(|m| Arc::new(m.blind())).collect();
+            let found = model.logits(&ids(&episode), &blind).unwrap();
+            let expected = trainer_with(&recipe, &w, &episode, 0, true);
+            let comparison = compare("logits", &found, &expected, vocabulary).unwrap();
+            assert!(comparison.pass, "{backend} {:?}, blind: {comparison:?}", episode.task);
         }
     }
 }

@@ -211,21 +211,20 @@ fn width(x: &FlexTensor) -> usize {
     x.layout().shape().last().copied().unwrap_or(1).max(1)
 }
 
-/// One pass over equally long slices.
-fn map1(x: &FlexTensor, f: impl Fn(f32) -> f32) -> FlexTensor {
-    tensor(values(x).iter().map(|x| f(*x)).collect(), x)
-}
-
+/// One pass over tensors of equal shapes.
 fn map2(x: &FlexTensor, y: &FlexTensor, f: impl Fn(f32, f32) -> f32) -> FlexTensor {
     tensor(values(x).iter().zip(values(y).iter()).map(|(x, y)| f(*x, *y)).collect(), x)
 }
 
-#[derive(Debug, Clone)]
-struct QuickGelu;
+/// A function of each number alone.
+trait Activation: Clone + Debug + Send + 'static {
+    fn value(x: f32) -> f32;
+    fn slope(x: f32) -> f32;
+}
 
-impl Fused<1> for QuickGelu {
+impl<A: Activation> Fused<1> for A {
     fn forward(&self, [x]: &[FlexTensor; 1]) -> FlexTensor {
-        map1(x, |x| x * sigmoid(1.702 * x))
+        tensor(values(x).iter().map(|x| A::value(*x)).collect(), x)
     }
 
     fn backward(
@@ -235,34 +234,35 @@ impl Fused<1> for QuickGelu {
         gradient: &FlexTensor,
         _: [bool; 1],
     ) -> [Option<FlexTensor>; 1] {
-        let slope = |x: f32| {
-            let s = sigmoid(1.702 * x);
-            s * (1.0 + 1.702 * x * (1.0 - s))
-        };
-        [Some(map2(x, gradient, |x, g| g * slope(x)))]
+        [Some(map2(x, gradient, |x, g| g * A::slope(x)))]
+    }
+}
+
+#[derive(Debug, Clone)]
+struct QuickGelu;
+
+impl Activation for QuickGelu {
+    fn value(x: f32) -> f32 {
+        x * sigmoid(1.702 * x)
+    }
+
+    fn slope(x: f32) -> f32 {
+        let s = sigmoid(1.702 * x);
+        s * (1.0 + 1.702 * x * (1.0 - s))
     }
 }
 
 #[derive(Debug, Clone)]
 struct Gelu;
 
-impl Fused<1> for Gelu {
-    fn forward(&self, [x]: &[FlexTensor; 1]) -> FlexTensor {
-        map1(x, |x| x * normal(x).0)
+impl Activation for Gelu {
+    fn value(x: f32) -> f32 {
+        x * normal(x).0
     }
 
-    fn backward(
-        &self,
-        [x]: &[FlexTensor; 1],
-        _: &FlexTensor,
-        gradient: &FlexTensor,
-        _: [bool; 1],
-    ) -> [Option<FlexTensor>; 1] {
-        let slope = |x: f32| {
-            let (below, density) = normal(x);
-            below + x * density
-        };
-        [Some(map2(x, gradient, |x, g| g * slope(x)))]
+    fn slope(x: f32) -> f32 {
+        let (below, density) = normal(x);
+        below + x * density
     }
 }
 
