@@ -58,9 +58,10 @@ pub fn write_tensors(
 /// A file that cannot be written.
 pub fn save(path: &Path, weights: &Weights, optimiser: &Optimiser, at: &Position) -> Result<()> {
     let mut all = weights.clone();
-    for (name, [first, second]) in optimiser.moments() {
-        all.insert_value(format!("{MOMENT_1}{name}"), first);
-        all.insert_value(format!("{MOMENT_2}{name}"), second);
+    for (name, moments) in optimiser.moments() {
+        for (prefix, moment) in [MOMENT_1, MOMENT_2].into_iter().zip(moments) {
+            all.insert_value(format!("{prefix}{name}"), moment);
+        }
     }
     let metadata =
         [("recipe", at.recipe.clone()), ("stage", at.stage.clone()), ("step", at.step.to_string())];

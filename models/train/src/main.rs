@@ -115,7 +115,25 @@ fn run(program: Program) -> Result<()> {
     }
 }
 
+/// What libraries read from the environment before `main`: the allocator keeps its pages, and a tensor's work stays on
+/// the thread that asked for it, since `--threads` spreads the pieces of a batch.
+#[cfg(unix)]
+const ENVIRONMENT: [(&str, &str); 2] = [("MIMALLOC_PURGE_DELAY", "-1"), ("RAYON_NUM_THREADS", "1")];
+
+/// Begins anew with what of [`ENVIRONMENT`] is not set yet; comes back if all is, or if that cannot be done.
+#[cfg(unix)]
+fn set_environment() {
+    use std::os::unix::process::CommandExt as _;
+    let missing = || ENVIRONMENT.into_iter().filter(|(name, _)| std::env::var_os(name).is_none());
+    if let (Ok(program), Some(_)) = (std::env::current_exe(), missing().next()) {
+        let arguments = std::env::args_os().skip(1);
+        let _ = std::process::Command::new(program).args(arguments).envs(missing()).exec();
+    }
+}
+
 fn main() -> ExitCode {
+    #[cfg(unix)]
+    set_environment();
     match run(Program::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

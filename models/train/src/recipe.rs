@@ -12,6 +12,8 @@ use crate::model::language::Language;
 use crate::model::resampler::Resampler;
 use crate::model::text::TextEncoder;
 use crate::model::vision::Vision;
+use crate::optimiser::{Method, Rule};
+use crate::stage::is_small;
 
 /// A recipe. Unknown keys are errors.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -44,6 +46,9 @@ pub struct Recipe {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Schedule {
+    /// How matrices that multiply are stepped; all other weights are AdamW's.
+    #[serde(default)]
+    pub optimiser: Method,
     /// Optimiser steps.
     pub steps: usize,
     /// Learning rate after the warm-up.
@@ -223,6 +228,17 @@ impl Schedule {
         let done = (step as f64 - held).max(0.0) / (self.steps as f64 - held).max(1.0);
         let cosine = 0.5 * (1.0 + (std::f64::consts::PI * done).cos());
         self.learning_rate * warm * (self.final_rate + (1.0 - self.final_rate) * cosine)
+    }
+
+    /// How a weight is stepped: tables and what is no matrix by AdamW, small weights without decay.
+    pub fn rule(&self, name: &str) -> Rule {
+        let is_table = name.contains("tokens");
+        let multiplies = name.ends_with("weight") && !is_small(name) && !is_table;
+        Rule {
+            method: if multiplies { self.optimiser } else { Method::AdamW },
+            rate: 1.0,
+            decay: if is_small(name) { 0.0 } else { self.weight_decay },
+        }
     }
 }
 

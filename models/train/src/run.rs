@@ -134,7 +134,7 @@ impl<'a> Run<'a> {
         let text = toml::to_string(recipe)?;
         let hash = blake3::hash(text.as_bytes()).to_hex().to_string();
         let path = options.folder.join("training.safetensors");
-        let mut optimiser = Optimiser::new(BETAS);
+        let mut optimiser = Optimiser::new(BETAS, options.threads);
         let (weights, position) = match path.exists() {
             true => {
                 let (weights, moments, position) = checkpoint::load(&path)?;
@@ -183,7 +183,7 @@ impl<'a> Run<'a> {
         if self.position.stage != stage.name() {
             self.position =
                 Position { stage: stage.name().into(), step: 0, ..self.position.clone() };
-            self.optimiser = Optimiser::new(BETAS);
+            self.optimiser = Optimiser::new(BETAS, self.options.threads);
             self.before = 0.0;
             self.looked.clear();
         }

@@ -58,7 +58,7 @@ pub fn in_pieces(
     total
 }
 
-/// Norms, biases, embeddings of places: what AdamW does not decay.
+/// Norms, biases, embeddings of places: what is not decayed.
 pub fn is_small(name: &str) -> bool {
     let ends = ["bias", "embedding", "norm.weight", "layernorm.weight", "positions", "logit_scale"];
     name.contains("ln_")

@@ -9,7 +9,7 @@ use flamingo_scenes::draw::{Medium, Region, draw};
 use flamingo_scenes::facts::Facts;
 use flamingo_scenes::words::{PAD, Vocabulary};
 
-use super::{Losses, Stage, in_pieces, is_small};
+use super::{Losses, Stage, in_pieces};
 use crate::batch::{UNSEEN, floats};
 use crate::model::text::TextEncoder;
 use crate::model::vision::Vision;
@@ -167,8 +167,7 @@ impl Stage for ContrastiveStage<'_> {
     }
 
     fn rule(&self, _step: usize, name: &str) -> Rule {
-        let decay = if is_small(name) { 0.0 } else { self.options.schedule.weight_decay };
-        Rule { rate: 1.0, decay }
+        self.options.schedule.rule(name)
     }
 
     fn step(&mut self, step: usize, weights: &Weights) -> Result<(Losses, Gradients)> {

@@ -11,7 +11,7 @@ use flamingo_scenes::words::{END_OF_CHUNK, Vocabulary};
 use rand::Rng as _;
 
 use super::language::by_length;
-use super::{Losses, Stage, in_pieces, is_small};
+use super::{Losses, Stage, in_pieces};
 use crate::batch::{Batch, MediaOptions};
 use crate::model::language::EMBEDDING;
 use crate::optimiser::{Gradients, Rule, accumulate};
@@ -211,14 +211,16 @@ impl Stage for FlamingoStage<'_> {
     fn rule(&self, step: usize, name: &str) -> Rule {
         let is_gate = name.ends_with("_gate");
         let is_bridge = name.starts_with("perceiver.") || name == EMBEDDING;
-        let decays = !(is_gate || is_bridge || is_small(name));
+        let decays = !(is_gate || is_bridge);
         let waits = gated_layer(name).is_some_and(|layer| {
             self.recipe.gated.index(layer) * self.options().steps_per_block > step
         });
         let rate = if is_gate { self.options().gate_rate } else { 1.0 };
+        let rule = self.options().schedule.rule(name);
         Rule {
             rate: if waits { 0.0 } else { rate },
-            decay: if decays { self.options().schedule.weight_decay } else { 0.0 },
+            decay: if decays { rule.decay } else { 0.0 },
+            ..rule
         }
     }
 

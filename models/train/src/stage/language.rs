@@ -6,7 +6,7 @@ use flamingo_scenes::episode::{Episode, Style};
 use flamingo_scenes::words::Vocabulary;
 use rand::Rng as _;
 
-use super::{Losses, Stage, in_pieces, is_small};
+use super::{Losses, Stage, in_pieces};
 use crate::batch::Batch;
 use crate::model::language::Language;
 use crate::optimiser::{Gradients, Rule};
@@ -63,8 +63,7 @@ impl Stage for LanguageStage<'_> {
     }
 
     fn rule(&self, _step: usize, name: &str) -> Rule {
-        let decay = if is_small(name) { 0.0 } else { self.options.schedule.weight_decay };
-        Rule { rate: 1.0, decay }
+        self.options.schedule.rule(name)
     }
 
     fn step(&mut self, step: usize, weights: &Weights) -> Result<(Losses, Gradients)> {
