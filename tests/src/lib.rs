@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use flamingo_ir::Tensor;
 use flamingo_models::checkpoint::Checkpoint;
 use flamingo_runtime::OpenOptions;
-use flamingoc::compile::{CompileOptions, compile};
+use flamingoc::compile::{CalibrateOn, CompileOptions, compile};
 use flamingoc::scheme::Scheme;
 
 /// Folders below `tests/golden` that hold a checkpoint with goldens, sorted.
@@ -42,6 +42,9 @@ pub fn compiled_as(source: &Path, scheme: Scheme) -> (tempfile::TempDir, PathBuf
         max_context: None,
         max_images: 64,
         scheme,
+        calibrate: CalibrateOn::Nothing,
+        calibration_cache: None,
+        gate: None,
         dump: None,
     };
     compile(&options, &mut |_| {})
