@@ -14,6 +14,7 @@ use flamingo_scenes::draw::{self, draw};
 use flamingo_scenes::facts::Facts;
 use flamingo_scenes::random::stream;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde::Deserialize;
 
 use crate::eval::{self, EvalOptions, tasks};
 use crate::parity::cases;
@@ -178,7 +179,17 @@ pub fn calibrate(
     Ok(Calibration { by_weight, n_examples: examples.len(), n_tokens })
 }
 
-/// Prompts of a file: one prompt in JSON a line, with paths relative to the file.
+/// A line of a file of prompts; other keys are for other readers.
+#[derive(Deserialize)]
+struct Line {
+    segments: Vec<Segment>,
+    /// What the prompt should be answered with; it is read after it.
+    #[serde(default)]
+    answer: Option<String>,
+}
+
+/// Prompts of a file: JSON with `segments` as in a prompt file, and if known an `answer`, in each line; paths are
+/// relative to the file.
 ///
 /// # Errors
 /// A line that is no prompt, or a picture that cannot be read, with its line.
@@ -189,7 +200,9 @@ pub fn from_file(model: &Model, path: &Path) -> Result<Vec<Example>> {
     let mut examples = Vec::new();
     for (index, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
         let place = || format!("`{}` line {}", path.display(), index + 1);
-        let mut prompt: PromptFile = serde_json::from_str(line).with_context(place)?;
+        let Line { mut segments, answer } = serde_json::from_str(line).with_context(place)?;
+        segments.extend(answer.map(|answer| Segment::Text { text: format!(" {answer}") }));
+        let mut prompt = PromptFile { segments, ..PromptFile::default() };
         prompt.resolve(folder);
         examples.push(of_prompt(model, &prompt).with_context(place)?);
     }

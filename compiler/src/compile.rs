@@ -14,11 +14,12 @@ use crate::calibrate::Calibration;
 use crate::emit::{
     Fits, LayerStorage, Staging, WeightPlan, WrittenWeights, hash_file, write_file, write_graph,
 };
-use crate::gate::{Refused, Verdict, worst_first};
+use crate::gate::{Bounds, Refused, Verdict, worst_first};
 use crate::original::Original;
+use crate::page::report_page;
 use crate::parity::kl_bound;
 use crate::passes::{PassRecord, optimise, packed_weights};
-use crate::scheme::{Choice, LayerGroup, Scheme};
+use crate::scheme::{Choice, LayerGroup, Precision, Scheme};
 
 /// What to compile, and how.
 #[derive(Debug, Clone)]
@@ -64,6 +65,10 @@ pub struct Gate {
     pub max_kl: Option<f64>,
     /// Stores the layers that lose most finer until the bound holds.
     pub auto_mixed: bool,
+    /// Asks the demo's tasks, too, so many prompts of each; no task may lose more than the bound.
+    pub eval: Option<usize>,
+    /// Measures the KL of each layer alone, too: an artifact for each is made and run.
+    pub each_layer: bool,
 }
 
 /// What the compiler did, `report.json`.
@@ -102,9 +107,9 @@ pub struct Quantisation {
     /// The comparison with f32 on prompts that the rounding was not fitted to; none without a gate.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub verdict: Option<Verdict>,
-    /// Largest mean KL that was allowed.
+    /// What the comparison had to keep.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub max_kl: Option<f64>,
+    pub bounds: Option<Bounds>,
     /// Layers that were stored finer so that the bound holds, in order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub raised: Vec<Raised>,
@@ -162,22 +167,28 @@ pub fn compile(
     let hashed: Result<Vec<FileEntry>> =
         source.parts.files().iter().map(|path| hash_file(path)).collect();
     let inputs = StageInputs { source: &source, options, limits, sources: hashed?, calibration };
-    let (mut scheme, mut raised, mut bound) = (options.scheme.clone(), Vec::new(), None);
+    let (mut scheme, mut raised, mut bounds) = (options.scheme.clone(), Vec::new(), None);
     loop {
         let mut staged = stage(&inputs, &scheme, progress)?;
         let (Some(original), Some(gate)) = (&original, &options.gate) else {
             return staged.finish();
         };
         let verdict = original.judge(staged.staging.path(), progress)?;
-        let max_kl = *bound.get_or_insert_with(|| {
-            gate.max_kl.or_else(|| kl_bound(&staged.manifest.precision)).unwrap_or(0.0)
+        let bounds = *bounds.get_or_insert_with(|| {
+            let (precision, own) = (&staged.manifest.precision, options.scheme.precision);
+            let max_kl = gate.max_kl.or_else(|| kl_bound(precision)).unwrap_or(0.0);
+            Bounds { max_kl, max_lost: if own == Precision::Int4 { 1.5 } else { 0.5 } }
         });
-        if verdict.mean_kl <= max_kl {
+        if verdict.keeps(&bounds) {
             let quantisation = &mut staged.report.quantisation;
             quantisation.mean_kl = Some(verdict.mean_kl);
             quantisation.top1_agreement = Some(verdict.top1_agreement);
-            (quantisation.verdict, quantisation.max_kl) = (Some(verdict), Some(max_kl));
+            (quantisation.verdict, quantisation.bounds) = (Some(verdict), Some(bounds));
             quantisation.raised = raised;
+            if gate.each_layer {
+                let layers = &mut staged.report.quantisation.layers;
+                each_layer(&inputs, &scheme, original, layers, progress)?;
+            }
             return staged.finish();
         }
         let worst = worst_first(&staged.report.quantisation.layers);
@@ -186,9 +197,34 @@ pub fn compile(
             raise(&mut scheme, &worst, verdict.mean_kl, &mut raised);
         }
         if raised.len() == before {
-            return Err(Refused { verdict, max_kl, worst }.into());
+            return Err(Refused { verdict, bounds, worst }.into());
         }
     }
+}
+
+/// Measures the KL of each rounded layer while all others are f32.
+fn each_layer(
+    inputs: &StageInputs,
+    scheme: &Scheme,
+    original: &Original,
+    layers: &mut [LayerStorage],
+    progress: &mut dyn FnMut(Progress),
+) -> Result<()> {
+    let rounded = layers.iter().filter(|layer| layer.scheme != "f32");
+    let ops: BTreeSet<String> = rounded.map(|layer| layer.op().to_owned()).collect();
+    for op in ops {
+        progress(Progress::Stage(&format!("`{op}` alone")));
+        let own = layers.iter().find(|layer| layer.op() == op);
+        let format = own.and_then(|layer| PanelFormat::from_name(&layer.scheme));
+        let reach = scheme.layers.get(&op).and_then(|choice| choice.reach);
+        let alone = [(op.clone(), Choice { format, reach })].into();
+        let alone = Scheme { layers: alone, ..Scheme::default() };
+        let staged = stage(inputs, &alone, &mut |_| {})?;
+        let kl = original.judge(staged.staging.path(), &mut |_| {})?.mean_kl;
+        let own = layers.iter_mut().filter(|layer| layer.op() == op);
+        own.for_each(|layer| layer.kl_alone = Some(kl));
+    }
+    Ok(())
 }
 
 /// Stores those layers finer that lose most of their products for the fewest bytes: one in sixteen.
@@ -221,15 +257,23 @@ struct Staged {
     staging: Staging,
     manifest: Manifest,
     report: Report,
+    /// Of the page: the source's name.
+    title: String,
 }
 
 impl Staged {
     /// Writes report and manifest.
     fn write(&mut self) -> Result<()> {
-        let path = "report.json";
-        let entry = write_file(self.staging.path(), path, &pretty_json(&self.report)?)?;
-        self.manifest.files.retain(|file| file.path != path);
-        self.manifest.files.push(entry);
+        let mut reports = vec![("report.json", pretty_json(&self.report)?)];
+        if !self.report.quantisation.layers.is_empty() {
+            let title = &self.title;
+            reports.push(("report.html", report_page(title, &self.manifest, &self.report)?));
+        }
+        for (path, bytes) in reports {
+            let entry = write_file(self.staging.path(), path, &bytes)?;
+            self.manifest.files.retain(|file| file.path != path);
+            self.manifest.files.push(entry);
+        }
         self.manifest.files.sort();
         write_file(self.staging.path(), "manifest.json", &pretty_json(&self.manifest)?)?;
         Ok(())
@@ -310,7 +354,13 @@ fn stage(
         files,
         provenance: provenance(sources, options, scheme),
     };
-    let mut staged = Staged { staging, manifest, report };
+    let name = options.source.canonicalize().ok();
+    let name = name.as_deref().and_then(|path| match path.is_dir() {
+        true => path.file_name(),
+        false => path.parent()?.file_name(),
+    });
+    let title = name.unwrap_or_default().to_string_lossy().into_owned();
+    let mut staged = Staged { staging, manifest, report, title };
     staged.write()?;
     Ok(staged)
 }
@@ -469,7 +519,7 @@ fn quantisation(scheme: &Scheme, written: &WrittenWeights, bytes_f32: u64) -> Qu
         top1_agreement: is_f32.then_some(1.0),
         layers: if is_f32 { Vec::new() } else { written.layers.clone() },
         verdict: None,
-        max_kl: None,
+        bounds: None,
         raised: Vec::new(),
     }
 }

@@ -60,6 +60,9 @@ pub struct LayerStorage {
     /// Largest magnitude that calibration saw in a column of those rows over that of the median column.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub outlier_ratio: Option<f64>,
+    /// Mean KL of next tokens from f32 if only this weight's op is stored so; none if that was not asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kl_alone: Option<f64>,
 }
 
 impl LayerStorage {
@@ -331,7 +334,15 @@ impl Planned {
 
     fn storage(&self, scheme: &str, bytes: u64, sqnr_db: Option<f64>) -> LayerStorage {
         let (name, scheme) = (self.stem().to_owned(), scheme.to_owned());
-        LayerStorage { name, scheme, bytes, sqnr_db, output_sqnr_db: None, outlier_ratio: None }
+        LayerStorage {
+            name,
+            scheme,
+            bytes,
+            sqnr_db,
+            output_sqnr_db: None,
+            outlier_ratio: None,
+            kl_alone: None,
+        }
     }
 }
 

@@ -30,6 +30,49 @@ pub struct Verdict {
     pub perplexity_f32: f64,
     /// The same of the rounded model.
     pub perplexity: f64,
+    /// How often tasks are answered right; empty if that was not asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tasks: Vec<TaskScore>,
+}
+
+/// Share of right answers of one task, in f32 and rounded, on the same prompts.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TaskScore {
+    /// The task.
+    pub task: String,
+    /// Examples before the question.
+    pub shots: usize,
+    /// Prompts.
+    pub n: usize,
+    /// Of the original.
+    pub f32: f64,
+    /// Of the rounded model.
+    pub rounded: f64,
+}
+
+impl TaskScore {
+    /// Points in a hundred that were lost.
+    pub fn lost(&self) -> f64 {
+        100.0 * (self.f32 - self.rounded)
+    }
+}
+
+/// What rounded weights must keep.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Bounds {
+    /// Largest mean KL.
+    pub max_kl: f64,
+    /// Largest loss of a task, in points of a hundred.
+    pub max_lost: f64,
+}
+
+impl Verdict {
+    /// Whether the answers survived. NaN does not.
+    pub fn keeps(&self, bounds: &Bounds) -> bool {
+        // A hundredth of a point is below one answer of any number of prompts that anybody runs.
+        let is_kept = |task: &TaskScore| task.lost() <= bounds.max_lost + 0.01;
+        self.mean_kl <= bounds.max_kl && self.tasks.iter().all(is_kept)
+    }
 }
 
 /// Layers that a refusal names.
@@ -40,8 +83,8 @@ const N_NAMED: usize = 5;
 pub struct Refused {
     /// What rounding did.
     pub verdict: Verdict,
-    /// Largest mean KL that was allowed.
-    pub max_kl: f64,
+    /// What it should have kept.
+    pub bounds: Bounds,
     /// All rounded layers, those that lost most first.
     pub worst: Vec<LayerStorage>,
 }
@@ -52,10 +95,16 @@ impl fmt::Display for Refused {
         writeln!(
             f,
             "the answers changed: mean KL {mean_kl:.1e} of next tokens from f32, of at most {:.1e}; the same best token \
-             in {:.1} % of {n_tokens} ({n_examples} prompts). No artifact was written. The layers that lost most:",
-            self.max_kl,
+             in {:.1} % of {n_tokens} ({n_examples} prompts). No artifact was written.",
+            self.bounds.max_kl,
             100.0 * top1_agreement
         )?;
+        for task in self.verdict.tasks.iter().filter(|task| task.lost() > self.bounds.max_lost) {
+            let (name, shots, n) = (&task.task, task.shots, task.n);
+            let (f32, rounded) = (100.0 * task.f32, 100.0 * task.rounded);
+            writeln!(f, "  {name}, {shots} shots: {f32:.1} % to {rounded:.1} % of {n}, at most {} points", self.bounds.max_lost)?;
+        }
+        writeln!(f, "The layers that lost most:")?;
         for layer in self.worst.iter().take(N_NAMED) {
             let db = layer.output_sqnr_db.or(layer.sqnr_db).unwrap_or(f64::INFINITY);
             write!(f, "  {}  {}  signal to noise {db:.1} dB", layer.name, layer.scheme)?;
@@ -134,6 +183,7 @@ pub fn judge(
         visual_cosine,
         perplexity_f32,
         perplexity,
+        tasks: Vec::new(),
     })
 }
 
@@ -154,6 +204,29 @@ fn log_probability(logits: &[f32], token: usize) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_verdict_keeps_what_its_bounds_ask() {
+        let task = |rounded| TaskScore { task: "count".into(), shots: 0, n: 200, f32: 0.9, rounded };
+        let verdict = |mean_kl, rounded| Verdict {
+            n_examples: 1,
+            n_tokens: 1,
+            mean_kl,
+            p99_kl: 0.0,
+            top1_agreement: 1.0,
+            visual_cosine: 1.0,
+            perplexity_f32: 1.0,
+            perplexity: 1.0,
+            tasks: vec![task(rounded)],
+        };
+        let bounds = Bounds { max_kl: 0.01, max_lost: 0.5 };
+        assert!(verdict(0.01, 0.895).keeps(&bounds));
+        assert!(!verdict(0.011, 0.9).keeps(&bounds));
+        assert!(!verdict(f64::NAN, 0.9).keeps(&bounds));
+        assert!(!verdict(0.0, 0.89).keeps(&bounds));
+        let refused = Refused { verdict: verdict(0.0, 0.89), bounds, worst: Vec::new() };
+        assert!(refused.to_string().contains("count, 0 shots: 90.0 % to 89.0 % of 200"), "{refused}");
+    }
 
     #[test]
     fn numbers_are_those_of_closed_forms() {

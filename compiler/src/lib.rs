@@ -12,6 +12,7 @@ pub mod emit;
 pub mod eval;
 pub mod gate;
 pub mod original;
+pub mod page;
 pub mod parity;
 pub mod passes;
 pub mod profile;

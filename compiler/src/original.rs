@@ -6,11 +6,13 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 use flamingo_models::Source;
 use flamingo_runtime::{Model, OpenOptions};
+use flamingo_scenes::Split;
 
 use crate::calibrate::{Calibration, Example, bundled, calibrate, from_file};
 use crate::compile::{CalibrateOn, CompileOptions, Progress, compile, optimise_stage};
 use crate::emit::{WeightPlan, hash_file};
-use crate::gate::{Verdict, judge};
+use crate::eval::{EvalOptions, Score, eval, tasks};
+use crate::gate::{TaskScore, Verdict, judge};
 use crate::passes::packed_names;
 use crate::scheme::Scheme;
 
@@ -19,6 +21,8 @@ const N_BUNDLED: (usize, usize) = (96, 32);
 const N_BUNDLED_LARGE: (usize, usize) = (16, 8);
 /// Bytes in f32 from which a model is large.
 const LARGE: u64 = 1 << 30;
+/// Examples of the tasks that are asked with some.
+const SHOTS: [usize; 3] = [0, 2, 4];
 /// Of a file's prompts every so manieth judges and is not calibrated on, if there are at least twice as many.
 const HELD_OUT: usize = 4;
 
@@ -28,6 +32,8 @@ pub struct Original {
     /// What met each weight, by the name that it has once it is packed; none without calibration.
     pub calibration: Option<Calibration>,
     held_out: Vec<Example>,
+    /// What the tasks ask, and how often the original is right.
+    tasks: Option<(EvalOptions, Vec<Score>)>,
     // Dropped after the model that lies in it.
     _folder: tempfile::TempDir,
 }
@@ -68,7 +74,11 @@ impl Original {
             CalibrateOn::Nothing => None,
             _ => Some(calibration(source, options, &f32, &model, &seen, progress)?),
         };
-        Ok(Original { model, calibration, held_out, _folder: folder })
+        let tasks = match options.gate.as_ref().and_then(|gate| gate.eval) {
+            Some(n) => Some(ask(&model, n, progress)?),
+            None => None,
+        };
+        Ok(Original { model, calibration, held_out, tasks, _folder: folder })
     }
 
     /// How far an artifact is from the original, on prompts that it was not fitted to.
@@ -79,10 +89,50 @@ impl Original {
         progress(Progress::Stage("comparing with f32"));
         let rounded = Model::open(artifact, &OpenOptions::default())?;
         let n = self.held_out.len();
-        judge(&rounded, &self.model, &self.held_out, &mut |done| {
+        let mut verdict = judge(&rounded, &self.model, &self.held_out, &mut |done| {
             progress(Progress::Prompts(done, n));
-        })
+        })?;
+        if let Some((options, scores)) = &self.tasks {
+            progress(Progress::Stage("asking the tasks"));
+            let found = answers(&rounded, options, progress)?;
+            let score = |(f32, rounded): (&Score, &Score)| TaskScore {
+                task: f32.task.clone(),
+                shots: f32.shots,
+                n: f32.n,
+                f32: f32.score,
+                rounded: rounded.score,
+            };
+            verdict.tasks = scores.iter().zip(&found).map(score).collect();
+        }
+        Ok(verdict)
     }
+}
+
+/// Prompts of every task that are asked, and how often the model is right.
+fn ask(
+    model: &Model,
+    n: usize,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<(EvalOptions, Vec<Score>)> {
+    progress(Progress::Stage("asking the tasks in f32"));
+    // Another seed than that of `eval`, which measures what is chosen here.
+    let (tasks, split, seed) = (tasks(&[], &SHOTS)?, Split::Test, 1);
+    let options = EvalOptions { tasks, split, n, seed, blind: false };
+    let scores = answers(model, &options, progress)?;
+    Ok((options, scores))
+}
+
+fn answers(
+    model: &Model,
+    options: &EvalOptions,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Vec<Score>> {
+    let (mut done, n) = (0, options.n * options.tasks.len());
+    eval(model, options, &mut |_, _| {
+        done += 1;
+        progress(Progress::Prompts(done, n));
+        Ok(())
+    })
 }
 
 /// Prompts to calibrate on and prompts to judge by; the same where there are few.

@@ -35,9 +35,17 @@ pub fn compiled(source: &Path) -> (tempfile::TempDir, PathBuf) {
 pub fn compiled_as(source: &Path, scheme: Scheme) -> (tempfile::TempDir, PathBuf) {
     let scratch = tempfile::tempdir().expect("a temporary folder");
     let artifact = scratch.path().join("model.flamingo");
-    let options = CompileOptions {
+    let options = compile_options(source, &artifact, scheme);
+    compile(&options, &mut |_| {})
+        .unwrap_or_else(|error| panic!("{}: {error:#}", source.display()));
+    (scratch, artifact)
+}
+
+/// How tests compile `source` to `output`: rounded to nearest and not judged.
+pub fn compile_options(source: &Path, output: &Path, scheme: Scheme) -> CompileOptions {
+    CompileOptions {
         source: source.to_owned(),
-        output: artifact.clone(),
+        output: output.to_owned(),
         overwrite: false,
         max_context: None,
         max_images: 64,
@@ -46,10 +54,7 @@ pub fn compiled_as(source: &Path, scheme: Scheme) -> (tempfile::TempDir, PathBuf
         calibration_cache: None,
         gate: None,
         dump: None,
-    };
-    compile(&options, &mut |_| {})
-        .unwrap_or_else(|error| panic!("{}: {error:#}", source.display()));
-    (scratch, artifact)
+    }
 }
 
 /// How to open an artifact with a backend; ONNX Runtime's library is the one the tests install.

@@ -46,11 +46,18 @@ pub(super) struct Compile {
     /// Largest mean KL of next tokens from f32, in nats [default: f16 1e-4, bf16 1e-3, int8 0.01, int4 0.05]
     #[arg(long, value_name = "X", value_parser = max_kl)]
     max_kl: Option<f64>,
+    /// Ask these tasks, too, which may lose 0.5 points in a hundred (int4 1.5): `demo`, or `demo:N` for N prompts of each
+    /// instead of 200
+    #[arg(long, value_name = "TASKS", value_parser = eval_prompts)]
+    eval: Option<usize>,
     /// Store the layers that lose most finer, until the KL holds
     #[arg(long)]
     auto_mixed: bool,
+    /// Measure what each layer does alone, too; makes and runs an artifact for each
+    #[arg(long)]
+    each_layer: bool,
     /// Take rounded weights without comparing their answers with f32
-    #[arg(long, conflicts_with_all = ["max_kl", "auto_mixed"])]
+    #[arg(long, conflicts_with_all = ["max_kl", "auto_mixed", "each_layer", "eval"])]
     no_gate: bool,
     /// Store one layer differently: f32, f16, bf16, int8 or int4, and `:reach=R` to scale a row so that R of its
     /// largest magnitude still fits; repeatable
@@ -101,18 +108,24 @@ fn show_verdict(report: &Report, output: &mut Output) -> Result<()> {
     for Raised { layer, from, to, mean_kl } in &quantisation.raised {
         output.line(&format!("{layer}: {from} to {to}, at a mean KL of {mean_kl:.1e}"))?;
     }
-    let (Some(verdict), Some(max_kl)) = (&quantisation.verdict, quantisation.max_kl) else {
+    let (Some(verdict), Some(bounds)) = (&quantisation.verdict, quantisation.bounds) else {
         return Ok(());
     };
     output.line(&format!(
-        "next tokens against f32: mean KL {:.1e} of at most {max_kl:.1e}, the same best token in {:.1} % of {}; \
+        "next tokens against f32: mean KL {:.1e} of at most {:.1e}, the same best token in {:.1} % of {}; \
          perplexity {:.3}, in f32 {:.3}",
         verdict.mean_kl,
+        bounds.max_kl,
         100.0 * verdict.top1_agreement,
         verdict.n_tokens,
         verdict.perplexity,
         verdict.perplexity_f32
     ))?;
+    for task in &verdict.tasks {
+        let (name, shots, n) = (&task.task, task.shots, task.n);
+        let (f32, rounded) = (100.0 * task.f32, 100.0 * task.rounded);
+        output.line(&format!("{name}, {shots} shots: {rounded:.1} % right, in f32 {f32:.1} %, of {n}"))?;
+    }
     for layer in worst_first(&quantisation.layers) {
         if let Some(ratio) = layer.outlier_ratio.filter(|ratio| *ratio > OUTLIERS) {
             let name = &layer.name;
@@ -120,6 +133,15 @@ fn show_verdict(report: &Report, output: &mut Output) -> Result<()> {
         }
     }
     Ok(())
+}
+
+fn eval_prompts(text: &str) -> Result<usize, String> {
+    let n = match text.split_once(':') {
+        None if text == "demo" => Some(200),
+        Some(("demo", n)) => n.parse().ok().filter(|n| *n > 0),
+        _ => None,
+    };
+    n.ok_or_else(|| "expected `demo`, or `demo:N` with a number of prompts".to_owned())
 }
 
 fn max_kl(text: &str) -> Result<f64, String> {
@@ -190,7 +212,12 @@ impl Compile {
             },
             calibration_cache: self.calibration_cache,
             gate: (!self.no_gate)
-                .then_some(Gate { max_kl: self.max_kl, auto_mixed: self.auto_mixed }),
+                .then_some(Gate {
+                max_kl: self.max_kl,
+                auto_mixed: self.auto_mixed,
+                each_layer: self.each_layer,
+                eval: self.eval,
+            }),
             dump,
         };
         let bar = byte_bar("weights");
