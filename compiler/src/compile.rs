@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use flamingo_ir::op::{Fit, Flavour, Inputs, Op, PanelFormat};
 use flamingo_ir::{Graph, Verified};
-use flamingo_models::manifest::{FileEntry, Limits, Manifest, Provenance, SCHEMA_VERSION, WEIGHT_LAYOUT};
+use flamingo_models::manifest::{
+    FileEntry, Limits, Manifest, Provenance, SCHEMA_VERSION, WEIGHT_LAYOUT,
+};
 use flamingo_models::{Source, tokenizer_json};
 use serde::{Deserialize, Serialize};
 
@@ -551,11 +553,7 @@ fn precision_of_groups(stages: &[&Verified]) -> BTreeMap<String, String> {
     found.into_iter().map(|(group, formats)| (group.name().to_owned(), joined(formats))).collect()
 }
 
-fn provenance(
-    sources: &[FileEntry],
-    options: &CompileOptions,
-    scheme: &Scheme,
-) -> Provenance {
+fn provenance(sources: &[FileEntry], options: &CompileOptions, scheme: &Scheme) -> Provenance {
     let mut recorded = BTreeMap::from([("max_images".to_owned(), options.max_images.to_string())]);
     if *scheme != Scheme::default() {
         recorded.insert("precision".to_owned(), scheme.to_string());

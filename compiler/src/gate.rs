@@ -102,7 +102,11 @@ impl fmt::Display for Refused {
         for task in self.verdict.tasks.iter().filter(|task| task.lost() > self.bounds.max_lost) {
             let (name, shots, n) = (&task.task, task.shots, task.n);
             let (f32, rounded) = (100.0 * task.f32, 100.0 * task.rounded);
-            writeln!(f, "  {name}, {shots} shots: {f32:.1} % to {rounded:.1} % of {n}, at most {} points", self.bounds.max_lost)?;
+            writeln!(
+                f,
+                "  {name}, {shots} shots: {f32:.1} % to {rounded:.1} % of {n}, at most {} points",
+                self.bounds.max_lost
+            )?;
         }
         writeln!(f, "The layers that lost most:")?;
         for layer in self.worst.iter().take(N_NAMED) {
@@ -207,7 +211,8 @@ mod tests {
 
     #[test]
     fn a_verdict_keeps_what_its_bounds_ask() {
-        let task = |rounded| TaskScore { task: "count".into(), shots: 0, n: 200, f32: 0.9, rounded };
+        let task =
+            |rounded| TaskScore { task: "count".into(), shots: 0, n: 200, f32: 0.9, rounded };
         let verdict = |mean_kl, rounded| Verdict {
             n_examples: 1,
             n_tokens: 1,
@@ -225,7 +230,10 @@ mod tests {
         assert!(!verdict(f64::NAN, 0.9).keeps(&bounds));
         assert!(!verdict(0.0, 0.89).keeps(&bounds));
         let refused = Refused { verdict: verdict(0.0, 0.89), bounds, worst: Vec::new() };
-        assert!(refused.to_string().contains("count, 0 shots: 90.0 % to 89.0 % of 200"), "{refused}");
+        assert!(
+            refused.to_string().contains("count, 0 shots: 90.0 % to 89.0 % of 200"),
+            "{refused}"
+        );
     }
 
     #[test]

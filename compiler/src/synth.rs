@@ -363,7 +363,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut calls = Vec::new();
         let mut progress = |done, total| calls.push((done, total));
-        let report = synthesize("tiny-idefics", &dir.path().join("m"), 1, false, &mut progress).unwrap();
+        let report =
+            synthesize("tiny-idefics", &dir.path().join("m"), 1, false, &mut progress).unwrap();
         assert_eq!(calls.last(), Some(&(report.tensor_bytes, report.tensor_bytes)));
         assert!(calls.is_sorted());
         assert_eq!(report.n_values * 4, report.tensor_bytes);
@@ -372,7 +373,8 @@ mod tests {
     #[test]
     fn unknown_presets_and_full_folders_are_refused_and_nothing_is_left_behind() {
         let dir = tempfile::tempdir().unwrap();
-        let error = synthesize("of-80b", dir.path(), 1, false, &mut |_, _| ()).unwrap_err().to_string();
+        let error =
+            synthesize("of-80b", dir.path(), 1, false, &mut |_, _| ()).unwrap_err().to_string();
         assert!(error.contains("`of-80b`") && error.contains("idefics-9b"), "{error}");
         let full = dir.path().join("full");
         fs::create_dir(&full).unwrap();

@@ -79,9 +79,12 @@ fn outliers_are_migrated_where_rounding_to_nearest_fails_and_the_report_names_th
     assert!(kl(&report) < 0.85 * kl(&without), "{} {}", kl(&report), kl(&without));
     let layers = &report.quantisation.layers;
     assert!(layers.iter().any(|layer| layer.outlier_ratio.is_some_and(|ratio| ratio > 8.0)));
-    assert!(layers.iter().filter(|layer| layer.scheme == "int8").all(|layer| {
-        layer.output_sqnr_db.is_some_and(|db| db > 15.0)
-    }));
+    assert!(
+        layers
+            .iter()
+            .filter(|layer| layer.scheme == "int8")
+            .all(|layer| { layer.output_sqnr_db.is_some_and(|db| db > 15.0) })
+    );
 }
 
 #[test]
@@ -193,6 +196,7 @@ fn a_layer_chosen_by_name_is_stored_so() {
     let in_f32 = |report: &Report| {
         report.quantisation.layers.iter().filter(|layer| layer.scheme == "f32").count()
     };
-    let all = compile_options(&demo(), &scratch.path().join("all.flamingo"), Precision::Int8.into());
+    let all =
+        compile_options(&demo(), &scratch.path().join("all.flamingo"), Precision::Int8.into());
     assert_eq!(in_f32(&report), in_f32(&run(&all).unwrap().1) + 2);
 }

@@ -124,7 +124,9 @@ fn show_verdict(report: &Report, output: &mut Output) -> Result<()> {
     for task in &verdict.tasks {
         let (name, shots, n) = (&task.task, task.shots, task.n);
         let (f32, rounded) = (100.0 * task.f32, 100.0 * task.rounded);
-        output.line(&format!("{name}, {shots} shots: {rounded:.1} % right, in f32 {f32:.1} %, of {n}"))?;
+        output.line(&format!(
+            "{name}, {shots} shots: {rounded:.1} % right, in f32 {f32:.1} %, of {n}"
+        ))?;
     }
     for layer in worst_first(&quantisation.layers) {
         if let Some(ratio) = layer.outlier_ratio.filter(|ratio| *ratio > OUTLIERS) {
@@ -211,8 +213,7 @@ impl Compile {
                 (false, None) => CalibrateOn::Bundled,
             },
             calibration_cache: self.calibration_cache,
-            gate: (!self.no_gate)
-                .then_some(Gate {
+            gate: (!self.no_gate).then_some(Gate {
                 max_kl: self.max_kl,
                 auto_mixed: self.auto_mixed,
                 each_layer: self.each_layer,

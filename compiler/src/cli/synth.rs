@@ -43,7 +43,8 @@ impl Synth {
             bar.set_length(total);
             bar.set_position(done);
         };
-        let report = synthesize(&self.preset, &self.output, self.seed, self.outliers, &mut progress)?;
+        let report =
+            synthesize(&self.preset, &self.output, self.seed, self.outliers, &mut progress)?;
         bar.finish_and_clear();
         let path = self.output.display().to_string();
         match self.json {

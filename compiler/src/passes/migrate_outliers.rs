@@ -28,12 +28,15 @@ pub(super) fn run(patch: &mut Patch, context: &Context) -> Result<(), GraphError
         let mut weights = Vec::new();
         for reader in &readers {
             let format = context.scheme.choice(&stage, &reader.name).and_then(|c| c.format);
-            let inputs = role(reader).and_then(|role| {
-                calibration.inputs(&format!("{}.{role}", reader.name))
-            });
+            let inputs = role(reader)
+                .and_then(|role| calibration.inputs(&format!("{}.{role}", reader.name)));
             match (format.and_then(levels), inputs) {
                 (Some(levels), Some(inputs)) if takes_it(patch, reader, node.outputs[0]) => {
-                    weights.push((fold(patch.graph(), reader.inputs[1], context.weights)?, inputs, levels));
+                    weights.push((
+                        fold(patch.graph(), reader.inputs[1], context.weights)?,
+                        inputs,
+                        levels,
+                    ));
                 }
                 _ => break,
             }

@@ -33,7 +33,8 @@ pub(super) struct Spread {
 
 impl Spread {
     /// For models of a few layers: every part moves the logits.
-    pub(super) const TINY: Spread = Spread { linear_gain: 1.3, embedding: 0.15, gate: (0.6, 0.3), outliers: false };
+    pub(super) const TINY: Spread =
+        Spread { linear_gain: 1.3, embedding: 0.15, gate: (0.6, 0.3), outliers: false };
     /// For full sizes: what initialisation gives (about 0.02 at width 2048).
     pub(super) const LARGE: Spread =
         Spread { linear_gain: 0.9, embedding: 0.02, gate: (0.3, 0.15), outliers: false };
