@@ -4,17 +4,24 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use flamingo_ir::op::{Flavour, Op};
+use flamingo_ir::op::{Fit, Flavour, Inputs, Op, PanelFormat};
 use flamingo_ir::{Graph, Verified};
-use flamingo_models::manifest::{Limits, Manifest, Provenance, SCHEMA_VERSION, WEIGHT_LAYOUT};
+use flamingo_models::manifest::{
+    FileEntry, Limits, Manifest, Provenance, SCHEMA_VERSION, WEIGHT_LAYOUT,
+};
 use flamingo_models::{Source, tokenizer_json};
 use serde::{Deserialize, Serialize};
 
+use crate::calibrate::Calibration;
 use crate::emit::{
-    LayerStorage, Staging, WeightPlan, WrittenWeights, hash_file, write_file, write_graph,
+    Fits, LayerStorage, Staging, WeightPlan, WrittenWeights, hash_file, write_file, write_graph,
 };
-use crate::passes::{PassRecord, optimise};
-use crate::scheme::{LayerGroup, Precision, Scheme};
+use crate::gate::{Bounds, Refused, Verdict, worst_first};
+use crate::original::Original;
+use crate::page::report_page;
+use crate::parity::kl_bound;
+use crate::passes::{PassRecord, optimise, packed_weights};
+use crate::scheme::{Choice, LayerGroup, Precision, Scheme};
 
 /// What to compile, and how.
 #[derive(Debug, Clone)]
@@ -31,8 +38,39 @@ pub struct CompileOptions {
     pub max_images: usize,
     /// How weights are stored.
     pub scheme: Scheme,
+    /// What int8 and int4 are calibrated on; ignored for f32.
+    pub calibrate: CalibrateOn,
+    /// Where what calibration saw is kept, to be read the next time.
+    pub calibration_cache: Option<PathBuf>,
+    /// What rounded weights must keep; none takes them as they are.
+    pub gate: Option<Gate>,
     /// Where to write the graphs' text after which pass.
     pub dump: Option<(String, PathBuf)>,
+}
+
+/// What the rounding of weights is fitted to.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum CalibrateOn {
+    /// Nothing: weights are rounded to nearest.
+    #[default]
+    Nothing,
+    /// Prompts that the program makes.
+    Bundled,
+    /// A file of prompts, one in JSON a line.
+    File(PathBuf),
+}
+
+/// The gate: how far next tokens may move from those of f32.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Gate {
+    /// Largest mean KL divergence in nats; none: [`kl_bound`] of what is stored.
+    pub max_kl: Option<f64>,
+    /// Stores the layers that lose most finer until the bound holds.
+    pub auto_mixed: bool,
+    /// Asks the demo's tasks, too, so many prompts of each; no task may lose more than the bound.
+    pub eval: Option<usize>,
+    /// Measures the KL of each layer alone, too: an artifact for each is made and run.
+    pub each_layer: bool,
 }
 
 /// What the compiler did, `report.json`.
@@ -68,6 +106,28 @@ pub struct Quantisation {
     pub top1_agreement: Option<f64>,
     /// Every weight matrix; empty for f32, where all are alike.
     pub layers: Vec<LayerStorage>,
+    /// The comparison with f32 on prompts that the rounding was not fitted to; none without a gate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verdict: Option<Verdict>,
+    /// What the comparison had to keep.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bounds: Option<Bounds>,
+    /// Layers that were stored finer so that the bound holds, in order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub raised: Vec<Raised>,
+}
+
+/// A layer that was stored finer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Raised {
+    /// Name of its op.
+    pub layer: String,
+    /// How it was stored.
+    pub from: String,
+    /// How it is stored.
+    pub to: String,
+    /// Mean KL before.
+    pub mean_kl: f64,
 }
 
 /// How far a compilation is.
@@ -76,12 +136,17 @@ pub enum Progress<'a> {
     Stage(&'a str),
     /// Weight bytes written, of how many.
     Bytes(u64, u64),
+    /// Prompts run, of how many.
+    Prompts(usize, usize),
 }
 
 /// The flavours of an artifact for the CPU.
 pub const CPU_FLAVOURS: [Flavour; 2] = [Flavour::Portable, Flavour::OrtCpu];
 
 /// Compiles a source into an artifact. The same source and options give the same bytes.
+///
+/// # Errors
+/// A source that cannot be compiled, an output that cannot be written; [`Refused`] by the gate.
 pub fn compile(
     options: &CompileOptions,
     progress: &mut dyn FnMut(Progress),
@@ -89,26 +154,181 @@ pub fn compile(
     progress(Progress::Stage("reading the source"));
     let source = Source::open(&options.source)?;
     let limits = limits(&source, options)?;
-    let graphs = source.graphs()?;
     require_tokens_in_vocabulary(&source)?;
+    let is_compared = options.gate.is_some() || options.calibrate != CalibrateOn::Nothing;
+    let original = match is_compared && options.scheme.is_rounded() {
+        true => {
+            // Before long work: the output must be free.
+            drop(Staging::begin(&options.output, options.overwrite)?);
+            Some(Original::prepare(&source, options, progress)?)
+        }
+        false => None,
+    };
+    let calibration = original.as_ref().and_then(|original| original.calibration.as_ref());
+    progress(Progress::Stage("hashing the source"));
+    let hashed: Result<Vec<FileEntry>> =
+        source.parts.files().iter().map(|path| hash_file(path)).collect();
+    let inputs = StageInputs { source: &source, options, limits, sources: hashed?, calibration };
+    let (mut scheme, mut raised, mut bounds) = (options.scheme.clone(), Vec::new(), None);
+    loop {
+        let mut staged = stage(&inputs, &scheme, progress)?;
+        let (Some(original), Some(gate)) = (&original, &options.gate) else {
+            return staged.finish();
+        };
+        let verdict = original.judge(staged.staging.path(), progress)?;
+        let bounds = *bounds.get_or_insert_with(|| {
+            let (precision, own) = (&staged.manifest.precision, options.scheme.precision);
+            let max_kl = gate.max_kl.or_else(|| kl_bound(precision)).unwrap_or(0.0);
+            Bounds { max_kl, max_lost: if own == Precision::Int4 { 1.5 } else { 0.5 } }
+        });
+        if verdict.keeps(&bounds) {
+            let quantisation = &mut staged.report.quantisation;
+            quantisation.mean_kl = Some(verdict.mean_kl);
+            quantisation.top1_agreement = Some(verdict.top1_agreement);
+            (quantisation.verdict, quantisation.bounds) = (Some(verdict), Some(bounds));
+            quantisation.raised = raised;
+            if gate.each_layer {
+                let layers = &mut staged.report.quantisation.layers;
+                each_layer(&inputs, &scheme, original, layers, progress)?;
+            }
+            return staged.finish();
+        }
+        let worst = worst_first(&staged.report.quantisation.layers);
+        let before = raised.len();
+        if gate.auto_mixed {
+            raise(&mut scheme, &worst, verdict.mean_kl, &mut raised);
+        }
+        if raised.len() == before {
+            return Err(Refused { verdict, bounds, worst }.into());
+        }
+    }
+}
+
+/// Measures the KL of each rounded layer while all others are f32.
+fn each_layer(
+    inputs: &StageInputs,
+    scheme: &Scheme,
+    original: &Original,
+    layers: &mut [LayerStorage],
+    progress: &mut dyn FnMut(Progress),
+) -> Result<()> {
+    let rounded = layers.iter().filter(|layer| layer.scheme != "f32");
+    let ops: BTreeSet<String> = rounded.map(|layer| layer.op().to_owned()).collect();
+    for op in ops {
+        progress(Progress::Stage(&format!("`{op}` alone")));
+        let own = layers.iter().find(|layer| layer.op() == op);
+        let format = own.and_then(|layer| PanelFormat::from_name(&layer.scheme));
+        let reach = scheme.layers.get(&op).and_then(|choice| choice.reach);
+        let alone = [(op.clone(), Choice { format, reach })].into();
+        let alone = Scheme { layers: alone, ..Scheme::default() };
+        let staged = stage(inputs, &alone, &mut |_| {})?;
+        let kl = original.judge(staged.staging.path(), &mut |_| {})?.mean_kl;
+        let own = layers.iter_mut().filter(|layer| layer.op() == op);
+        own.for_each(|layer| layer.kl_alone = Some(kl));
+    }
+    Ok(())
+}
+
+/// Stores those layers finer that lose most of their products for the fewest bytes: one in sixteen.
+fn raise(scheme: &mut Scheme, worst: &[LayerStorage], mean_kl: f64, raised: &mut Vec<Raised>) {
+    let gain = |layer: &&LayerStorage| layer.noise() / (layer.bytes.max(1) as f64);
+    let mut layers: Vec<&LayerStorage> = worst.iter().collect();
+    layers.sort_by(|a, b| gain(b).total_cmp(&gain(a)));
+    let mut left = worst.len().div_ceil(16);
+    for layer in layers {
+        let op = layer.op();
+        let format = PanelFormat::from_name(&layer.scheme);
+        let choice = scheme.layers.get(op).copied().unwrap_or(Choice { format, reach: None });
+        // Both weights of an op are stored alike: the second comes to a choice that was raised already.
+        let is_done = choice.format != format;
+        if let Some(finer) = choice.raised().filter(|_| !is_done && left > 0) {
+            left -= 1;
+            raised.push(Raised {
+                layer: op.to_owned(),
+                from: choice.to_string(),
+                to: finer.to_string(),
+                mean_kl,
+            });
+            scheme.layers.insert(op.to_owned(), finer);
+        }
+    }
+}
+
+/// An artifact before it is put in place.
+struct Staged {
+    staging: Staging,
+    manifest: Manifest,
+    report: Report,
+    /// Of the page: the source's name.
+    title: String,
+}
+
+impl Staged {
+    /// Writes report and manifest.
+    fn write(&mut self) -> Result<()> {
+        let mut reports = vec![("report.json", pretty_json(&self.report)?)];
+        if !self.report.quantisation.layers.is_empty() {
+            let title = &self.title;
+            reports.push(("report.html", report_page(title, &self.manifest, &self.report)?));
+        }
+        for (path, bytes) in reports {
+            let entry = write_file(self.staging.path(), path, &bytes)?;
+            self.manifest.files.retain(|file| file.path != path);
+            self.manifest.files.push(entry);
+        }
+        self.manifest.files.sort();
+        write_file(self.staging.path(), "manifest.json", &pretty_json(&self.manifest)?)?;
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<(Manifest, Report)> {
+        self.write()?;
+        self.staging.finish()?;
+        Ok((self.manifest, self.report))
+    }
+}
+
+/// What does not change when layers are stored finer.
+struct StageInputs<'a> {
+    source: &'a Source,
+    options: &'a CompileOptions,
+    limits: Limits,
+    sources: Vec<FileEntry>,
+    calibration: Option<&'a Calibration>,
+}
+
+/// Everything of an artifact, with weights stored as `scheme` says and rounded for what calibration saw.
+fn stage(
+    inputs: &StageInputs,
+    scheme: &Scheme,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Staged> {
+    let StageInputs { source, options, limits, sources, calibration } = inputs;
+    let calibration = *calibration;
+    let graphs = source.graphs()?;
     let staging = Staging::begin(&options.output, options.overwrite)?;
     progress(Progress::Stage("optimising the graphs"));
-    let (media, media_passes) = optimise_stage(graphs.media, &source, options)?;
-    let (decoder, decoder_passes) = optimise_stage(graphs.decoder, &source, options)?;
+    let dump = options.dump.as_ref();
+    let (media, media_passes) = optimise_stage(graphs.media, source, scheme, calibration, dump)?;
+    let (decoder, decoder_passes) =
+        optimise_stage(graphs.decoder, source, scheme, calibration, dump)?;
     let stages = [&media, &decoder];
+    require_layers(scheme, &stages)?;
     let plan = WeightPlan::new(&stages)?;
+    let seen = calibrated_inputs(calibration, &stages);
+    let fits = fits(scheme, &stages, &seen);
     progress(Progress::Stage("writing the weights"));
     let path = staging.path().join("graphs").join(crate::emit::WEIGHTS);
     let total = plan.total_bytes();
     let mut on_bytes = |done| progress(Progress::Bytes(done, total));
-    let written = plan.write(&path, &stages, &source.parts, &mut on_bytes)?;
+    let written = plan.write(&path, &stages, &source.parts, &fits, &mut on_bytes)?;
     refuse_not_finite(&written.not_finite)?;
     let passes = BTreeMap::from([
         ("media".to_owned(), media_passes),
         ("decoder".to_owned(), decoder_passes),
     ]);
-    let quantisation = quantisation(options, &written, plan.total_bytes_f32());
-    let report = report(&source, passes, written.not_finite, quantisation);
+    let quantisation = quantisation(scheme, &written, plan.total_bytes_f32());
+    let report = report(source, passes, written.not_finite, quantisation);
     progress(Progress::Stage("writing the graphs"));
     let mut files = vec![written.file];
     let mut entries = Vec::new();
@@ -124,24 +344,80 @@ pub fn compile(
         let bytes = tokenizer_json(tokenizer, &source.config.tokens)?;
         files.push(write_file(staging.path(), "tokenizer.json", &bytes)?);
     }
-    files.push(write_file(staging.path(), "report.json", &pretty_json(&report)?)?);
-    files.sort();
-    progress(Progress::Stage("hashing the source"));
     let manifest = Manifest {
         schema_version: SCHEMA_VERSION,
         compiler_version: env!("CARGO_PKG_VERSION").to_owned(),
         config: source.config.clone(),
         image: source.image.clone(),
-        limits,
+        limits: limits.clone(),
         precision: precision_of_groups(&stages),
         weight_layout: WEIGHT_LAYOUT.to_owned(),
         graphs: entries,
         files,
-        provenance: provenance(&source, options)?,
+        provenance: provenance(sources, options, scheme),
     };
-    write_file(staging.path(), "manifest.json", &pretty_json(&manifest)?)?;
-    staging.finish()?;
-    Ok((manifest, report))
+    let name = options.source.canonicalize().ok();
+    let name = name.as_deref().and_then(|path| match path.is_dir() {
+        true => path.file_name(),
+        false => path.parent()?.file_name(),
+    });
+    let title = name.unwrap_or_default().to_string_lossy().into_owned();
+    let mut staged = Staged { staging, manifest, report, title };
+    staged.write()?;
+    Ok(staged)
+}
+
+/// Layers that were chosen by name must be there.
+fn require_layers(scheme: &Scheme, stages: &[&Verified]) -> Result<()> {
+    let ops: BTreeSet<&str> = stages
+        .iter()
+        .flat_map(|stage| stage.nodes().iter().map(move |node| (stage, node)))
+        .filter(|(stage, node)| LayerGroup::of(&stage.name, &node.name).is_some())
+        .filter(|(_, node)| has_weights(&node.op))
+        .map(|(_, node)| node.name.as_str())
+        .collect();
+    match scheme.layers.keys().find(|name| !ops.contains(name.as_str())) {
+        None => Ok(()),
+        Some(unknown) => bail!(
+            "`--layer {unknown}`: no such layer\n\nhint: the layers are {}",
+            ops.into_iter().collect::<Vec<_>>().join(", ")
+        ),
+    }
+}
+
+/// What met the packed weights, with the factors that outliers were migrated with taken out.
+fn calibrated_inputs(
+    calibration: Option<&Calibration>,
+    stages: &[&Verified],
+) -> BTreeMap<String, Inputs> {
+    let Some(calibration) = calibration else { return BTreeMap::new() };
+    let weights = stages.iter().flat_map(|stage| packed_weights(stage));
+    let seen = |(name, factors): (String, Option<Vec<f32>>)| {
+        let inputs = calibration.inputs(&name)?;
+        let inverse = |factors: Vec<f32>| factors.iter().map(|f| 1.0 / f).collect::<Vec<f32>>();
+        let inputs = match factors.map(inverse).filter(|inverse| inverse.len() == inputs.k()) {
+            Some(inverse) => inputs.scaled(&inverse),
+            None => inputs.clone(),
+        };
+        Some((name, inputs))
+    };
+    weights.filter_map(seen).collect()
+}
+
+/// What the rounding of each packed weight is fitted to.
+fn fits<'a>(
+    scheme: &Scheme,
+    stages: &[&Verified],
+    inputs: &'a BTreeMap<String, Inputs>,
+) -> Fits<'a> {
+    let names = stages.iter().flat_map(|stage| packed_weights(stage)).map(|(name, _)| name);
+    let fit = |name: String| {
+        let op = name.rsplit_once('.').map_or(name.as_str(), |(op, _)| op);
+        let reach = scheme.layers.get(op).and_then(|choice| choice.reach);
+        let fit = Fit { inputs: inputs.get(&name), reach };
+        (name, fit)
+    };
+    names.map(fit).collect()
 }
 
 fn limits(source: &Source, options: &CompileOptions) -> Result<Limits> {
@@ -180,15 +456,18 @@ fn require_tokens_in_vocabulary(source: &Source) -> Result<()> {
     Ok(())
 }
 
-fn optimise_stage(
+/// Runs the passes over a stage's graph.
+pub(crate) fn optimise_stage(
     graph: Graph,
     source: &Source,
-    options: &CompileOptions,
+    scheme: &Scheme,
+    calibration: Option<&Calibration>,
+    dump: Option<&(String, PathBuf)>,
 ) -> Result<(Verified, Vec<PassRecord>)> {
     let stage = graph.name.clone();
     let mut dumped = Ok(());
     let mut observe = |pass: &str, graph: &Graph| {
-        if let Some((wanted, folder)) = &options.dump
+        if let Some((wanted, folder)) = dump
             && wanted == pass
         {
             let path = folder.join(format!("{stage}.{pass}.txt"));
@@ -197,7 +476,7 @@ fn optimise_stage(
                 .with_context(|| format!("cannot write `{}`", path.display()));
         }
     };
-    let result = optimise(graph, &source.parts, &options.scheme, &mut observe)?;
+    let result = optimise(graph, &source.parts, scheme, calibration, &mut observe)?;
     dumped?;
     Ok(result)
 }
@@ -233,19 +512,23 @@ fn report(
     }
 }
 
-fn quantisation(
-    options: &CompileOptions,
-    written: &WrittenWeights,
-    bytes_f32: u64,
-) -> Quantisation {
-    let is_f32 = options.scheme.precision == Precision::F32;
+fn quantisation(scheme: &Scheme, written: &WrittenWeights, bytes_f32: u64) -> Quantisation {
+    let is_f32 = !scheme.is_rounded();
     Quantisation {
         bytes_f32,
         bytes: written.file.bytes,
         mean_kl: is_f32.then_some(0.0),
         top1_agreement: is_f32.then_some(1.0),
         layers: if is_f32 { Vec::new() } else { written.layers.clone() },
+        verdict: None,
+        bounds: None,
+        raised: Vec::new(),
     }
+}
+
+/// Ops whose weights are stored as a scheme says.
+fn has_weights(op: &Op) -> bool {
+    matches!(op, Op::Linear(_) | Op::FeedForward(_) | Op::GatedCrossAttention(_) | Op::Gather(_))
 }
 
 /// How the weights of each layer group are stored: one format, or several joined by `+`.
@@ -254,13 +537,8 @@ fn precision_of_groups(stages: &[&Verified]) -> BTreeMap<String, String> {
     for graph in stages {
         let (producers, known) = (graph.producers(), graph.build_time_values());
         for node in graph.nodes() {
-            let is_layer = matches!(
-                &node.op,
-                Op::Linear(_) | Op::FeedForward(_) | Op::GatedCrossAttention(_) | Op::Gather(_)
-            );
-            let Some(group) = LayerGroup::of(&graph.name, &node.name).filter(|_| is_layer) else {
-                continue;
-            };
+            let group = LayerGroup::of(&graph.name, &node.name);
+            let Some(group) = group.filter(|_| has_weights(&node.op)) else { continue };
             for input in node.inputs.iter().filter(|input| graph.fact(**input).rank() == 2) {
                 let format = match producers.get(input).map(|id| &graph.node(*id).op) {
                     Some(Op::UnpackPanels(op)) => op.format.to_string(),
@@ -275,19 +553,18 @@ fn precision_of_groups(stages: &[&Verified]) -> BTreeMap<String, String> {
     found.into_iter().map(|(group, formats)| (group.name().to_owned(), joined(formats))).collect()
 }
 
-fn provenance(source: &Source, options: &CompileOptions) -> Result<Provenance> {
-    let mut sources = Vec::new();
-    for file in source.parts.files() {
-        sources.push(hash_file(file)?);
-    }
+fn provenance(sources: &[FileEntry], options: &CompileOptions, scheme: &Scheme) -> Provenance {
     let mut recorded = BTreeMap::from([("max_images".to_owned(), options.max_images.to_string())]);
-    if options.scheme != Scheme::default() {
-        recorded.insert("precision".to_owned(), options.scheme.to_string());
+    if *scheme != Scheme::default() {
+        recorded.insert("precision".to_owned(), scheme.to_string());
+    }
+    if let CalibrateOn::File(path) = &options.calibrate {
+        recorded.insert("calibrate".to_owned(), path.display().to_string());
     }
     if let Some(max_context) = options.max_context {
         recorded.insert("max_context".to_owned(), max_context.to_string());
     }
-    Ok(Provenance { sources, options: recorded })
+    Provenance { sources: sources.to_vec(), options: recorded }
 }
 
 fn pretty_json(value: &impl Serialize) -> Result<Vec<u8>> {

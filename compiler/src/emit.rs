@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use flamingo_ir::onnx::{MAX_INLINE_BYTES, WeightEntry, WeightLayout, write_onnx};
-use flamingo_ir::op::{Flavour, Op, PanelFormat, sqnr_db};
+use flamingo_ir::op::{Fit, Flavour, Inputs, Op, PanelFormat, output_sqnr_db, sqnr_db};
 use flamingo_ir::{Constant, DType, Fact, Graph, NodeId, Tensor, ValueId, Verified, Weights, fold};
 use flamingo_models::manifest::{FileEntry, GraphEntry, TensorEntry};
 use serde::{Deserialize, Serialize};
@@ -54,7 +54,41 @@ pub struct LayerStorage {
     pub bytes: u64,
     /// Signal-to-noise ratio against f32, in dB; none if nothing was lost.
     pub sqnr_db: Option<f64>,
+    /// The same of its products with the rows that calibration saw; none without calibration.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output_sqnr_db: Option<f64>,
+    /// Largest magnitude that calibration saw in a column of those rows over that of the median column.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub outlier_ratio: Option<f64>,
+    /// Mean KL of next tokens from f32 if only this weight's op is stored so; none if that was not asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kl_alone: Option<f64>,
 }
+
+impl LayerStorage {
+    /// The op that it belongs to, as [`Scheme::layers`] names it.
+    ///
+    /// [`Scheme::layers`]: crate::scheme::Scheme::layers
+    pub fn op(&self) -> &str {
+        self.name.rsplit_once('.').map_or(self.name.as_str(), |(op, _)| op)
+    }
+
+    /// Noise over signal, of products where calibration measured them; 0 where nothing was lost.
+    pub fn noise(&self) -> f64 {
+        self.output_sqnr_db.or(self.sqnr_db).map_or(0.0, |db| 10f64.powf(-db / 10.0))
+    }
+}
+
+fn outlier_ratio(inputs: &Inputs) -> f64 {
+    let mut largest = inputs.largest().to_vec();
+    largest.sort_by(f32::total_cmp);
+    let (median, most) = (largest.get(largest.len() / 2), largest.last());
+    let ratio = f64::from(*most.unwrap_or(&1.0)) / f64::from(*median.unwrap_or(&1.0));
+    if ratio.is_finite() { ratio } else { f64::from(f32::MAX) }
+}
+
+/// What the rounding is fitted to, by the name of a packed weight; others are rounded to nearest.
+pub type Fits<'a> = BTreeMap<String, Fit<'a>>;
 
 /// The weight file, written.
 pub struct WrittenWeights {
@@ -173,6 +207,7 @@ impl WeightPlan {
         path: &Path,
         graphs: &[&Verified],
         weights: &dyn Weights,
+        fits: &Fits,
         progress: &mut dyn FnMut(u64),
     ) -> Result<WrittenWeights> {
         let file =
@@ -182,7 +217,7 @@ impl WeightPlan {
         writer.put(&u64::try_from(self.header.len())?.to_le_bytes())?;
         writer.put(&self.header)?;
         let begin = writer.n;
-        let mut folding = Folding::new(graphs, weights);
+        let mut folding = Folding::new(graphs, weights, fits);
         for (offset, tensor) in &self.tensors {
             writer.pad_to(begin + offset)?;
             put_tensor(&mut writer, &folding.tensor(tensor)?)?;
@@ -206,6 +241,7 @@ impl WeightPlan {
 struct Folding<'a> {
     graphs: &'a [&'a Verified],
     weights: &'a dyn Weights,
+    fits: &'a Fits<'a>,
     /// The packed weight whose parts come next to each other.
     packed: Option<((usize, NodeId), Vec<Tensor>)>,
     not_finite: BTreeMap<String, usize>,
@@ -213,9 +249,13 @@ struct Folding<'a> {
 }
 
 impl<'a> Folding<'a> {
-    fn new(graphs: &'a [&'a Verified], weights: &'a dyn Weights) -> Folding<'a> {
+    fn new(
+        graphs: &'a [&'a Verified],
+        weights: &'a dyn Weights,
+        fits: &'a Fits<'a>,
+    ) -> Folding<'a> {
         let (not_finite, layers) = (BTreeMap::new(), Vec::new());
-        Folding { graphs, weights, packed: None, not_finite, layers }
+        Folding { graphs, weights, fits, packed: None, not_finite, layers }
     }
 
     fn tensor(&mut self, tensor: &Planned) -> Result<Tensor> {
@@ -243,12 +283,24 @@ impl<'a> Folding<'a> {
         let weight = fold(graph, part.weight, self.weights)?;
         self.note_not_finite(tensor, part.weight, &weight)?;
         let node = graph.node(part.node);
-        let packed = node.op.operator().evaluate(std::slice::from_ref(&weight));
+        let name = node.name.strip_suffix(".panels").unwrap_or(&node.name);
+        let fit = self.fits.get(name).copied().unwrap_or_default();
+        let packed = match &node.op {
+            Op::PackPanels(op) => op.pack_for(&weight, fit),
+            op => op.operator().evaluate(std::slice::from_ref(&weight)),
+        };
         let packed = packed.with_context(|| format!("cannot pack `{}`", tensor.stem()))?;
+        let output_sqnr_db = match fit.inputs {
+            Some(inputs) => Some(output_sqnr_db(part.format, &weight, &packed, inputs)?),
+            None => None,
+        };
         let bytes: usize = packed.iter().map(|t| t.n_elements() * t.dtype().size()).sum();
         let sqnr_db = Some(sqnr_db(part.format, &weight, &packed)?).filter(|db| db.is_finite());
         let scheme = part.format.to_string();
-        self.layers.push(tensor.storage(&scheme, u64::try_from(bytes)?, sqnr_db));
+        let mut layer = tensor.storage(&scheme, u64::try_from(bytes)?, sqnr_db);
+        layer.output_sqnr_db = output_sqnr_db.filter(|db| db.is_finite());
+        layer.outlier_ratio = fit.inputs.map(outlier_ratio);
+        self.layers.push(layer);
         Ok(packed)
     }
 
@@ -282,7 +334,15 @@ impl Planned {
 
     fn storage(&self, scheme: &str, bytes: u64, sqnr_db: Option<f64>) -> LayerStorage {
         let (name, scheme) = (self.stem().to_owned(), scheme.to_owned());
-        LayerStorage { name, scheme, bytes, sqnr_db }
+        LayerStorage {
+            name,
+            scheme,
+            bytes,
+            sqnr_db,
+            output_sqnr_db: None,
+            outlier_ratio: None,
+            kl_alone: None,
+        }
     }
 }
 

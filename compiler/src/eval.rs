@@ -130,7 +130,7 @@ pub fn eval(
 }
 
 /// The words of the demo are tokens with the ids that the generator gives them.
-fn check_words(model: &Model) -> Result<()> {
+pub(crate) fn check_words(model: &Model) -> Result<()> {
     let (tokenizer, vocabulary) = (model.tokenizer()?, Vocabulary::default());
     for id in 0..vocabulary.size() as u32 {
         let word = vocabulary.word(id).unwrap_or_default();
@@ -160,7 +160,7 @@ pub struct Question {
 }
 
 impl Question {
-    fn new(task: Task, options: &EvalOptions, number: usize) -> Question {
+    pub(crate) fn new(task: Task, options: &EvalOptions, number: usize) -> Question {
         let mut rng = stream(options.seed, &format!("eval/{task:?}/{:?}/{number}", options.split));
         let style = Style { split: options.split, dense: false, described: false };
         let episode = Episode::random(task, style, &Vocabulary::default(), &mut rng);

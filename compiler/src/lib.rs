@@ -5,10 +5,14 @@
 #![forbid(unsafe_code)]
 
 pub mod bench;
+pub mod calibrate;
 pub mod cli;
 pub mod compile;
 pub mod emit;
 pub mod eval;
+pub mod gate;
+pub mod original;
+pub mod page;
 pub mod parity;
 pub mod passes;
 pub mod profile;

@@ -91,7 +91,7 @@ pub fn divergence(found: &[f32], reference: &[f32], width: usize) -> Result<Dive
 }
 
 /// Σ p (log p − log q) with p from the reference and q from `found`, both softmaxes of logits.
-fn kl_divergence(found: &[f32], reference: &[f32]) -> f64 {
+pub(crate) fn kl_divergence(found: &[f32], reference: &[f32]) -> f64 {
     let log_sum = |logits: &[f32]| -> f64 {
         let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let sum: f64 = logits.iter().map(|logit| f64::from(logit - max).exp()).sum();

@@ -5,14 +5,17 @@ mod fold_norm_affine;
 mod fold_scales;
 mod fuse;
 mod merge_linears;
+mod migrate_outliers;
 mod quantise;
 mod share_common;
 
 use std::collections::BTreeMap;
 
-use flamingo_ir::{Graph, GraphError, Patch, Verified, Weights, verify};
+use flamingo_ir::op::Op;
+use flamingo_ir::{Graph, GraphError, Node, Patch, ValueId, Verified, Weights, verify};
 use serde::{Deserialize, Serialize};
 
+use crate::calibrate::Calibration;
 use crate::scheme::Scheme;
 
 /// What passes may look at beside the graph.
@@ -21,6 +24,8 @@ struct Context<'a> {
     weights: &'a dyn Weights,
     /// How weights are stored.
     scheme: &'a Scheme,
+    /// What met each weight, by its name in a graph that was optimised for f32.
+    calibration: Option<&'a Calibration>,
 }
 
 /// One pass: proposes a patch.
@@ -67,6 +72,11 @@ const PASSES: &[(&str, Rewrite, &str)] = &[
         "what still reads one input is one matrix product (q, k, v; keys and values of all gated layers)",
     ),
     (
+        "migrate_outliers",
+        migrate_outliers::run,
+        "after norms were folded and linears merged: all weights that one norm feeds share its factors",
+    ),
+    (
         "quantise",
         quantise::run,
         "last, so that what is rounded is the weight that the kernels read: folded, fused and merged",
@@ -83,6 +93,18 @@ pub fn pass_reasons() -> impl Iterator<Item = (&'static str, &'static str)> {
     PASSES.iter().map(|(name, _, reason)| (*name, *reason))
 }
 
+/// Names that weights have once they are packed, and their values, of a graph that was optimised for f32.
+pub fn packed_names(graph: &Verified) -> Vec<(String, ValueId)> {
+    quantise::packed_names(&mut Graph::clone(graph))
+}
+
+/// Packed weights of a graph that was optimised: their names, and the factors that outliers were migrated with.
+pub fn packed_weights(graph: &Verified) -> Vec<(String, Option<Vec<f32>>)> {
+    let packed = graph.nodes().iter().filter(|node| matches!(node.op, Op::PackPanels(_)));
+    let name = |node: &Node| node.name.strip_suffix(".panels").unwrap_or(&node.name).to_owned();
+    packed.map(|node| (name(node), migrate_outliers::factors_of(graph, node.inputs[0]))).collect()
+}
+
 /// Runtime ops of a graph after a pass.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PassRecord {
@@ -94,15 +116,17 @@ pub struct PassRecord {
     pub ops: BTreeMap<String, usize>,
 }
 
-/// Runs all passes; weights are stored as `scheme` says; `observe` sees the graph after each. The result was verified after each.
+/// Runs all passes; weights are stored as `scheme` says, fitted to what `calibration` saw; `observe` sees the graph
+/// after each. The result was verified after each.
 pub fn optimise(
     graph: Graph,
     weights: &dyn Weights,
     scheme: &Scheme,
+    calibration: Option<&Calibration>,
     observe: &mut dyn FnMut(&str, &Graph),
 ) -> Result<(Verified, Vec<PassRecord>), GraphError> {
     let mut verified = verify(graph)?;
-    let context = Context { weights, scheme };
+    let context = Context { weights, scheme, calibration };
     let mut records = vec![record("source", 0, &verified)];
     observe("source", &verified);
     for (name, rewrite, _) in PASSES {

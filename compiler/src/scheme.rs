@@ -1,5 +1,6 @@
 //! How weights are stored: from `--precision` to a format for each layer group.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use clap::ValueEnum;
@@ -20,7 +21,7 @@ pub enum Precision {
     Bf16,
     /// Weights and activations of 8 bits.
     Int8,
-    /// Weights of 4 bits in the language model, of 8 elsewhere; activations of 8.
+    /// Weights of 4 bits, of 8 in the vision encoder, embedding and head; activations of 8.
     Int4,
 }
 
@@ -88,13 +89,47 @@ impl LayerGroup {
     }
 }
 
-/// A format for each layer group.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How one layer is stored, whatever its group is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Choice {
+    /// The format; none for f32.
+    pub format: Option<PanelFormat>,
+    /// Share of a row's, or block's, largest magnitude that its scale reaches; larger values are cut off there.
+    /// None lets the rounding choose.
+    pub reach: Option<f32>,
+}
+
+impl Choice {
+    /// The next finer format, and nothing cut off by choice; none for f32.
+    pub fn raised(self) -> Option<Choice> {
+        let format = match self.format? {
+            PanelFormat::Int4 { .. } => Some(PanelFormat::Int8),
+            PanelFormat::Int8 => Some(PanelFormat::F16),
+            PanelFormat::F16 | PanelFormat::Bf16 => None,
+        };
+        Some(Choice { format, reach: None })
+    }
+}
+
+impl fmt::Display for Choice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.format {
+            Some(format) => write!(f, "{format}")?,
+            None => f.write_str("f32")?,
+        }
+        self.reach.map_or(Ok(()), |reach| write!(f, ":reach={reach}"))
+    }
+}
+
+/// A format for each layer group, and for single layers.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Scheme {
     /// What the user asked for.
     pub precision: Precision,
     /// Columns that share a scale in int4: a multiple of 8.
     pub int4_block: usize,
+    /// Layers that differ from their group, by the name of their op: `decoder.2.mlp`.
+    pub layers: BTreeMap<String, Choice>,
 }
 
 impl Default for Scheme {
@@ -105,32 +140,43 @@ impl Default for Scheme {
 
 impl From<Precision> for Scheme {
     fn from(precision: Precision) -> Scheme {
-        Scheme { precision, int4_block: INT4_BLOCK }
+        Scheme { precision, int4_block: INT4_BLOCK, layers: BTreeMap::new() }
     }
 }
 
 impl Scheme {
+    /// Whether anything is stored otherwise than in f32.
+    pub fn is_rounded(&self) -> bool {
+        self.precision != Precision::F32 || self.layers.values().any(|layer| layer.format.is_some())
+    }
+
+    /// How the weights of the op `name` in the graph `stage` are stored; none for what has no group.
+    pub fn choice(&self, stage: &str, name: &str) -> Option<Choice> {
+        let group = LayerGroup::of(stage, name)?;
+        let own = self.layers.get(name).copied();
+        Some(own.unwrap_or(Choice { format: self.format(group), reach: None }))
+    }
+
     /// How the weights of a group are stored; none for f32.
     ///
-    /// int4 is for what every token reads whole. The picture side runs once a picture, and the
-    /// head decides between tokens: there 4 bits would lose more than they save.
+    /// int4 is for what the language model's every token reads and for the bridge to it. Every picture depends on
+    /// the encoder, and the head decides between tokens: there 4 bits would lose more than they save.
     pub fn format(&self, group: LayerGroup) -> Option<PanelFormat> {
         match (self.precision, group) {
             (Precision::F32, _) => None,
             (Precision::F16, _) => Some(PanelFormat::F16),
             (Precision::Bf16, _) => Some(PanelFormat::Bf16),
             (Precision::Int8, _) => Some(PanelFormat::Int8),
-            (Precision::Int4, LayerGroup::Language | LayerGroup::Gated) => {
-                Some(PanelFormat::Int4 { block: self.int4_block })
-            }
             (
                 Precision::Int4,
-                LayerGroup::Vision
+                LayerGroup::Language
+                | LayerGroup::Gated
                 | LayerGroup::Resampler
-                | LayerGroup::Media
-                | LayerGroup::Embedding
-                | LayerGroup::Head,
-            ) => Some(PanelFormat::Int8),
+                | LayerGroup::Media,
+            ) => Some(PanelFormat::Int4 { block: self.int4_block }),
+            (Precision::Int4, LayerGroup::Vision | LayerGroup::Embedding | LayerGroup::Head) => {
+                Some(PanelFormat::Int8)
+            }
         }
     }
 }
@@ -138,9 +184,10 @@ impl Scheme {
 impl fmt::Display for Scheme {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.precision {
-            Precision::Int4 => write!(f, "int4/{}", self.int4_block),
-            precision => f.write_str(precision.name()),
+            Precision::Int4 => write!(f, "int4/{}", self.int4_block)?,
+            precision => f.write_str(precision.name())?,
         }
+        self.layers.iter().try_for_each(|(name, choice)| write!(f, " {name}={choice}"))
     }
 }
 

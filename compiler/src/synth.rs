@@ -29,7 +29,7 @@ use idefics::Idefics;
 use openflamingo::OpenFlamingo;
 use preset::Model;
 use random::{Generator, Storage};
-use tensor::TensorList;
+use tensor::{Spread, TensorList};
 
 /// Why no checkpoint was made.
 #[derive(Debug, thiserror::Error)]
@@ -84,7 +84,8 @@ pub fn presets() -> &'static [&'static str] {
 
 /// Writes the checkpoint of a preset into the folder `out`, which must be empty or absent.
 ///
-/// `progress` hears the bytes of tensors written and to be written. The files appear in `out`
+/// `outliers` makes a few channels of norms and embeddings far larger than the others, as trained models have them:
+/// what is hard to round. `progress` hears the bytes of tensors written and to be written. The files appear in `out`
 /// all at once, at the end.
 ///
 /// # Errors
@@ -94,6 +95,7 @@ pub fn synthesize(
     preset: &str,
     out: &Path,
     seed: u64,
+    outliers: bool,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<SynthReport, SynthError> {
     let unknown = || SynthError::UnknownPreset { found: preset.to_owned(), known: presets() };
@@ -101,6 +103,7 @@ pub fn synthesize(
     require_empty(out)?;
     let parts = parts(&model);
     let report = report(out, &parts);
+    let spread = Spread { outliers, ..spread };
     let mut generator = Generator::new(seed, spread, report.tensor_bytes, progress);
     let staging = Staging::new(out)?;
     match &model {
@@ -222,7 +225,7 @@ mod tests {
     }
 
     fn make(preset: &str, folder: &Path, seed: u64) -> SynthReport {
-        synthesize(preset, folder, seed, &mut |_, _| ()).unwrap()
+        synthesize(preset, folder, seed, false, &mut |_, _| ()).unwrap()
     }
 
     /// Relative path and content of every file below `folder`, sorted.
@@ -360,7 +363,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut calls = Vec::new();
         let mut progress = |done, total| calls.push((done, total));
-        let report = synthesize("tiny-idefics", &dir.path().join("m"), 1, &mut progress).unwrap();
+        let report =
+            synthesize("tiny-idefics", &dir.path().join("m"), 1, false, &mut progress).unwrap();
         assert_eq!(calls.last(), Some(&(report.tensor_bytes, report.tensor_bytes)));
         assert!(calls.is_sorted());
         assert_eq!(report.n_values * 4, report.tensor_bytes);
@@ -369,13 +373,14 @@ mod tests {
     #[test]
     fn unknown_presets_and_full_folders_are_refused_and_nothing_is_left_behind() {
         let dir = tempfile::tempdir().unwrap();
-        let error = synthesize("of-80b", dir.path(), 1, &mut |_, _| ()).unwrap_err().to_string();
+        let error =
+            synthesize("of-80b", dir.path(), 1, false, &mut |_, _| ()).unwrap_err().to_string();
         assert!(error.contains("`of-80b`") && error.contains("idefics-9b"), "{error}");
         let full = dir.path().join("full");
         fs::create_dir(&full).unwrap();
         fs::write(full.join("mine.txt"), "kept").unwrap();
         for out in [full.clone(), full.join("mine.txt")] {
-            let error = synthesize("tiny-idefics", &out, 1, &mut |_, _| ()).unwrap_err();
+            let error = synthesize("tiny-idefics", &out, 1, false, &mut |_, _| ()).unwrap_err();
             assert!(matches!(error, SynthError::OutputExists { .. }), "{error}");
         }
         assert_eq!(contents(dir.path()), [(PathBuf::from("full/mine.txt"), b"kept".to_vec())]);

@@ -41,7 +41,9 @@ pub use linear::{Activate, Activation, Linear};
 pub use matmul::MatMul;
 pub use media::{ClassEmbedding, ExpandBatch, FrameEmbedding, MergeFrames, Patches};
 pub use norm::{LayerNorm, LayerNormalization, RmsNorm};
-pub use panels::{PANEL_ROWS, PackPanels, PanelFormat, UnpackPanels, sqnr_db};
+pub use panels::{
+    Fit, Inputs, PANEL_ROWS, PackPanels, PanelFormat, UnpackPanels, output_sqnr_db, sqnr_db,
+};
 pub use rounding::Rounding;
 pub use self_attention::{Position, SelfAttention, alibi_slopes, rotary_frequencies};
 pub use shape::{Cast, Concat, Expand, Reshape, Transpose};

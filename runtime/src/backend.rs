@@ -14,6 +14,7 @@ use flamingo_ir::DType;
 use flamingo_kernels::{KernelError, KvCache, Matrix, SharedBlock};
 
 use crate::profile::Record;
+use crate::watch::Watcher;
 
 /// What is known of one medium (a picture, or the frames of a video) after it was encoded: its
 /// visual tokens, and the keys and values of every gated block. Shared between sequences.
@@ -233,6 +234,12 @@ pub trait Backend: Send + Sync {
 
     /// Starts or stops recording what each instruction does; whether this engine can.
     fn set_profiling(&self, _is_on: bool) -> bool {
+        false
+    }
+
+    /// Shows a watcher the rows that meet each weight stored in f32, from now on; none stops it. False if the
+    /// backend cannot.
+    fn set_watcher(&self, _watcher: Option<Watcher>) -> bool {
         false
     }
 

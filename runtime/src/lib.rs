@@ -45,6 +45,7 @@ pub mod tract;
 mod units;
 pub mod video;
 pub mod visual_cache;
+pub mod watch;
 
 pub use flamingo_kernels::KvFormat;
 

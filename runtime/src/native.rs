@@ -32,6 +32,7 @@ use crate::backend::{
 };
 use crate::contract::{Contract, broken, check_step, full, indices};
 use crate::profile::Record;
+use crate::watch::Watcher;
 
 use encoder::Encoder;
 pub use stage::{Buffers, Call, NativeStage, Span, StageMemory};
@@ -226,6 +227,20 @@ impl Backend for NativeBackend {
 
     fn set_profiling(&self, is_on: bool) -> bool {
         self.shared.stages().iter().for_each(|stage| stage.set_profiling(is_on));
+        true
+    }
+
+    fn set_watcher(&self, watcher: Option<Watcher>) -> bool {
+        let watcher = watcher.map(|watcher| Arc::new(Mutex::new(watcher)));
+        for stage in self.shared.stages() {
+            let watcher = watcher.clone().map(|shared| -> Watcher {
+                Box::new(move |weight, rows, k| {
+                    let mut watcher = shared.lock().unwrap_or_else(PoisonError::into_inner);
+                    watcher(weight, rows, k);
+                })
+            });
+            stage.set_watcher(watcher);
+        }
         true
     }
 

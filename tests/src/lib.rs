@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use flamingo_ir::Tensor;
 use flamingo_models::checkpoint::Checkpoint;
 use flamingo_runtime::OpenOptions;
-use flamingoc::compile::{CompileOptions, compile};
+use flamingoc::compile::{CalibrateOn, CompileOptions, compile};
 use flamingoc::scheme::Scheme;
 
 /// Folders below `tests/golden` that hold a checkpoint with goldens, sorted.
@@ -35,18 +35,26 @@ pub fn compiled(source: &Path) -> (tempfile::TempDir, PathBuf) {
 pub fn compiled_as(source: &Path, scheme: Scheme) -> (tempfile::TempDir, PathBuf) {
     let scratch = tempfile::tempdir().expect("a temporary folder");
     let artifact = scratch.path().join("model.flamingo");
-    let options = CompileOptions {
+    let options = compile_options(source, &artifact, scheme);
+    compile(&options, &mut |_| {})
+        .unwrap_or_else(|error| panic!("{}: {error:#}", source.display()));
+    (scratch, artifact)
+}
+
+/// How tests compile `source` to `output`: rounded to nearest and not judged.
+pub fn compile_options(source: &Path, output: &Path, scheme: Scheme) -> CompileOptions {
+    CompileOptions {
         source: source.to_owned(),
-        output: artifact.clone(),
+        output: output.to_owned(),
         overwrite: false,
         max_context: None,
         max_images: 64,
         scheme,
+        calibrate: CalibrateOn::Nothing,
+        calibration_cache: None,
+        gate: None,
         dump: None,
-    };
-    compile(&options, &mut |_| {})
-        .unwrap_or_else(|error| panic!("{}: {error:#}", source.display()));
-    (scratch, artifact)
+    }
 }
 
 /// How to open an artifact with a backend; ONNX Runtime's library is the one the tests install.

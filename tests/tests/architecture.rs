@@ -308,7 +308,7 @@ fn the_decoder_computes_nothing_about_pictures() {
         let decoder = source.graphs().unwrap().decoder;
         problems.extend(media_problems(&decoder));
         let (optimised, _) =
-            optimise(decoder, &source.parts, &Scheme::default(), &mut |_, _| {}).unwrap();
+            optimise(decoder, &source.parts, &Scheme::default(), None, &mut |_, _| {}).unwrap();
         problems.extend(media_problems(&optimised));
     }
     assert_none(problems);

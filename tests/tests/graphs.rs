@@ -87,7 +87,7 @@ fn check(folder: &Path) {
     let graphs = source.graphs().unwrap_or_else(|error| panic!("{name}: {error}"));
     let golden = Golden::read(folder);
     let optimised = |graph: &Graph| {
-        optimise(graph.clone(), &source.parts, &Scheme::default(), &mut |_, _| {})
+        optimise(graph.clone(), &source.parts, &Scheme::default(), None, &mut |_, _| {})
             .unwrap_or_else(|e| panic!("{name}: {e}"))
     };
     let (media, media_records) = optimised(&graphs.media);

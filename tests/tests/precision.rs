@@ -189,7 +189,7 @@ fn the_demo_model_answers_at_every_precision() {
 #[test]
 fn larger_blocks_of_int4_take_fewer_bytes_and_lose_more() {
     let golden = golden_folders().into_iter().find(|f| f.ends_with("openflamingo-mpt")).unwrap();
-    let with = |int4_block| Scheme { precision: Precision::Int4, int4_block };
+    let with = |int4_block| Scheme { int4_block, ..Precision::Int4.into() };
     let size = |scheme| {
         let (_scratch, artifact) = compiled_as(&golden, scheme);
         fs::metadata(artifact.join("graphs/weights.safetensors")).unwrap().len()

@@ -4,13 +4,17 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
+use flamingo_ir::op::PanelFormat;
 use serde_json::json;
 
 use super::Outcome;
-use super::output::{Output, byte_bar, bytes};
-use crate::compile::{CompileOptions, Progress, compile, default_output};
+use super::output::{Output, byte_bar, bytes, count_bar};
+use crate::compile::{
+    CalibrateOn, CompileOptions, Gate, Progress, Raised, Report, compile, default_output,
+};
+use crate::gate::{OUTLIERS, Refused, worst_first};
 use crate::passes::{pass_names, pass_reasons};
-use crate::scheme::{INT4_BLOCK, Precision, Scheme};
+use crate::scheme::{Choice, INT4_BLOCK, Precision, Scheme};
 
 /// Compile a checkpoint into an artifact
 ///
@@ -30,6 +34,35 @@ pub(super) struct Compile {
     /// Columns of a row that share a scale in int4: 32 or 128
     #[arg(long, value_name = "N", value_parser = int4_block)]
     int4_block: Option<usize>,
+    /// Prompts that int8 and int4 are fitted to, one in JSON a line [default: generated ones]
+    #[arg(long, value_name = "FILE.jsonl")]
+    calibrate: Option<PathBuf>,
+    /// Round int8 and int4 to nearest
+    #[arg(long, conflicts_with = "calibrate")]
+    no_calibration: bool,
+    /// Keep what calibration saw in this file, and read it the next time
+    #[arg(long, value_name = "FILE", conflicts_with = "no_calibration")]
+    calibration_cache: Option<PathBuf>,
+    /// Largest mean KL of next tokens from f32, in nats [default: f16 1e-4, bf16 1e-3, int8 0.01, int4 0.05]
+    #[arg(long, value_name = "X", value_parser = max_kl)]
+    max_kl: Option<f64>,
+    /// Ask these tasks, too, which may lose 0.5 points in a hundred (int4 1.5): `demo`, or `demo:N` for N prompts of each
+    /// instead of 200
+    #[arg(long, value_name = "TASKS", value_parser = eval_prompts)]
+    eval: Option<usize>,
+    /// Store the layers that lose most finer, until the KL holds
+    #[arg(long)]
+    auto_mixed: bool,
+    /// Measure what each layer does alone, too; makes and runs an artifact for each
+    #[arg(long)]
+    each_layer: bool,
+    /// Take rounded weights without comparing their answers with f32
+    #[arg(long, conflicts_with_all = ["max_kl", "auto_mixed", "each_layer", "eval"])]
+    no_gate: bool,
+    /// Store one layer differently: f32, f16, bf16, int8 or int4, and `:reach=R` to scale a row so that R of its
+    /// largest magnitude still fits; repeatable
+    #[arg(long, value_name = "NAME=FORMAT", value_parser = layer)]
+    layer: Vec<(String, Choice)>,
     /// What the artifact is for; this version targets the CPU
     #[arg(long, value_enum, default_value = "cpu")]
     target: Vec<Target>,
@@ -58,6 +91,88 @@ enum Target {
     Cpu,
     Cuda,
     Tensorrt,
+}
+
+/// What the gate refused is a failed check, other errors are errors.
+fn refused(error: anyhow::Error, json: bool, output: &mut Output) -> Result<Outcome> {
+    let refused = error.downcast::<Refused>()?;
+    output.note(&format!("error: {refused}"));
+    if json {
+        output.json(&json!({"artifact": null, "verdict": "fail", "gate": refused}))?;
+    }
+    Ok(Outcome::CheckFailed)
+}
+
+fn show_verdict(report: &Report, output: &mut Output) -> Result<()> {
+    let quantisation = &report.quantisation;
+    for Raised { layer, from, to, mean_kl } in &quantisation.raised {
+        output.line(&format!("{layer}: {from} to {to}, at a mean KL of {mean_kl:.1e}"))?;
+    }
+    let (Some(verdict), Some(bounds)) = (&quantisation.verdict, quantisation.bounds) else {
+        return Ok(());
+    };
+    output.line(&format!(
+        "next tokens against f32: mean KL {:.1e} of at most {:.1e}, the same best token in {:.1} % of {}; \
+         perplexity {:.3}, in f32 {:.3}",
+        verdict.mean_kl,
+        bounds.max_kl,
+        100.0 * verdict.top1_agreement,
+        verdict.n_tokens,
+        verdict.perplexity,
+        verdict.perplexity_f32
+    ))?;
+    for task in &verdict.tasks {
+        let (name, shots, n) = (&task.task, task.shots, task.n);
+        let (f32, rounded) = (100.0 * task.f32, 100.0 * task.rounded);
+        output.line(&format!(
+            "{name}, {shots} shots: {rounded:.1} % right, in f32 {f32:.1} %, of {n}"
+        ))?;
+    }
+    for layer in worst_first(&quantisation.layers) {
+        if let Some(ratio) = layer.outlier_ratio.filter(|ratio| *ratio > OUTLIERS) {
+            let name = &layer.name;
+            output.line(&format!("{name}: inputs have a column {ratio:.0} times the median"))?;
+        }
+    }
+    Ok(())
+}
+
+fn eval_prompts(text: &str) -> Result<usize, String> {
+    let n = match text.split_once(':') {
+        None if text == "demo" => Some(200),
+        Some(("demo", n)) => n.parse().ok().filter(|n| *n > 0),
+        _ => None,
+    };
+    n.ok_or_else(|| "expected `demo`, or `demo:N` with a number of prompts".to_owned())
+}
+
+fn max_kl(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(value) if value >= 0.0 => Ok(value),
+        _ => Err("expected a number of nats, 0 or more".to_owned()),
+    }
+}
+
+fn layer(text: &str) -> Result<(String, Choice), String> {
+    let expected = || {
+        "expected NAME=FORMAT or NAME=FORMAT:reach=R with a format of f32, f16, bf16, int8, int4/32, int4/128 and \
+         0 < R <= 1"
+            .to_owned()
+    };
+    let (name, choice) = text.split_once('=').ok_or_else(expected)?;
+    let (format, reach) = match choice.split_once(":reach=") {
+        None => (choice, None),
+        Some((format, reach)) => {
+            let reach = reach.parse().ok().filter(|reach| *reach > 0.0 && *reach <= 1.0);
+            (format, Some(reach.ok_or_else(expected)?))
+        }
+    };
+    let format = match format {
+        "f32" => None,
+        "int4" => Some(PanelFormat::Int4 { block: INT4_BLOCK }),
+        name => Some(PanelFormat::from_name(name).ok_or_else(expected)?),
+    };
+    Ok((name.to_owned(), Choice { format, reach }))
 }
 
 fn int4_block(text: &str) -> Result<usize, String> {
@@ -90,18 +205,41 @@ impl Compile {
             scheme: Scheme {
                 precision: self.precision,
                 int4_block: self.int4_block.unwrap_or(INT4_BLOCK),
+                layers: self.layer.into_iter().collect(),
             },
+            calibrate: match (self.no_calibration, self.calibrate) {
+                (true, _) => CalibrateOn::Nothing,
+                (false, Some(file)) => CalibrateOn::File(file),
+                (false, None) => CalibrateOn::Bundled,
+            },
+            calibration_cache: self.calibration_cache,
+            gate: (!self.no_gate).then_some(Gate {
+                max_kl: self.max_kl,
+                auto_mixed: self.auto_mixed,
+                each_layer: self.each_layer,
+                eval: self.eval,
+            }),
             dump,
         };
         let bar = byte_bar("weights");
-        let (manifest, report) = compile(&options, &mut |progress| match progress {
+        let prompts = count_bar();
+        let compiled = compile(&options, &mut |progress| match progress {
             Progress::Stage(stage) => bar.println(stage),
             Progress::Bytes(done, total) => {
                 bar.set_length(total);
                 bar.set_position(done);
             }
-        })?;
+            Progress::Prompts(done, total) => {
+                prompts.set_length(total as u64);
+                prompts.set_position(done as u64);
+            }
+        });
         bar.finish_and_clear();
+        prompts.finish_and_clear();
+        let (manifest, report) = match compiled {
+            Ok(compiled) => compiled,
+            Err(error) => return refused(error, self.json, output),
+        };
         for note in &report.notes {
             output.note(&format!("note: {note}"));
         }
@@ -117,6 +255,7 @@ impl Compile {
             let record = if last { records.last() } else { records.first() };
             record.map_or(0, |record| record.ops.values().sum::<usize>())
         };
+        show_verdict(&report, output)?;
         for stage in ["media", "decoder"] {
             let (before, after) = (count(stage, false), count(stage, true));
             output

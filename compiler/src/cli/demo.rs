@@ -17,7 +17,7 @@ use super::eval::table;
 use super::output::{Output, bytes, count_bar};
 use super::thumbnail::thumbnails;
 use super::{Opening, Outcome};
-use crate::compile::{CompileOptions, compile};
+use crate::compile::{CalibrateOn, CompileOptions, compile};
 use crate::eval::{EvalOptions, Score, eval, tasks};
 use crate::scheme::Precision;
 
@@ -79,6 +79,9 @@ impl Demo {
             max_context: None,
             max_images: 64,
             scheme: self.precision.into(),
+            calibrate: CalibrateOn::Bundled,
+            calibration_cache: None,
+            gate: None,
             dump: None,
         };
         let (manifest, _) = compile(&options, &mut |_| {})?;

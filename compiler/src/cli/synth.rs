@@ -24,6 +24,9 @@ pub(super) struct Synth {
     /// Seed of the weights
     #[arg(long, value_name = "N", default_value = "0")]
     seed: u64,
+    /// Make a few channels 8 to 80 times as large as the others, as trained models have them
+    #[arg(long)]
+    outliers: bool,
     /// Print what was written as JSON
     #[arg(long)]
     json: bool,
@@ -40,7 +43,8 @@ impl Synth {
             bar.set_length(total);
             bar.set_position(done);
         };
-        let report = synthesize(&self.preset, &self.output, self.seed, &mut progress)?;
+        let report =
+            synthesize(&self.preset, &self.output, self.seed, self.outliers, &mut progress)?;
         bar.finish_and_clear();
         let path = self.output.display().to_string();
         match self.json {

@@ -7,10 +7,9 @@
 use std::collections::BTreeMap;
 
 use flamingo_ir::op::{Op, PANEL_ROWS, PackPanels, PanelFormat, UnpackPanels};
-use flamingo_ir::{DType, GraphError, Node, Patch, ValueId};
+use flamingo_ir::{DType, Graph, GraphError, Node, Patch, ValueId};
 
 use super::Context;
-use crate::scheme::LayerGroup;
 
 /// Smaller weights, by rows or columns, stay f32.
 const MIN_SIZE: usize = 16;
@@ -23,8 +22,8 @@ pub(super) fn run(patch: &mut Patch, context: &Context) -> Result<(), GraphError
     // A weight with several readers (an embedding that is also the head) is packed once.
     let mut packed = BTreeMap::new();
     for node in patch.nodes() {
-        let format = LayerGroup::of(&stage, &node.name).and_then(|g| context.scheme.format(g));
-        let Some(format) = format else { continue };
+        let choice = context.scheme.choice(&stage, &node.name);
+        let Some(format) = choice.and_then(|choice| choice.format) else { continue };
         let places = weight_places(patch, &node);
         if places.is_empty() || patch.is_build_time(node.outputs[0]) {
             continue;
@@ -43,6 +42,18 @@ pub(super) fn run(patch: &mut Patch, context: &Context) -> Result<(), GraphError
         patch.replace(node.outputs[0], new)?;
     }
     Ok(())
+}
+
+/// Names that weights have once they are packed, and their values, of a graph in f32.
+pub(super) fn packed_names(graph: &mut Graph) -> Vec<(String, ValueId)> {
+    let patch = Patch::new(graph);
+    let mut names = Vec::new();
+    for node in patch.nodes() {
+        for (place, role) in weight_places(&patch, &node) {
+            names.push((format!("{}.{role}", node.name), node.inputs[place]));
+        }
+    }
+    names
 }
 
 /// Inputs of `node` that can be packed, and what they are for; none where one of them cannot, as

@@ -10,7 +10,7 @@ use std::io::{self, Write};
 
 use half::slice::HalfFloatSliceExt as _;
 use half::{bf16, f16};
-use rand::{RngCore as _, SeedableRng as _};
+use rand::{Rng as _, RngCore as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 
 use super::tensor::{Spread, TensorSpec};
@@ -101,6 +101,9 @@ impl<'a> Generator<'a> {
     ) -> io::Result<()> {
         let mut rng = ChaCha8Rng::from_seed(key(self.seed, part, &spec.values_of));
         let (mean, deviation) = spec.mean_and_deviation(&self.spread);
+        let channels = spec.channels().filter(|_| self.spread.outliers);
+        let factors = channels.map(|n| outlier_factors(self.seed, n)).unwrap_or_default();
+        let mut factor = factors.iter().cycle();
         let mut left = spec.n_values();
         while left > 0 {
             let n_values = left.min(CHUNK);
@@ -108,6 +111,7 @@ impl<'a> Generator<'a> {
             rng.fill_bytes(random);
             let values = &mut self.values[..n_values];
             fill_normal(random, mean, deviation, values);
+            values.iter_mut().zip(&mut factor).for_each(|(value, factor)| *value *= factor);
             write_values(values, storage, out)?;
             left -= n_values;
             self.done_bytes += (n_values * storage.value_bytes()) as u64;
@@ -115,6 +119,20 @@ impl<'a> Generator<'a> {
         }
         Ok(())
     }
+}
+
+/// Factors of the channels of all tensors of a width: one channel in 64 has an outlier, at least two have, and the
+/// rest 1. As in trained transformers the same few channels are large in every layer, 8 to 80 times the others with a
+/// heavy tail (Pareto with exponent 1.5; T. Dettmers et al., LLM.int8(), 2022, section 4).
+fn outlier_factors(seed: u64, n_channels: usize) -> Vec<f32> {
+    let mut rng = ChaCha8Rng::from_seed(key(seed, "outliers", &n_channels.to_string()));
+    let mut factors = vec![1.0; n_channels];
+    for _ in 0..(n_channels / 64).max(2) {
+        let channel = rng.random_range(0..n_channels);
+        let tail: f64 = rng.random_range(0.0..1.0);
+        factors[channel] = (8.0 * (1.0 - tail).powf(-1.0 / 1.5)).min(80.0) as f32;
+    }
+    factors
 }
 
 fn key(seed: u64, part: &str, name: &str) -> [u8; 32] {
@@ -194,6 +212,32 @@ mod tests {
         assert_eq!(made(1, "x", CHUNK + 3, Storage::F32)[..], long[..4 * (CHUNK + 3)]);
         assert_ne!(made(2, "x", 9, Storage::F32)[..], long[..36]);
         assert_ne!(made(1, "y", 9, Storage::F32)[..], long[..36]);
+    }
+
+    #[test]
+    fn outliers_are_the_same_channels_of_every_tensor_and_only_where_channels_are_written() {
+        let made = |name: &str, shape: &[usize], fill, outliers| {
+            let mut list = TensorList::default();
+            list.add(name, shape, fill);
+            let (mut bytes, mut ignore) = (Vec::new(), |_, _| ());
+            let spread = Spread { outliers, ..Spread::LARGE };
+            let mut generator = Generator::new(4, spread, 0, &mut ignore);
+            generator.write("part", &list.specs()[0], Storage::F32, &mut bytes).unwrap();
+            floats(&bytes)
+        };
+        let scale = made("norm", &[256], Fill::NormScale, true);
+        let large: Vec<usize> = (0..256).filter(|c| scale[*c] > 4.0).collect();
+        assert!((2..=4).contains(&large.len()), "{large:?}");
+        // Longer than a chunk, whose ends fall between rows.
+        let (rows, width) = (300, 256);
+        let plain = made("table", &[rows, width], Fill::Embedding, false);
+        let table = made("table", &[rows, width], Fill::Embedding, true);
+        for (index, (value, plain)) in table.iter().zip(&plain).enumerate() {
+            let ratio = value / plain;
+            assert_eq!(ratio > 4.0, large.contains(&(index % width)), "{index}: {ratio}");
+        }
+        let linear = |outliers| made("linear", &[8, 256], Fill::Linear, outliers);
+        assert_eq!(linear(true), linear(false));
     }
 
     #[test]

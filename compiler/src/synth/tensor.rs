@@ -27,14 +27,17 @@ pub(super) struct Spread {
     pub(super) embedding: f32,
     /// Mean and standard deviation of a gate.
     pub(super) gate: (f32, f32),
+    /// Whether a few channels are far larger than the others.
+    pub(super) outliers: bool,
 }
 
 impl Spread {
     /// For models of a few layers: every part moves the logits.
-    pub(super) const TINY: Spread = Spread { linear_gain: 1.3, embedding: 0.15, gate: (0.6, 0.3) };
+    pub(super) const TINY: Spread =
+        Spread { linear_gain: 1.3, embedding: 0.15, gate: (0.6, 0.3), outliers: false };
     /// For full sizes: what initialisation gives (about 0.02 at width 2048).
     pub(super) const LARGE: Spread =
-        Spread { linear_gain: 0.9, embedding: 0.02, gate: (0.3, 0.15) };
+        Spread { linear_gain: 0.9, embedding: 0.02, gate: (0.3, 0.15), outliers: false };
 }
 
 /// One tensor to be made.
@@ -54,6 +57,12 @@ impl TensorSpec {
     /// Number of values.
     pub(super) fn n_values(&self) -> usize {
         self.shape.iter().product()
+    }
+
+    /// The channels of its last axis, if these may have outliers: norm scales and embeddings write into them.
+    pub(super) fn channels(&self) -> Option<usize> {
+        let is_written = matches!(self.fill, Fill::NormScale | Fill::Embedding);
+        self.shape.last().copied().filter(|_| is_written)
     }
 
     /// Mean and standard deviation of the values.

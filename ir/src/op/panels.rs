@@ -14,11 +14,13 @@
 //! Byte (i, row, j) of int4 holds columns 8 i + j in its low and 8 i + 4 + j in its high half, each
 //! 8 more than its value; a value counts times its block's scale, times its row's.
 
+mod inputs;
 mod pack;
 
 use std::fmt;
 
-pub use pack::sqnr_db;
+pub use inputs::Inputs;
+pub use pack::{Fit, output_sqnr_db, sqnr_db};
 
 use super::{
     Attribute, Attributes, Cast, Concat, Flavour, Floor, Mul, OnnxForm, OpError, Operator, Reshape,
@@ -144,6 +146,15 @@ pub struct UnpackPanels {
 }
 
 impl PackPanels {
+    /// The weight rounded so that its products with the rows that calibration saw stay near: scales by what
+    /// errors cost, and the error of each column made up for in the columns after it. Without such rows, to nearest.
+    ///
+    /// # Errors
+    /// A weight that cannot be stored so, or inputs of other columns.
+    pub fn pack_for(&self, weight: &Tensor, fit: Fit<'_>) -> Result<Vec<Tensor>, OpError> {
+        pack::pack(self.format, weight, fit)
+    }
+
     pub(crate) fn parse(attributes: &Attributes) -> Result<PackPanels, OpError> {
         attributes.expect_only(&["format"])?;
         Ok(PackPanels { format: PanelFormat::parse(attributes)? })
@@ -310,7 +321,7 @@ impl Operator for PackPanels {
     fn evaluate(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>, OpError> {
         let facts: Vec<Fact> = inputs.iter().map(Tensor::fact).collect();
         let expected = self.infer(&facts)?;
-        let packed = pack::pack(self.format, &inputs[0])?;
+        let packed = pack::pack(self.format, &inputs[0], Fit::default())?;
         match packed.iter().map(Tensor::fact).eq(expected) {
             true => Ok(packed),
             false => Err(OpError::Evaluation("PackPanels gave other shapes".into())),
@@ -459,6 +470,76 @@ mod tests {
             let expected = 10.0 * (signal / error).log10();
             let found = sqnr_db(format, &weight, &packed).unwrap();
             assert!((found - expected).abs() < 1e-6, "{format}: {found} {expected}");
+        }
+    }
+
+    /// Rows whose columns lean on each other, some of them large.
+    fn calibrated(k: usize) -> Inputs {
+        let mut inputs = Inputs::new(k);
+        let noise = noise(400, k + 1).to_f32_vec().unwrap();
+        for row in noise.chunks(k + 1) {
+            let large = |j: usize| if j % 13 == 5 { 8.0 } else { 1.0 };
+            let x: Vec<f32> = (0..k).map(|j| large(j) * (row[k] + 0.4 * row[j])).collect();
+            inputs.add(&x);
+        }
+        inputs
+    }
+
+    #[test]
+    fn calibration_keeps_products_better_than_rounding_to_nearest() {
+        for format in [PanelFormat::Int8, PanelFormat::Int4 { block: 32 }] {
+            for (n, k) in [(1, 16), (17, 33), (16, 200), (5, 129)] {
+                let (weight, inputs) = (noise(n, k), calibrated(k));
+                let op = PackPanels { format };
+                let packed = op.pack_for(&weight, fit(&inputs)).unwrap();
+                assert!(packed.iter().map(Tensor::fact).eq(format.facts(n, k)));
+                let nearest = op.evaluate(std::slice::from_ref(&weight)).unwrap();
+                let db = |packed| output_sqnr_db(format, &weight, packed, &inputs).unwrap();
+                let (with, without) = (db(&packed), db(&nearest));
+                assert!(
+                    with > without + if k >= 100 { 3.0 } else { 0.0 },
+                    "{format} {n}x{k}: {with} {without}"
+                );
+            }
+        }
+    }
+
+    fn fit(inputs: &Inputs) -> Fit<'_> {
+        Fit { inputs: Some(inputs), reach: None }
+    }
+
+    #[test]
+    fn a_scale_reaches_as_far_as_it_is_told() {
+        let weight = Tensor::f32(&[1, 4], vec![1.0, 0.5, -0.25, 0.1]).unwrap();
+        for format in [PanelFormat::Int8, PanelFormat::Int4 { block: 32 }] {
+            let op = PackPanels { format };
+            let packed = op.pack_for(&weight, Fit { inputs: None, reach: Some(0.25) }).unwrap();
+            let back = UnpackPanels { format, n: 1, k: 4 }.evaluate(&packed).unwrap().remove(0);
+            let back = back.to_f32_vec().unwrap();
+            assert!(back[..2].iter().all(|v| (v - 0.25).abs() < 0.01), "{format}: {back:?}");
+            assert!((back[2] + 0.25).abs() < 0.05, "{format}: {back:?}");
+        }
+    }
+
+    #[test]
+    fn odd_rows_survive_calibration() {
+        let k = 40;
+        let mut values = vec![0.0; 4 * k];
+        values[k..2 * k].fill(0.25);
+        values[2 * k + 3] = 1e4;
+        values[2 * k + 5] = 1.0;
+        let weight = Tensor::f32(&[4, k], values.clone()).unwrap();
+        for format in [PanelFormat::Int8, PanelFormat::Int4 { block: 32 }] {
+            let op = PackPanels { format };
+            let packed = op.pack_for(&weight, fit(&calibrated(k))).unwrap();
+            let back = UnpackPanels { format, n: 4, k }.evaluate(&packed).unwrap().remove(0);
+            let back = back.to_f32_vec().unwrap();
+            assert!(back.iter().all(|value| value.is_finite()));
+            assert!(back[..k].iter().chain(&back[3 * k..]).all(|value| *value == 0.0), "{format}");
+            assert!((back[2 * k + 3] - 1e4).abs() < 2e3, "{format}: {}", back[2 * k + 3]);
+            let none = op.pack_for(&weight, fit(&Inputs::new(k))).unwrap();
+            assert_eq!(none, op.evaluate(std::slice::from_ref(&weight)).unwrap());
+            assert!(op.pack_for(&weight, fit(&Inputs::new(k + 1))).is_err());
         }
     }
 

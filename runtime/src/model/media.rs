@@ -50,6 +50,15 @@ impl Model {
         Ok(self.medium(&pixels)?.0)
     }
 
+    /// Pixel values `[n_frames, 3, size, size]` of each medium of a prompt, normalised, and its frames.
+    ///
+    /// # Errors
+    /// Pictures that cannot be read.
+    pub fn pixel_values(&self, prompt: &PromptFile) -> Result<Vec<(Vec<f32>, usize)>, RunError> {
+        let of = |segment| self.pixels(segment).map(|pixels| (pixels.values, pixels.n_frames));
+        prompt.media().map(of).collect()
+    }
+
     /// Finds or encodes a medium; tells where it was found.
     pub(crate) fn medium(&self, pixels: &Pixels) -> Result<(Medium, Found), RunError> {
         let Pixels { values, n_frames } = pixels;

@@ -10,12 +10,14 @@ use flamingo_kernels::{KV_BLOCK, Kernels, KvCache, KvFormat};
 
 use super::execute::{Context, Stored, Unresolved};
 use super::plan::{
-    Action, CacheShape, Indices, Instruction, MediaInput, Plan, PlanInput, PlanWeight, Role, View,
+    Action, CacheShape, Indices, Instruction, MediaInput, Plan, PlanInput, PlanWeight, Role,
+    Source, View, WeightOperand,
 };
 use super::size::Sizes;
 use crate::backend::{BackendError, Media, WeightBytes, WeightMismatch};
 use crate::contract;
 use crate::profile::{Record, Recorder};
+use crate::watch::{Watch, Watcher};
 
 /// A graph as a static plan over mapped weights. Running it allocates nothing but the outputs
 /// once its buffers have grown to the largest call.
@@ -24,6 +26,7 @@ pub struct NativeStage {
     weights: Arc<dyn WeightBytes>,
     kernels: Arc<Kernels>,
     recorder: Recorder,
+    watch: Watch,
 }
 
 /// Buffers of a stage; they grow when a call needs more, and one set serves one call at a time.
@@ -124,7 +127,13 @@ impl NativeStage {
         };
         let mismatches: Vec<WeightMismatch> = plan.weights.iter().filter_map(mismatch).collect();
         match mismatches.is_empty() {
-            true => Ok(NativeStage { plan, weights, kernels, recorder: Recorder::default() }),
+            true => Ok(NativeStage {
+                plan,
+                weights,
+                kernels,
+                recorder: Recorder::default(),
+                watch: Watch::default(),
+            }),
             false => Err(BackendError::Weights { graph: plan.graph, weights: mismatches }),
         }
     }
@@ -132,6 +141,11 @@ impl NativeStage {
     /// Starts or stops recording what each instruction does.
     pub fn set_profiling(&self, is_on: bool) {
         self.recorder.set(is_on);
+    }
+
+    /// Shows a watcher all rows that meet a weight stored in f32, from now on; none stops it.
+    pub fn set_watcher(&self, watcher: Option<Watcher>) {
+        self.watch.set(watcher);
     }
 
     /// The instructions recorded since the last call, in the order in which they ended.
@@ -273,6 +287,9 @@ impl NativeStage {
         if rows == 0 || cols == 0 {
             return Ok(());
         }
+        if self.watch.is_on() {
+            self.show(instruction, Context { slots: &buffers.slots, ..context }, rows)?;
+        }
         let started = self.recorder.start();
         let slot = self.plan.slot_of[instruction.buffer];
         let mut out = std::mem::take(&mut buffers.slots[slot]);
@@ -285,6 +302,31 @@ impl NativeStage {
             self.record(instruction, context, (rows, cols), start);
         }
         result
+    }
+
+    /// Shows the watcher the rows that an instruction multiplies with a weight.
+    fn show(
+        &self,
+        instruction: &Instruction,
+        context: Context<'_>,
+        n_rows: usize,
+    ) -> Result<(), Unresolved> {
+        let (x, weight, only_seen) = match &instruction.action {
+            Action::Linear { x, weight, only_seen, .. } => (x, weight, *only_seen),
+            Action::GatedLinear { x, weight, .. } => (x, weight, false),
+            _ => return Ok(()),
+        };
+        let WeightOperand::Numbers(View { source: Source::Weight(place), .. }) = weight else {
+            return Ok(());
+        };
+        let name = &self.plan.weights.get(*place).ok_or(Unresolved)?.name;
+        let rows = context.read(x)?;
+        let k = context.sizes.get(x.cols);
+        for stretch in context.stretches(only_seen, n_rows) {
+            let seen = rows.get(stretch.start * k..stretch.end * k).ok_or(Unresolved)?;
+            self.watch.show(name, seen, k);
+        }
+        Ok(())
     }
 
     fn record(

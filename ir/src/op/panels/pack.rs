@@ -1,8 +1,9 @@
-//! Numbers of weights in panels: rounding to nearest, and how much that loses.
+//! Numbers of weights in panels: to nearest, or as calibration asks, and how much that loses.
 
 use half::{bf16, f16};
 use ndarray::{Array, ArrayView2, Ix2, IxDyn};
 
+use super::inputs::{Compensation, Inputs};
 use super::{PANEL_ROWS, PanelFormat};
 use crate::Tensor;
 use crate::op::OpError;
@@ -10,15 +11,92 @@ use crate::op::OpError;
 /// Divisors of a block's largest magnitude that its scale is chosen from: 8 levels below zero and
 /// 7 above have no divisor that suits every block.
 const INT4_DIVISORS: [f32; 3] = [8.0, 7.5, 7.0];
+/// The same where calibration says what an error costs: values that are cut off may cost less than coarse steps.
+const INT4_CUTTING: [f32; 8] = [7.0, 7.5, 8.0, 8.5, 9.0, 10.0, 11.0, 12.5];
+/// Divisors of a row's largest magnitude for its scale of bytes.
+const INT8_CUTTING: [f32; 6] = [127.0, 132.0, 140.0, 150.0, 165.0, 185.0];
 
-/// Data and scales of a weight f32 [n, k].
-pub(super) fn pack(format: PanelFormat, weight: &Tensor) -> Result<Vec<Tensor>, OpError> {
+/// What the rounding of a weight is fitted to.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Fit<'a> {
+    /// The rows that calibration saw; none rounds to nearest.
+    pub inputs: Option<&'a Inputs>,
+    /// Share of a row's, or block's, largest magnitude that its scale reaches; none chooses it.
+    pub reach: Option<f32>,
+}
+
+/// How a weight is rounded.
+struct Rounder {
+    /// What an error in each column costs, `[k]`; none where all cost the same.
+    costs: Option<Vec<f32>>,
+    compensation: Option<Compensation>,
+    /// Share of the largest magnitude that a scale reaches, where it is not chosen by costs.
+    reach: Option<f32>,
+}
+
+impl Rounder {
+    fn new(fit: Fit<'_>) -> Rounder {
+        let inputs = fit.inputs.filter(|inputs| inputs.n_rows() > 0);
+        Rounder {
+            costs: inputs.map(Inputs::power),
+            compensation: inputs.map(Compensation::new),
+            reach: fit.reach,
+        }
+    }
+
+    /// The scale with the smallest error out of the largest magnitude by each divisor.
+    fn scale(&self, values: &[f32], first: usize, divisors: &[f32], range: (f32, f32)) -> f32 {
+        let (magnitude, costs) = (largest(values), self.costs.as_deref());
+        match (self.reach, divisors) {
+            (Some(reach), [divisor, ..]) => return magnitude * reach / divisor,
+            (None, [divisor]) => return magnitude / divisor,
+            _ => {}
+        }
+        let error = |scale: f32| -> f32 {
+            let of = |(i, value): (usize, &f32)| {
+                let error = (value - scale * level(*value, scale, range)).powi(2);
+                costs.map_or(error, |costs| error * costs[first + i])
+            };
+            values.iter().enumerate().map(of).sum()
+        };
+        let scales = divisors.iter().map(|divisor| magnitude / divisor);
+        scales.min_by(|a, b| error(*a).total_cmp(&error(*b))).unwrap_or(0.0)
+    }
+
+    /// The levels of a row, given the scale of each column.
+    fn levels(&self, values: &[f32], scale: impl Fn(usize) -> f32, range: (f32, f32)) -> Vec<f32> {
+        let Some(compensation) = &self.compensation else {
+            let level = |(col, value): (usize, &f32)| level(*value, scale(col), range);
+            return values.iter().enumerate().map(level).collect();
+        };
+        let (mut row, mut levels) = (values.to_vec(), Vec::with_capacity(values.len()));
+        compensation.round(&mut row, |col, value| {
+            let (scale, level) = (scale(col), level(value, scale(col), range));
+            levels.push(level);
+            scale * level
+        });
+        levels
+    }
+}
+
+/// Data and scales of a weight f32 [n, k], rounded for the rows that calibration saw, if it saw any.
+pub(super) fn pack(
+    format: PanelFormat,
+    weight: &Tensor,
+    fit: Fit<'_>,
+) -> Result<Vec<Tensor>, OpError> {
     let rows = rows(weight)?;
+    let is_rounded = matches!(format, PanelFormat::Int8 | PanelFormat::Int4 { .. });
+    if let Some(inputs) = fit.inputs.filter(|inputs| is_rounded && inputs.k() != rows.ncols()) {
+        let (found, expected) = (inputs.k(), rows.ncols());
+        return Err(failed(&format!("calibrated on {found} columns, expected {expected}")));
+    }
+    let rounder = Rounder::new(if is_rounded { fit } else { Fit::default() });
     let packed = match format {
         PanelFormat::F16 => pack_f16(rows)?,
         PanelFormat::Bf16 => pack_bf16(rows),
-        PanelFormat::Int8 => pack_int8(rows),
-        PanelFormat::Int4 { block } => pack_int4(rows, block)?,
+        PanelFormat::Int8 => pack_int8(rows, &rounder),
+        PanelFormat::Int4 { block } => pack_int4(rows, block, &rounder)?,
     };
     packed.into_iter().collect::<Option<Vec<Tensor>>>().ok_or_else(|| failed("other shapes"))
 }
@@ -78,22 +156,25 @@ fn largest<'a>(values: impl IntoIterator<Item = &'a f32>) -> f32 {
 }
 
 /// The level of `value` at `scale`; 0 where there is no scale.
-fn level(value: f32, scale: f32, min: f32, max: f32) -> f32 {
+fn level(value: f32, scale: f32, (min, max): (f32, f32)) -> f32 {
     match scale > 0.0 {
         true => (value / scale).round_ties_even().clamp(min, max),
         false => 0.0,
     }
 }
 
-fn pack_int8(rows: ArrayView2<'_, f32>) -> Vec<Option<Tensor>> {
+fn pack_int8(rows: ArrayView2<'_, f32>, rounder: &Rounder) -> Vec<Option<Tensor>> {
     let (panels, n_groups) = (n_panels(rows), rows.ncols().div_ceil(4));
     let mut data = vec![0i8; panels * n_groups * PANEL_ROWS * 4];
     let mut scales = vec![0.0f32; panels * PANEL_ROWS];
+    let range = (-127.0, 127.0);
+    let divisors = if rounder.costs.is_some() { &INT8_CUTTING[..] } else { &INT8_CUTTING[..1] };
     for (row, values) in rows.rows().into_iter().enumerate() {
-        let scale = largest(values) / 127.0;
+        let values = values.to_vec();
+        let scale = rounder.scale(&values, 0, divisors, range);
         scales[row] = scale;
-        for (col, value) in values.iter().enumerate() {
-            data[place((row, col), n_groups, 4)] = level(*value, scale, -127.0, 127.0) as i8;
+        for (col, level) in rounder.levels(&values, |_| scale, range).into_iter().enumerate() {
+            data[place((row, col), n_groups, 4)] = level as i8;
         }
     }
     vec![
@@ -112,32 +193,42 @@ fn max_block_scale(padded_cols: usize) -> Result<f32, OpError> {
     }
 }
 
-fn pack_int4(rows: ArrayView2<'_, f32>, block: usize) -> Result<Vec<Option<Tensor>>, OpError> {
+fn pack_int4(
+    rows: ArrayView2<'_, f32>,
+    block: usize,
+    rounder: &Rounder,
+) -> Result<Vec<Option<Tensor>>, OpError> {
     let (panels, n_blocks) = (n_panels(rows), rows.ncols().div_ceil(block));
     let n_groups = n_blocks * block / 8;
     let max_scale = max_block_scale(n_blocks * block)?;
     let mut data = vec![0x88u8; panels * n_groups * PANEL_ROWS * 4];
     let mut row_scales = vec![0.0f32; panels * PANEL_ROWS];
     let mut block_scales = vec![0u8; panels * n_blocks * PANEL_ROWS];
+    let range = (-8.0, 7.0);
+    let divisors = if rounder.costs.is_some() { &INT4_CUTTING[..] } else { &INT4_DIVISORS[..] };
     for (row, values) in rows.rows().into_iter().enumerate() {
         let values = values.to_vec();
-        let scales: Vec<f32> = values.chunks(block).map(int4_scale).collect();
+        let blocks = values.chunks(block).enumerate();
+        let scales: Vec<f32> = blocks
+            .map(|(index, values)| rounder.scale(values, index * block, divisors, range))
+            .collect();
         let row_scale = largest(&scales) / max_scale;
         row_scales[row] = row_scale;
-        for (index, (values, scale)) in values.chunks(block).zip(&scales).enumerate() {
-            let steps = match *scale > 0.0 && row_scale > 0.0 {
-                true => (scale / row_scale).round_ties_even().clamp(1.0, max_scale),
-                false => 0.0,
-            };
+        let steps = |scale: &f32| match *scale > 0.0 && row_scale > 0.0 {
+            true => (scale / row_scale).round_ties_even().clamp(1.0, max_scale),
+            false => 0.0,
+        };
+        let steps: Vec<f32> = scales.iter().map(steps).collect();
+        for (index, steps) in steps.iter().enumerate() {
             let at = row / PANEL_ROWS * n_blocks + index;
-            block_scales[at * PANEL_ROWS + row % PANEL_ROWS] = steps as u8;
-            for (col, value) in values.iter().enumerate() {
-                let col = index * block + col;
-                let nibble = level(*value, steps * row_scale, -8.0, 7.0) as i8 + 8;
-                let byte = place((row, col / 8 * 4 + col % 4), n_groups, 4);
-                let shift = if col % 8 < 4 { 0 } else { 4 };
-                data[byte] = data[byte] & !(15 << shift) | nibble.cast_unsigned() << shift;
-            }
+            block_scales[at * PANEL_ROWS + row % PANEL_ROWS] = *steps as u8;
+        }
+        let scale = |col: usize| steps[col / block] * row_scale;
+        for (col, level) in rounder.levels(&values, scale, range).into_iter().enumerate() {
+            let nibble = level as i8 + 8;
+            let byte = place((row, col / 8 * 4 + col % 4), n_groups, 4);
+            let shift = if col % 8 < 4 { 0 } else { 4 };
+            data[byte] = data[byte] & !(15 << shift) | nibble.cast_unsigned() << shift;
         }
     }
     Ok(vec![
@@ -145,17 +236,6 @@ fn pack_int4(rows: ArrayView2<'_, f32>, block: usize) -> Result<Vec<Option<Tenso
         tensor!(F32, [panels, PANEL_ROWS], row_scales),
         tensor!(U8, [panels, n_blocks, PANEL_ROWS], block_scales),
     ])
-}
-
-/// The scale with the smallest squared error.
-fn int4_scale(values: &[f32]) -> f32 {
-    let magnitude = largest(values);
-    let error = |scale: f32| -> f32 {
-        let of = |value: &f32| (value - scale * level(*value, scale, -8.0, 7.0)).powi(2);
-        values.iter().map(of).sum()
-    };
-    let scales = INT4_DIVISORS.map(|divisor| magnitude / divisor);
-    scales.into_iter().min_by(|a, b| error(*a).total_cmp(&error(*b))).unwrap_or(0.0)
 }
 
 /// Data and scales as slices.
@@ -222,6 +302,33 @@ pub fn sqnr_db(format: PanelFormat, weight: &Tensor, packed: &[Tensor]) -> Resul
         let error = f64::from(*value) - f64::from(packed.value(at, rows.ncols()));
         signal += f64::from(*value).powi(2);
         noise += error.powi(2);
+    }
+    Ok(if noise > 0.0 { 10.0 * (signal / noise).log10() } else { f64::INFINITY })
+}
+
+/// Noise of the products with what calibration saw, in dB below them: 10 log₁₀(Σ (w x)² / Σ ((w − packed) x)²) over
+/// rows of the weight and calibration rows x, within blocks of 128 columns. Infinite where nothing was lost.
+///
+/// # Errors
+/// If `packed` is not what `PackPanels` makes of `weight`, or the inputs have other columns.
+pub fn output_sqnr_db(
+    format: PanelFormat,
+    weight: &Tensor,
+    packed: &[Tensor],
+    inputs: &Inputs,
+) -> Result<f64, OpError> {
+    let rows = rows(weight)?;
+    let expected = format.facts(rows.nrows(), rows.ncols());
+    let fits = packed.iter().map(Tensor::fact).eq(expected) && inputs.k() == rows.ncols();
+    let packed = Packed::new(format, packed).filter(|_| fits);
+    let packed = packed.ok_or_else(|| failed("expected the panels of the weight"))?;
+    let (mut signal, mut noise) = (0.0f64, 0.0f64);
+    for (row, values) in rows.rows().into_iter().enumerate() {
+        let values = values.to_vec();
+        let error = |(col, value): (usize, &f32)| value - packed.value((row, col), values.len());
+        let error: Vec<f32> = values.iter().enumerate().map(error).collect();
+        signal += inputs.error_power(&values);
+        noise += inputs.error_power(&error);
     }
     Ok(if noise > 0.0 { 10.0 * (signal / noise).log10() } else { f64::INFINITY })
 }

@@ -1,0 +1,44 @@
+//! Looking on while a backend runs: the rows that meet each weight, for calibration.
+#![forbid(unsafe_code)]
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+/// Hears of rows before they are multiplied with a weight: the weight's name in the weight file, and the rows,
+/// `[n, k]` row-major. Of a layer that runs only over tokens that see a medium, those.
+pub type Watcher = Box<dyn FnMut(&str, &[f32], usize) + Send>;
+
+/// A place for one watcher.
+#[derive(Default)]
+pub(crate) struct Watch {
+    is_on: AtomicBool,
+    watcher: Mutex<Option<Watcher>>,
+}
+
+impl Watch {
+    /// Sets or takes away the watcher.
+    pub(crate) fn set(&self, watcher: Option<Watcher>) {
+        self.is_on.store(watcher.is_some(), Ordering::Relaxed);
+        *self.watcher.lock().unwrap_or_else(PoisonError::into_inner) = watcher;
+    }
+
+    /// Whether somebody looks on.
+    pub(crate) fn is_on(&self) -> bool {
+        self.is_on.load(Ordering::Relaxed)
+    }
+
+    /// Shows rows of `k` numbers.
+    pub(crate) fn show(&self, weight: &str, rows: &[f32], k: usize) {
+        let mut watcher = self.watcher.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(watcher) = watcher.as_mut() {
+            watcher(weight, rows, k);
+        }
+    }
+}
+
+impl fmt::Debug for Watch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Watch").field("is_on", &self.is_on()).finish_non_exhaustive()
+    }
+}
