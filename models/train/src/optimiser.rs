@@ -44,8 +44,8 @@ pub struct Rule {
 /// What is remembered of a weight's gradients.
 #[derive(Clone)]
 enum State {
-    AdamW(AdamWState<2>),
-    Muon(Tensor<2>),
+    AdamW(Box<AdamWState<2>>),
+    Muon(Box<Tensor<2>>),
 }
 
 /// Muon's decay rate of its moment.
@@ -110,15 +110,15 @@ impl Optimiser {
                     .with_weight_decay(rule.decay)
                     .build();
                 let state = state.map(|state| match state {
-                    State::AdamW(state) => state,
+                    State::AdamW(state) => *state,
                     State::Muon(_) => panic!("a weight keeps its method for a stage"),
                 });
                 let (value, state) = optimiser.step(rate, value, gradient, state);
-                (value, State::AdamW(state.expect("AdamW has a state after a step")))
+                (value, State::AdamW(Box::new(state.expect("AdamW has a state after a step"))))
             }
             (Method::Muon, state) => {
                 let moment = match state {
-                    Some(State::Muon(moment)) => moment * MOMENTUM + gradient.clone(),
+                    Some(State::Muon(moment)) => *moment * MOMENTUM + gradient.clone(),
                     _ => gradient.clone(),
                 };
                 let ahead = moment.clone() * MOMENTUM + gradient;
@@ -128,7 +128,7 @@ impl Optimiser {
                     .with_weight_decay(Some(WeightDecayConfig::new(rule.decay)))
                     .with_adjust_lr_fn(AdjustLrFn::MatchRmsAdamW)
                     .build();
-                (optimiser.step(rate, value, ahead, None).0, State::Muon(moment))
+                (optimiser.step(rate, value, ahead, None).0, State::Muon(Box::new(moment)))
             }
         }
     }
@@ -140,7 +140,7 @@ impl Optimiser {
                 State::AdamW(state) => {
                     vec![state.momentum.moment_1.clone(), state.momentum.moment_2.clone()]
                 }
-                State::Muon(moment) => vec![moment.clone()],
+                State::Muon(moment) => vec![*moment.clone()],
             };
             (name.as_str(), moments)
         })
@@ -159,10 +159,10 @@ impl Optimiser {
                 Some(one.get("moment"))
             });
             let state = match (first, second) {
-                (Some(first), Some(second)) => {
-                    State::AdamW(AdamWState::new(AdaptiveMomentumState::new(steps, first, second)))
-                }
-                (Some(moment), None) => State::Muon(moment),
+                (Some(first), Some(second)) => State::AdamW(Box::new(AdamWState::new(
+                    AdaptiveMomentumState::new(steps, first, second),
+                ))),
+                (Some(moment), None) => State::Muon(Box::new(moment)),
                 (None, _) => bail!("a moment of `{name}` is missing in the checkpoint"),
             };
             self.states.insert(name, state);

@@ -332,6 +332,7 @@ mod tests {
     #[test]
     fn a_rate_rises_stays_and_falls() {
         let schedule = Schedule {
+            optimiser: Method::AdamW,
             steps: 100,
             learning_rate: 2.0,
             warmup: 10,
