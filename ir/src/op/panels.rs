@@ -516,7 +516,8 @@ mod tests {
             let packed = op.pack_for(&weight, Fit { inputs: None, reach: Some(0.25) }).unwrap();
             let back = UnpackPanels { format, n: 1, k: 4 }.evaluate(&packed).unwrap().remove(0);
             let back = back.to_f32_vec().unwrap();
-            assert!(back[..2].iter().all(|v| (v - 0.25).abs() < 0.01), "{format}: {back:?}");
+            // int4 has 8 levels below zero and 7 above.
+            assert!(back[..2].iter().all(|v| (v - 0.25).abs() < 0.04), "{format}: {back:?}");
             assert!((back[2] + 0.25).abs() < 0.05, "{format}: {back:?}");
         }
     }
