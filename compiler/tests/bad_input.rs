@@ -643,7 +643,7 @@ fn graphs_that_were_altered() {
 #[test]
 fn panels_of_other_formats_and_shapes() {
     let refused = |from: &str, to: &str, words: &[&str]| {
-        let options = ["--precision", "int4"];
+        let options = ["--precision", "int4", "--no-calibration", "--no-gate"];
         let artifact = Artifact::of("tests/golden/tiny-scenes/recipe.toml", &options);
         artifact.edit("graphs/decoder.portable.onnx", |bytes| replace_bytes(bytes, from, to));
         artifact.refused(&[&["decoder.portable.onnx"], words].concat());
@@ -656,7 +656,10 @@ fn panels_of_other_formats_and_shapes() {
 /// Rounding is a part of the meaning: weights of bytes do not meet other activations.
 #[test]
 fn activations_that_are_rounded_otherwise() {
-    let artifact = Artifact::of("tests/golden/tiny-scenes/recipe.toml", &["--precision", "bf16"]);
+    let artifact = Artifact::of(
+        "tests/golden/tiny-scenes/recipe.toml",
+        &["--precision", "bf16", "--no-calibration", "--no-gate"],
+    );
     artifact.edit("graphs/decoder.portable.onnx", |bytes| replace_bytes(bytes, "bf16", "int8"));
     artifact.refused(&["decoder.portable.onnx", "hint: "]);
 }

@@ -49,7 +49,9 @@ impl Demo {
     fn in_precision(name: &str) -> Demo {
         let demo = Demo { scratch: tempfile::tempdir().unwrap() };
         let recipe = repository("tests/golden/tiny-scenes/recipe.toml");
-        flamingoc!("compile", recipe, "-o", demo.path(), "--precision", name).ok();
+        let quick = ["--no-calibration", "--no-gate"];
+        flamingoc!("compile", recipe, "-o", demo.path(), "--precision", name, quick[0], quick[1])
+            .ok();
         demo
     }
 
@@ -359,7 +361,7 @@ fn precisions_are_compiled_checked_and_shown() {
     {
         let scratch = tempfile::tempdir().unwrap();
         let artifact = scratch.path().join("a.flamingo");
-        flamingoc!("compile", recipe, "-o", artifact, "--precision", precision).ok();
+        flamingoc!("compile", recipe, "-o", artifact, "--precision", precision, "--no-gate").ok();
         let report = || parse(&fs::read_to_string(artifact.join("report.json")).unwrap());
         let quantisation = at(&report(), "/quantisation").clone();
         assert!(quantisation.get("mean_kl").is_none(), "not measured yet");
@@ -393,7 +395,7 @@ fn check_fails_where_next_tokens_are_others() {
     let scratch = tempfile::tempdir().unwrap();
     let (source, artifact) = (scratch.path().join("source"), scratch.path().join("a.flamingo"));
     copy(&repository("tests/golden/idefics-plain"), &source);
-    flamingoc!("compile", source, "-o", artifact, "--precision", "f16").ok();
+    flamingoc!("compile", source, "-o", artifact, "--precision", "f16", "--no-gate").ok();
     let original = repository("tests/golden/idefics-plain");
     flamingoc!("check", artifact, "--against", original).ok();
     let file = source.join("model.safetensors");
