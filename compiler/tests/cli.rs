@@ -361,7 +361,19 @@ fn precisions_are_compiled_checked_and_shown() {
     {
         let scratch = tempfile::tempdir().unwrap();
         let artifact = scratch.path().join("a.flamingo");
-        flamingoc!("compile", recipe, "-o", artifact, "--precision", precision, "--no-gate").ok();
+        let nearest = ["--no-calibration", "--no-gate"];
+        let compiled = ["--precision", precision, nearest[0], nearest[1]];
+        flamingoc!(
+            "compile",
+            recipe,
+            "-o",
+            artifact,
+            compiled[0],
+            compiled[1],
+            compiled[2],
+            compiled[3]
+        )
+        .ok();
         let report = || parse(&fs::read_to_string(artifact.join("report.json")).unwrap());
         let quantisation = at(&report(), "/quantisation").clone();
         assert!(quantisation.get("mean_kl").is_none(), "not measured yet");
