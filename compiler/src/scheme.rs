@@ -21,7 +21,7 @@ pub enum Precision {
     Bf16,
     /// Weights and activations of 8 bits.
     Int8,
-    /// Weights of 4 bits, of 8 in the vision encoder, embedding and head; activations of 8.
+    /// Weights of 4 bits, of 8 in vision encoder, resampler, embedding and head; activations of 8.
     Int4,
 }
 
@@ -159,24 +159,25 @@ impl Scheme {
 
     /// How the weights of a group are stored; none for f32.
     ///
-    /// int4 is for what the language model's every token reads and for the bridge to it. Every picture depends on
-    /// the encoder, and the head decides between tokens: there 4 bits would lose more than they save.
+    /// int4 is for what the language model's every token reads, and for the media's keys and values. Every picture
+    /// depends on encoder and resampler, and the head decides between tokens: there 4 bits would lose more than they
+    /// save.
     pub fn format(&self, group: LayerGroup) -> Option<PanelFormat> {
         match (self.precision, group) {
             (Precision::F32, _) => None,
             (Precision::F16, _) => Some(PanelFormat::F16),
             (Precision::Bf16, _) => Some(PanelFormat::Bf16),
             (Precision::Int8, _) => Some(PanelFormat::Int8),
+            (Precision::Int4, LayerGroup::Language | LayerGroup::Gated | LayerGroup::Media) => {
+                Some(PanelFormat::Int4 { block: self.int4_block })
+            }
             (
                 Precision::Int4,
-                LayerGroup::Language
-                | LayerGroup::Gated
+                LayerGroup::Vision
                 | LayerGroup::Resampler
-                | LayerGroup::Media,
-            ) => Some(PanelFormat::Int4 { block: self.int4_block }),
-            (Precision::Int4, LayerGroup::Vision | LayerGroup::Embedding | LayerGroup::Head) => {
-                Some(PanelFormat::Int8)
-            }
+                | LayerGroup::Embedding
+                | LayerGroup::Head,
+            ) => Some(PanelFormat::Int8),
         }
     }
 }

@@ -49,9 +49,7 @@ fn engine_bound(precision: Precision) -> (f32, f64) {
     match precision {
         Precision::F32 | Precision::F16 => (F32_BOUND, MIN_COSINE),
         Precision::Bf16 => (0.02, 0.9999),
-        Precision::Int8 => (0.05, 0.999),
-        // Rows of weights have fewer levels, so an activation that moves by one step moves more with it.
-        Precision::Int4 => (0.08, 0.999),
+        Precision::Int8 | Precision::Int4 => (0.05, 0.999),
     }
 }
 
