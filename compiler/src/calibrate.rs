@@ -7,7 +7,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Context as _, Result, bail, ensure};
 use flamingo_ir::op::Inputs;
 use flamingo_runtime::backend::Media;
-use flamingo_runtime::image::{Mode, Picture, preprocess};
 use flamingo_runtime::{Model, PromptFile, Segment};
 use flamingo_scenes::Split;
 use flamingo_scenes::draw::{self, draw};
@@ -50,10 +49,6 @@ impl Example {
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Calibration {
     by_weight: BTreeMap<String, Inputs>,
-    /// Prompts that were run.
-    pub n_examples: usize,
-    /// Tokens of them.
-    pub n_tokens: usize,
 }
 
 impl Calibration {
@@ -62,15 +57,10 @@ impl Calibration {
         self.by_weight.get(weight)
     }
 
-    /// Weights with what met them.
-    pub fn iter(&self) -> impl Iterator<Item = (&str, &Inputs)> {
-        self.by_weight.iter().map(|(name, inputs)| (name.as_str(), inputs))
-    }
-
     /// The same under other names, given as pairs of new and old.
     pub fn renamed<'a>(&self, names: impl Iterator<Item = (String, &'a str)>) -> Calibration {
         let inputs = |(new, old): (String, &str)| Some((new, self.inputs(old)?.clone()));
-        Calibration { by_weight: names.filter_map(inputs).collect(), ..*self }
+        Calibration { by_weight: names.filter_map(inputs).collect() }
     }
 
     /// Writes it, with a `key` that says what it is of.
@@ -78,11 +68,7 @@ impl Calibration {
     /// # Errors
     /// A file that cannot be written.
     pub fn save(&self, path: &Path, key: &str) -> Result<()> {
-        let mut metadata = HashMap::from([
-            (KEY.to_owned(), key.to_owned()),
-            ("n_examples".to_owned(), self.n_examples.to_string()),
-            ("n_tokens".to_owned(), self.n_tokens.to_string()),
-        ]);
+        let mut metadata = HashMap::from([(KEY.to_owned(), key.to_owned())]);
         let mut views = Vec::new();
         for (name, inputs) in &self.by_weight {
             metadata.insert(format!("n_rows.{name}"), inputs.n_rows().to_string());
@@ -135,10 +121,7 @@ impl Calibration {
             let inputs = Inputs::from_parts(n_rows, values(tensor)?, products);
             by_weight.insert(name.to_owned(), inputs.with_context(place)?);
         }
-        let (n_examples, n_tokens) = (number("n_examples"), number("n_tokens"));
-        let (n_examples, n_tokens) =
-            (n_examples.with_context(place)?, n_tokens.with_context(place)?);
-        Ok(Calibration { by_weight, n_examples, n_tokens })
+        Ok(Calibration { by_weight })
     }
 }
 
@@ -157,7 +140,7 @@ pub fn calibrate(
 ) -> Result<Calibration> {
     let seen: Arc<Mutex<BTreeMap<String, Inputs>>> = Arc::default();
     let watched = Arc::clone(&seen);
-    let watcher = Box::new(move |weight: &str, rows: &[f32], k: usize| {
+    let watcher = Arc::new(move |weight: &str, rows: &[f32], k: usize| {
         let mut seen = watched.lock().unwrap_or_else(PoisonError::into_inner);
         if !seen.contains_key(weight) {
             seen.insert(weight.to_owned(), Inputs::new(k));
@@ -175,8 +158,7 @@ pub fn calibrate(
     model.backend().set_watcher(None);
     result?;
     let by_weight = std::mem::take(&mut *seen.lock().unwrap_or_else(PoisonError::into_inner));
-    let n_tokens = examples.iter().map(|example| example.input_ids.len()).sum();
-    Ok(Calibration { by_weight, n_examples: examples.len(), n_tokens })
+    Ok(Calibration { by_weight })
 }
 
 /// A line of a file of prompts; other keys are for other readers.
@@ -204,7 +186,9 @@ pub fn from_file(model: &Model, path: &Path) -> Result<Vec<Example>> {
         segments.extend(answer.map(|answer| Segment::Text { text: format!(" {answer}") }));
         let mut prompt = PromptFile { segments, ..PromptFile::default() };
         prompt.resolve(folder);
-        examples.push(of_prompt(model, &prompt).with_context(place)?);
+        let input_ids = model.encode_prompt(&prompt).with_context(place)?;
+        examples
+            .push(Example { input_ids, media: model.pixel_values(&prompt).with_context(place)? });
     }
     ensure!(
         !examples.is_empty(),
@@ -212,11 +196,6 @@ pub fn from_file(model: &Model, path: &Path) -> Result<Vec<Example>> {
         path.display()
     );
     Ok(examples)
-}
-
-fn of_prompt(model: &Model, prompt: &PromptFile) -> Result<Example> {
-    let input_ids = model.encode_prompt(prompt)?;
-    Ok(Example { input_ids, media: model.pixel_values(prompt)? })
 }
 
 /// The bundled default: generated scenes with questions and answers about them; of a model without a tokenizer random
@@ -250,12 +229,7 @@ fn of_tasks(model: &Model, first: usize, n: usize) -> Result<Vec<Example>> {
 }
 
 fn pixels(model: &Model, frames: &[draw::Pixels]) -> Result<(Vec<f32>, usize)> {
-    let mut values = Vec::new();
-    for frame in frames {
-        let picture = Picture::new(draw::SIDE, draw::SIDE, Mode::Rgb, frame.clone())?;
-        values.extend(preprocess(&picture, &model.manifest().image)?);
-    }
-    Ok((values, frames.len()))
+    Ok((eval::pixel_values(model, frames)?, frames.len()))
 }
 
 /// Two pictures with a sentence each, in the model's own words.

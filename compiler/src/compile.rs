@@ -1,10 +1,11 @@
 //! The compiler's pipeline: source → graphs → passes → weights and graphs of an artifact.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use flamingo_ir::op::{Fit, Flavour, Inputs, Op, PanelFormat};
+use flamingo_ir::op::{Flavour, Op, PanelFormat};
 use flamingo_ir::{Graph, Verified};
 use flamingo_models::manifest::{
     FileEntry, Limits, Manifest, Provenance, SCHEMA_VERSION, WEIGHT_LAYOUT,
@@ -14,7 +15,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::calibrate::Calibration;
 use crate::emit::{
-    Fits, LayerStorage, Staging, WeightPlan, WrittenWeights, hash_file, write_file, write_graph,
+    Fits, Fitted, LayerStorage, Staging, WeightPlan, WrittenWeights, hash_file, write_file,
+    write_graph,
 };
 use crate::gate::{Bounds, Refused, Verdict, worst_first};
 use crate::original::Original;
@@ -315,8 +317,7 @@ fn stage(
     let stages = [&media, &decoder];
     require_layers(scheme, &stages)?;
     let plan = WeightPlan::new(&stages)?;
-    let seen = calibrated_inputs(calibration, &stages);
-    let fits = fits(scheme, &stages, &seen);
+    let fits = fits(scheme, &stages, calibration);
     progress(Progress::Stage("writing the weights"));
     let path = staging.path().join("graphs").join(crate::emit::WEIGHTS);
     let total = plan.total_bytes();
@@ -385,39 +386,27 @@ fn require_layers(scheme: &Scheme, stages: &[&Verified]) -> Result<()> {
     }
 }
 
-/// What met the packed weights, with the factors that outliers were migrated with taken out.
-fn calibrated_inputs(
-    calibration: Option<&Calibration>,
-    stages: &[&Verified],
-) -> BTreeMap<String, Inputs> {
-    let Some(calibration) = calibration else { return BTreeMap::new() };
-    let weights = stages.iter().flat_map(|stage| packed_weights(stage));
-    let seen = |(name, factors): (String, Option<Vec<f32>>)| {
-        let inputs = calibration.inputs(&name)?;
-        let inverse = |factors: Vec<f32>| factors.iter().map(|f| 1.0 / f).collect::<Vec<f32>>();
-        let inputs = match factors.map(inverse).filter(|inverse| inverse.len() == inputs.k()) {
-            Some(inverse) => inputs.scaled(&inverse),
-            None => inputs.clone(),
-        };
-        Some((name, inputs))
-    };
-    weights.filter_map(seen).collect()
-}
-
-/// What the rounding of each packed weight is fitted to.
+/// What the rounding of each packed weight is fitted to: what met it, with the factors that outliers were migrated
+/// with taken out.
 fn fits<'a>(
     scheme: &Scheme,
     stages: &[&Verified],
-    inputs: &'a BTreeMap<String, Inputs>,
+    calibration: Option<&'a Calibration>,
 ) -> Fits<'a> {
-    let names = stages.iter().flat_map(|stage| packed_weights(stage)).map(|(name, _)| name);
-    let fit = |name: String| {
+    let fit = |(name, factors): (String, Option<Vec<f32>>)| {
+        let seen = calibration.and_then(|calibration| calibration.inputs(&name));
+        let inputs = seen.map(|inputs| match &factors {
+            Some(factors) if factors.len() == inputs.k() => {
+                let inverse: Vec<f32> = factors.iter().map(|factor| 1.0 / factor).collect();
+                Cow::Owned(inputs.scaled(&inverse))
+            }
+            _ => Cow::Borrowed(inputs),
+        });
         let op = name.rsplit_once('.').map_or(name.as_str(), |(op, _)| op);
         let reach = scheme.layers.get(op).and_then(|choice| choice.reach);
-        let fit = Fit { inputs: inputs.get(&name), reach };
-        (name, fit)
+        (name, Fitted { inputs, reach })
     };
-    names.map(fit).collect()
+    stages.iter().flat_map(|stage| packed_weights(stage)).map(fit).collect()
 }
 
 fn limits(source: &Source, options: &CompileOptions) -> Result<Limits> {

@@ -1,6 +1,7 @@
 //! Writes an artifact: weights streamed into one file, graphs that point into it, manifest and
 //! report; whole or not at all.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
@@ -88,7 +89,16 @@ fn outlier_ratio(inputs: &Inputs) -> f64 {
 }
 
 /// What the rounding is fitted to, by the name of a packed weight; others are rounded to nearest.
-pub type Fits<'a> = BTreeMap<String, Fit<'a>>;
+pub type Fits<'a> = BTreeMap<String, Fitted<'a>>;
+
+/// What the rounding of one weight is fitted to, as [`Fit`], which borrows it.
+#[derive(Debug, Clone, Default)]
+pub struct Fitted<'a> {
+    /// The rows that calibration saw.
+    pub inputs: Option<Cow<'a, Inputs>>,
+    /// Share of the largest magnitude that a scale reaches.
+    pub reach: Option<f32>,
+}
 
 /// The weight file, written.
 pub struct WrittenWeights {
@@ -284,7 +294,10 @@ impl<'a> Folding<'a> {
         self.note_not_finite(tensor, part.weight, &weight)?;
         let node = graph.node(part.node);
         let name = node.name.strip_suffix(".panels").unwrap_or(&node.name);
-        let fit = self.fits.get(name).copied().unwrap_or_default();
+        let fit = self.fits.get(name).map_or_else(Fit::default, |fitted| Fit {
+            inputs: fitted.inputs.as_deref(),
+            reach: fitted.reach,
+        });
         let packed = match &node.op {
             Op::PackPanels(op) => op.pack_for(&weight, fit),
             op => op.operator().evaluate(std::slice::from_ref(&weight)),

@@ -255,13 +255,18 @@ pub fn words(ids: &[u32]) -> String {
 }
 
 fn encode(model: &Model, frames: &[Pixels]) -> Result<Medium> {
-    let (spec, n_frames) = (&model.manifest().image, frames.len());
+    let values = pixel_values(model, frames)?;
+    model.encode_medium(&values, frames.len()).context("cannot encode a picture")
+}
+
+/// Generated frames as a model's encoder takes them, `[n_frames, 3, size, size]`.
+pub(crate) fn pixel_values(model: &Model, frames: &[Pixels]) -> Result<Vec<f32>> {
     let mut values = Vec::new();
     for frame in frames {
         let picture = Picture::new(draw::SIDE, draw::SIDE, Mode::Rgb, frame.clone())?;
-        values.extend(preprocess(&picture, spec)?);
+        values.extend(preprocess(&picture, &model.manifest().image)?);
     }
-    model.encode_medium(&values, n_frames).context("cannot encode a picture")
+    Ok(values)
 }
 
 /// Ids before the answer, and the answer's.

@@ -231,15 +231,8 @@ impl Backend for NativeBackend {
     }
 
     fn set_watcher(&self, watcher: Option<Watcher>) -> bool {
-        let watcher = watcher.map(|watcher| Arc::new(Mutex::new(watcher)));
         for stage in self.shared.stages() {
-            let watcher = watcher.clone().map(|shared| -> Watcher {
-                Box::new(move |weight, rows, k| {
-                    let mut watcher = shared.lock().unwrap_or_else(PoisonError::into_inner);
-                    watcher(weight, rows, k);
-                })
-            });
-            stage.set_watcher(watcher);
+            stage.set_watcher(watcher.clone());
         }
         true
     }

@@ -3,11 +3,11 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Hears of rows before they are multiplied with a weight: the weight's name in the weight file, and the rows,
 /// `[n, k]` row-major. Of a layer that runs only over tokens that see a medium, those.
-pub type Watcher = Box<dyn FnMut(&str, &[f32], usize) + Send>;
+pub type Watcher = Arc<dyn Fn(&str, &[f32], usize) + Send + Sync>;
 
 /// A place for one watcher.
 #[derive(Default)]
@@ -30,8 +30,8 @@ impl Watch {
 
     /// Shows rows of `k` numbers.
     pub(crate) fn show(&self, weight: &str, rows: &[f32], k: usize) {
-        let mut watcher = self.watcher.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(watcher) = watcher.as_mut() {
+        let watcher = self.watcher.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(watcher) = watcher {
             watcher(weight, rows, k);
         }
     }

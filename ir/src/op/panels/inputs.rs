@@ -73,14 +73,6 @@ impl Inputs {
         }
     }
 
-    /// Adds what another has seen of the same columns.
-    pub fn merge(&mut self, other: &Inputs) {
-        assert_eq!(self.k, other.k, "inputs of weights of other widths");
-        self.n_rows += other.n_rows;
-        self.products.iter_mut().zip(&other.products).for_each(|(a, b)| *a += b);
-        self.largest.iter_mut().zip(&other.largest).for_each(|(a, b)| *a = a.max(*b));
-    }
-
     /// The same rows with each column multiplied by its factor.
     pub fn scaled(&self, factors: &[f32]) -> Inputs {
         assert_eq!(self.k, factors.len(), "a factor for each column");
@@ -346,23 +338,5 @@ mod tests {
         let (largest, products) = (largest.to_vec(), products.to_vec());
         assert_eq!(Inputs::from_parts(20, largest.clone(), products.clone()), Some(found));
         assert_eq!(Inputs::from_parts(20, largest[1..].to_vec(), products), None);
-    }
-
-    #[test]
-    fn halves_of_the_rows_merge_to_the_whole() {
-        let whole = seen(130, 40);
-        let mut merged = Inputs::new(130);
-        for part in 0..2 {
-            let mut half = Inputs::new(130);
-            for row in part * 20..(part + 1) * 20 {
-                let common = noise(row * 31 + 7);
-                let x: Vec<f32> = (0..130).map(|j| common + 0.3 * noise(row * 130 + j)).collect();
-                half.add(&x);
-            }
-            merged.merge(&half);
-        }
-        assert_eq!(merged.largest(), whole.largest());
-        let near = |(a, b): (f32, f32)| (a - b).abs() < 1e-5;
-        assert!(merged.power().into_iter().zip(whole.power()).all(near));
     }
 }
