@@ -146,7 +146,7 @@ pub fn calibrate(
             seen.insert(weight.to_owned(), Inputs::new(k));
         }
         if let Some(inputs) = seen.get_mut(weight).filter(|inputs| inputs.k() == k) {
-            rows.chunks_exact(k.max(1)).for_each(|row| inputs.add(row));
+            inputs.add(rows);
         }
     });
     ensure!(model.backend().set_watcher(Some(watcher)), "calibration needs the native engine");

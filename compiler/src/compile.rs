@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::calibrate::Calibration;
 use crate::emit::{
-    Fits, Fitted, LayerStorage, Staging, WeightPlan, WrittenWeights, hash_file, write_file,
-    write_graph,
+    Fits, Fitted, LayerStorage, Staging, WeightPlan, WrittenWeights, hash_file, outlier_ratio,
+    write_file, write_graph,
 };
 use crate::gate::{Bounds, Refused, Verdict, worst_first};
 use crate::original::Original;
@@ -404,7 +404,7 @@ fn fits<'a>(
         });
         let op = name.rsplit_once('.').map_or(name.as_str(), |(op, _)| op);
         let reach = scheme.layers.get(op).and_then(|choice| choice.reach);
-        (name, Fitted { inputs, reach })
+        (name, Fitted { inputs, reach, outlier_ratio: seen.map(outlier_ratio) })
     };
     stages.iter().flat_map(|stage| packed_weights(stage)).map(fit).collect()
 }

@@ -58,7 +58,8 @@ pub struct LayerStorage {
     /// The same of its products with the rows that calibration saw; none without calibration.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output_sqnr_db: Option<f64>,
-    /// Largest magnitude that calibration saw in a column of those rows over that of the median column.
+    /// Largest magnitude that calibration saw in a column of those rows over that of the median column, before outliers
+    /// were migrated.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub outlier_ratio: Option<f64>,
     /// Mean KL of next tokens from f32 if only this weight's op is stored so; none if that was not asked for.
@@ -80,7 +81,8 @@ impl LayerStorage {
     }
 }
 
-fn outlier_ratio(inputs: &Inputs) -> f64 {
+/// Largest magnitude in a column over that of the median column.
+pub fn outlier_ratio(inputs: &Inputs) -> f64 {
     let mut largest = inputs.largest().to_vec();
     largest.sort_by(f32::total_cmp);
     let (median, most) = (largest.get(largest.len() / 2), largest.last());
@@ -98,6 +100,8 @@ pub struct Fitted<'a> {
     pub inputs: Option<Cow<'a, Inputs>>,
     /// Share of the largest magnitude that a scale reaches.
     pub reach: Option<f32>,
+    /// Largest magnitude in a column of the rows, before outliers were migrated, over that of the median column.
+    pub outlier_ratio: Option<f64>,
 }
 
 /// The weight file, written.
@@ -294,7 +298,8 @@ impl<'a> Folding<'a> {
         self.note_not_finite(tensor, part.weight, &weight)?;
         let node = graph.node(part.node);
         let name = node.name.strip_suffix(".panels").unwrap_or(&node.name);
-        let fit = self.fits.get(name).map_or_else(Fit::default, |fitted| Fit {
+        let fitted = self.fits.get(name);
+        let fit = fitted.map_or_else(Fit::default, |fitted| Fit {
             inputs: fitted.inputs.as_deref(),
             reach: fitted.reach,
         });
@@ -312,7 +317,7 @@ impl<'a> Folding<'a> {
         let scheme = part.format.to_string();
         let mut layer = tensor.storage(&scheme, u64::try_from(bytes)?, sqnr_db);
         layer.output_sqnr_db = output_sqnr_db.filter(|db| db.is_finite());
-        layer.outlier_ratio = fit.inputs.map(outlier_ratio);
+        layer.outlier_ratio = fitted.and_then(|fitted| fitted.outlier_ratio);
         self.layers.push(layer);
         Ok(packed)
     }

@@ -21,7 +21,7 @@ pub enum Precision {
     Bf16,
     /// Weights and activations of 8 bits.
     Int8,
-    /// Weights of 4 bits, of 8 in vision encoder, resampler, embedding and head; activations of 8.
+    /// Weights of 4 bits, of 8 in vision encoder, the resampler's attention, embedding and head; activations of 8.
     Int4,
 }
 
@@ -154,31 +154,33 @@ impl Scheme {
     pub fn choice(&self, stage: &str, name: &str) -> Option<Choice> {
         let group = LayerGroup::of(stage, name)?;
         let own = self.layers.get(name).copied();
-        Some(own.unwrap_or(Choice { format: self.format(group), reach: None }))
+        Some(own.unwrap_or(Choice { format: self.format(group, name), reach: None }))
     }
 
-    /// How the weights of a group are stored; none for f32.
+    /// How the weights of the op `name` of a group are stored; none for f32.
     ///
-    /// int4 is for what the language model's every token reads, and for the media's keys and values. Every picture
-    /// depends on encoder and resampler, and the head decides between tokens: there 4 bits would lose more than they
-    /// save.
-    pub fn format(&self, group: LayerGroup) -> Option<PanelFormat> {
-        match (self.precision, group) {
-            (Precision::F32, _) => None,
-            (Precision::F16, _) => Some(PanelFormat::F16),
-            (Precision::Bf16, _) => Some(PanelFormat::Bf16),
-            (Precision::Int8, _) => Some(PanelFormat::Int8),
-            (Precision::Int4, LayerGroup::Language | LayerGroup::Gated | LayerGroup::Media) => {
-                Some(PanelFormat::Int4 { block: self.int4_block })
-            }
-            (
-                Precision::Int4,
-                LayerGroup::Vision
-                | LayerGroup::Resampler
+    /// int4 is for what the language model's every token reads, for the media's keys and values, and for the
+    /// resampler's feed-forwards, more than half of it. Every picture depends on the encoder and on what the latents
+    /// attend to, and the head decides between tokens: there 4 bits would lose more than they save.
+    fn format(&self, group: LayerGroup, name: &str) -> Option<PanelFormat> {
+        match self.precision {
+            Precision::F32 => None,
+            Precision::F16 => Some(PanelFormat::F16),
+            Precision::Bf16 => Some(PanelFormat::Bf16),
+            Precision::Int8 => Some(PanelFormat::Int8),
+            Precision::Int4 => Some(match group {
+                LayerGroup::Language | LayerGroup::Gated | LayerGroup::Media => self.int4(),
+                LayerGroup::Resampler if name.ends_with(".mlp") => self.int4(),
+                LayerGroup::Resampler
+                | LayerGroup::Vision
                 | LayerGroup::Embedding
-                | LayerGroup::Head,
-            ) => Some(PanelFormat::Int8),
+                | LayerGroup::Head => PanelFormat::Int8,
+            }),
         }
+    }
+
+    fn int4(&self) -> PanelFormat {
+        PanelFormat::Int4 { block: self.int4_block }
     }
 }
 
@@ -219,7 +221,8 @@ mod tests {
     fn a_tied_table_has_one_format() {
         for precision in Precision::value_variants() {
             let scheme = Scheme::from(*precision);
-            assert_eq!(scheme.format(LayerGroup::Embedding), scheme.format(LayerGroup::Head));
+            let choice = |name| scheme.choice("decoder", name).unwrap();
+            assert_eq!(choice("decoder.embedding"), choice("decoder.head"));
         }
     }
 }

@@ -424,6 +424,37 @@ fn check_fails_where_next_tokens_are_others() {
 }
 
 #[test]
+fn compile_refuses_a_broken_scale_with_status_1_and_names_its_layer() {
+    let scratch = tempfile::tempdir().unwrap();
+    let output = scratch.path().join("demo.flamingo");
+    let recipe = repository("models/demo/recipe.toml");
+    let broken = "decoder.2.mlp=int8:reach=0.02";
+    let compile = |option: &str| {
+        flamingoc!(
+            "compile",
+            recipe,
+            "-o",
+            output,
+            "--precision",
+            "int8",
+            "--layer",
+            broken,
+            option
+        )
+    };
+    let ran = compile("--json");
+    assert_eq!(ran.status, Some(1), "{}", ran.stderr);
+    for part in ["the answers changed", "decoder.2.mlp.", "hint: pass `--auto-mixed`"] {
+        assert!(ran.stderr.contains(part), "{}", ran.stderr);
+    }
+    let refused = parse(&ran.stdout);
+    assert_eq!(at(&refused, "/verdict"), "fail");
+    assert!(at(&refused, "/gate/worst/0/name").as_str().unwrap().starts_with("decoder.2.mlp."));
+    assert!(!output.exists());
+    assert!(compile("--no-gate").ok().contains("demo.flamingo"));
+}
+
+#[test]
 fn demo_answers_measures_and_times() {
     let found = parse(&flamingoc!("demo", "--json", "--n", "3").ok());
     let answers = at(&found, "/answers").as_array().unwrap();

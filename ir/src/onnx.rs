@@ -20,6 +20,7 @@ mod write;
 use std::collections::BTreeMap;
 
 pub use inline::inline_functions;
+use inline::panel_linears;
 pub use read::read_onnx;
 pub use write::write_onnx;
 

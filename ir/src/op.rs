@@ -18,6 +18,7 @@ mod linear;
 mod matmul;
 mod media;
 mod norm;
+mod panel_linear;
 mod panels;
 mod rounding;
 mod self_attention;
@@ -28,7 +29,9 @@ use std::fmt;
 
 pub use attention::{Attention, ResamplerAttention};
 pub use attribute::{Attribute, Attributes};
-pub use contrib::{FusedMatMul, Gelu, MultiHeadAttention, QuickGelu};
+pub use contrib::{
+    FusedMatMul, Gelu, MatMulIntegerToFloat, MatMulNBits, MultiHeadAttention, QuickGelu,
+};
 pub use cross_attention::CrossAttention;
 pub use elementwise::{
     Abs, Add, And, Cos, Div, Equal, Erf, Floor, LessOrEqual, Max, Mul, Neg, Relu, Round, Sigmoid,
@@ -41,6 +44,7 @@ pub use linear::{Activate, Activation, Linear};
 pub use matmul::MatMul;
 pub use media::{ClassEmbedding, ExpandBatch, FrameEmbedding, MergeFrames, Patches};
 pub use norm::{LayerNorm, LayerNormalization, RmsNorm};
+pub use panel_linear::PanelLinear;
 pub use panels::{
     Fit, Inputs, PANEL_ROWS, PackPanels, PanelFormat, UnpackPanels, output_sqnr_db, sqnr_db,
 };
@@ -315,6 +319,10 @@ ops! {
     LayerNormalization,
     /// com.microsoft: x Wᵀ.
     FusedMatMul,
+    /// com.microsoft: product of bytes, scaled.
+    MatMulIntegerToFloat,
+    /// com.microsoft: x Wᵀ with W of 4 bits.
+    MatMulNBits,
     /// com.microsoft: exact GELU.
     Gelu,
     /// com.microsoft: CLIP GELU.
@@ -327,6 +335,8 @@ ops! {
     UnpackPanels,
     /// x Wᵀ with epilogue.
     Linear,
+    /// x Wᵀ with epilogue, W in panels.
+    PanelLinear,
     /// Activation function.
     Activate,
     /// Two linears with an activation between.

@@ -19,23 +19,20 @@ import onnx
 from onnx.defs import OpSchema
 
 ALIGNMENT = 64
-FLOATS = [("T", ["tensor(float)"], "")]
+TYPES = {"T": "tensor(float)", "B": "tensor(uint8)"}
 
 
-def declare(name, inputs, attributes, infer, optional_inputs=()):
-    """Registers a `com.microsoft` operator with one output."""
-    single, optional = OpSchema.FormalParameterOption.Single, OpSchema.FormalParameterOption.Optional
-    parameters = [OpSchema.FormalParameter(name, "T", param_option=single) for name in inputs]
-    parameters += [
-        OpSchema.FormalParameter(name, "T", param_option=optional) for name in optional_inputs
-    ]
+def declare(name, inputs, attributes, infer, bytes_inputs=()):
+    """Registers a `com.microsoft` operator with one output of floats. `bytes_inputs` are inputs of bytes."""
+    kinds = {name: "B" if name in bytes_inputs else "T" for name in inputs}
+    parameters = [OpSchema.FormalParameter(name, kind) for name, kind in kinds.items()]
     schema = OpSchema(
         name,
         "com.microsoft",
         1,
         inputs=parameters,
         outputs=[OpSchema.FormalParameter("output", "T")],
-        type_constraints=FLOATS,
+        type_constraints=[(kind, [TYPES[kind]], "") for kind in sorted({"T", *kinds.values()})],
         attributes=attributes,
     )
     schema.set_type_and_shape_inference_function(infer)
@@ -56,7 +53,7 @@ def dims(context, index):
 
 def set_output(context, output_dims):
     output = onnx.TypeProto()
-    output.tensor_type.elem_type = context.get_input_type(0).tensor_type.elem_type
+    output.tensor_type.elem_type = onnx.TensorProto.FLOAT
     output.tensor_type.shape.dim.extend(output_dims)
     context.set_output_type(0, output)
 
@@ -69,6 +66,29 @@ def infer_fused_matmul(context):
     if a[-1] != b[1]:
         raise ValueError(f"FusedMatMul: inner sizes {a[-1]} and {b[1]} differ")
     set_output(context, a[:-1] + [b[0]])
+
+
+def infer_bytes_matmul(context):
+    """x [.., rows, k] times W [k, n]."""
+    a, b = dims(context, 0), dims(context, 1)
+    if len(a) < 2 or len(b) != 2 or a[-1] != b[0]:
+        raise ValueError(f"MatMulIntegerToFloat: {a} and {b} do not fit")
+    set_output(context, a[:-1] + [b[1]])
+
+
+def infer_nibbles_matmul(context):
+    """x [.., rows, K] times W, of which [N, blocks, bytes of a block] are stored, transposed."""
+    k, n, block = (context.get_attribute(name).i for name in ["K", "N", "block_size"])
+    a, b, scales = (dims(context, index) for index in range(3))
+    n_blocks = -(-k // block)
+    expected = [n, n_blocks, block // 2]
+    if len(a) < 2 or a[-1].dim_value != k or [d.dim_value for d in b] != expected:
+        raise ValueError(f"MatMulNBits: {a} and {b}, expected {expected}")
+    if [d.dim_value for d in scales] != [n * n_blocks]:
+        raise ValueError(f"MatMulNBits: scales {scales}, expected {n * n_blocks}")
+    output = onnx.TensorShapeProto.Dimension()
+    output.dim_value = n
+    set_output(context, a[:-1] + [output])
 
 
 def infer_attention(context):
@@ -87,6 +107,22 @@ def declare_contrib_operators():
         ["A", "B"],
         [attribute("alpha", "FLOAT"), attribute("transA", "INT"), attribute("transB", "INT")],
         infer_fused_matmul,
+    )
+    bytes_of_a_product = ["A", "B", "a_zero_point", "b_zero_point"]
+    declare(
+        "MatMulIntegerToFloat",
+        ["A", "B", "a_scale", "b_scale", "a_zero_point", "b_zero_point"],
+        [],
+        infer_bytes_matmul,
+        bytes_of_a_product,
+    )
+    declare(
+        "MatMulNBits",
+        ["A", "B", "scales"],
+        [attribute(name, "INT", required=True) for name in ["K", "N", "block_size"]]
+        + [attribute(name, "INT") for name in ["accuracy_level", "bits"]],
+        infer_nibbles_matmul,
+        ["B"],
     )
     declare(
         "MultiHeadAttention",

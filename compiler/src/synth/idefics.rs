@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::language::{gated_mlp, llama_layer};
+use super::language::{LLAMA_WRITER, gated_mlp, llama_layer};
 use super::random::Storage;
 use super::tensor::{Fill, TensorList};
 use super::tokens::Tokens;
@@ -60,9 +60,11 @@ impl Idefics {
         for block_idx in 0..self.n_layers.div_ceil(self.interval) {
             self.gated_block(&mut list, &format!("model.gated_cross_attn_layers.{block_idx}"));
         }
-        list.norm_scale("model.norm", self.width);
+        list.final_norm_scale("model.norm", self.width, false);
         list.linear("lm_head", self.vocabulary, self.width);
         list.linear("lm_head.additional_fc", n_added, self.width);
+        list.outliers_from("model.layers.0", LLAMA_WRITER, true);
+        list.outliers_from("model.gated_cross_attn_layers.0", "", true);
         list
     }
 
@@ -77,8 +79,8 @@ impl Idefics {
         list.norm_scale(&format!("{block}.cross_attn.q_layer_norm"), head_dim);
         list.norm_scale(&format!("{block}.cross_attn.k_layer_norm"), head_dim);
         gated_mlp(list, block, width, self.mlp_width);
-        list.norm_scale(&format!("{block}.input_layernorm"), width);
-        list.norm_scale(&format!("{block}.post_attention_layernorm"), width);
+        list.residual_norm_scale(&format!("{block}.input_layernorm"), width);
+        list.residual_norm_scale(&format!("{block}.post_attention_layernorm"), width);
     }
 
     fn resampler(&self, list: &mut TensorList) {

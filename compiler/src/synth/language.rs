@@ -70,55 +70,63 @@ impl Language {
             }
         }
         self.end(&mut list);
+        let (writer, is_gated) = match self.architecture {
+            Architecture::MosaicGpt => ("mlp.mlp_down", false),
+            Architecture::Mpt => ("ffn.down_proj", false),
+            Architecture::GptNeox => ("mlp.dense_4h_to_h", false),
+            Architecture::Llama => (LLAMA_WRITER, true),
+            Architecture::Opt => ("fc2", false),
+        };
+        list.outliers_from(&format!("{}.0", self.layers_prefix()), writer, is_gated);
         list
     }
 
     /// Final norm, and the head or position table where there is one.
     fn end(&self, list: &mut TensorList) {
         match self.architecture {
-            Architecture::MosaicGpt => list.norm_scale("transformer.ln_f", self.width),
-            Architecture::Mpt => list.norm_scale("transformer.norm_f", self.width),
+            Architecture::MosaicGpt => list.final_norm_scale("transformer.ln_f", self.width, true),
+            Architecture::Mpt => list.final_norm_scale("transformer.norm_f", self.width, true),
             Architecture::GptNeox => {
-                list.layer_norm("gpt_neox.final_layer_norm", self.width);
+                list.final_layer_norm("gpt_neox.final_layer_norm", self.width, false);
                 list.linear("embed_out", self.vocabulary, self.width);
             }
             Architecture::Llama => {
-                list.norm_scale("model.norm", self.width);
+                list.final_norm_scale("model.norm", self.width, false);
                 list.linear("lm_head", self.vocabulary, self.width);
             }
             Architecture::Opt => {
-                list.layer_norm("model.decoder.final_layer_norm", self.width);
+                list.final_layer_norm("model.decoder.final_layer_norm", self.width, true);
                 self.opt_positions(list, "model.decoder.embed_positions");
             }
         }
     }
 
     fn mosaic_gpt_layer(&self, list: &mut TensorList, layer: &str) {
-        list.norm_scale(&format!("{layer}.ln_1"), self.width);
+        list.residual_norm_scale(&format!("{layer}.ln_1"), self.width);
         list.linear(&format!("{layer}.attn.Wqkv"), 3 * self.width, self.width);
         list.norm_scale(&format!("{layer}.attn.q_ln"), self.width);
         list.norm_scale(&format!("{layer}.attn.k_ln"), self.width);
         list.linear(&format!("{layer}.attn.out_proj"), self.width, self.width);
-        list.norm_scale(&format!("{layer}.ln_2"), self.width);
+        list.residual_norm_scale(&format!("{layer}.ln_2"), self.width);
         list.linear(&format!("{layer}.mlp.mlp_up"), self.mlp_width, self.width);
         list.linear(&format!("{layer}.mlp.mlp_down"), self.width, self.mlp_width);
     }
 
     fn mpt_layer(&self, list: &mut TensorList, layer: &str) {
-        list.norm_scale(&format!("{layer}.norm_1"), self.width);
+        list.residual_norm_scale(&format!("{layer}.norm_1"), self.width);
         list.linear(&format!("{layer}.attn.Wqkv"), 3 * self.width, self.width);
         list.linear(&format!("{layer}.attn.out_proj"), self.width, self.width);
-        list.norm_scale(&format!("{layer}.norm_2"), self.width);
+        list.residual_norm_scale(&format!("{layer}.norm_2"), self.width);
         list.linear(&format!("{layer}.ffn.up_proj"), self.mlp_width, self.width);
         list.linear(&format!("{layer}.ffn.down_proj"), self.width, self.mlp_width);
     }
 
     fn gpt_neox_layer(&self, list: &mut TensorList, layer: &str) {
         let (width, mlp_width) = (self.width, self.mlp_width);
-        list.layer_norm(&format!("{layer}.input_layernorm"), width);
+        list.residual_layer_norm(&format!("{layer}.input_layernorm"), width);
         list.linear_with_bias(&format!("{layer}.attention.query_key_value"), 3 * width, width);
         list.linear_with_bias(&format!("{layer}.attention.dense"), width, width);
-        list.layer_norm(&format!("{layer}.post_attention_layernorm"), width);
+        list.residual_layer_norm(&format!("{layer}.post_attention_layernorm"), width);
         list.linear_with_bias(&format!("{layer}.mlp.dense_h_to_4h"), mlp_width, width);
         list.linear_with_bias(&format!("{layer}.mlp.dense_4h_to_h"), width, mlp_width);
     }
@@ -128,10 +136,10 @@ impl Language {
             let name = format!("{layer}.self_attn.{projection}");
             list.linear_with_bias(&name, self.width, self.width);
         }
-        list.layer_norm(&format!("{layer}.self_attn_layer_norm"), self.width);
+        list.residual_layer_norm(&format!("{layer}.self_attn_layer_norm"), self.width);
         list.linear_with_bias(&format!("{layer}.fc1"), self.mlp_width, self.width);
         list.linear_with_bias(&format!("{layer}.fc2"), self.width, self.mlp_width);
-        list.layer_norm(&format!("{layer}.final_layer_norm"), self.width);
+        list.residual_layer_norm(&format!("{layer}.final_layer_norm"), self.width);
     }
 
     /// OPT's table has two rows more than positions.
@@ -242,14 +250,17 @@ impl Language {
     }
 }
 
+/// The last matrix of a LLaMA decoder layer.
+pub(super) const LLAMA_WRITER: &str = "mlp.down_proj";
+
 /// A LLaMA decoder layer: also that of IDEFICS.
 pub(super) fn llama_layer(list: &mut TensorList, layer: &str, width: usize, mlp_width: usize) {
     for projection in ["q_proj", "k_proj", "v_proj", "o_proj"] {
         list.linear(&format!("{layer}.self_attn.{projection}"), width, width);
     }
     gated_mlp(list, layer, width, mlp_width);
-    list.norm_scale(&format!("{layer}.input_layernorm"), width);
-    list.norm_scale(&format!("{layer}.post_attention_layernorm"), width);
+    list.residual_norm_scale(&format!("{layer}.input_layernorm"), width);
+    list.residual_norm_scale(&format!("{layer}.post_attention_layernorm"), width);
 }
 
 /// LLaMA's SwiGLU matrices under `{layer}.mlp`.

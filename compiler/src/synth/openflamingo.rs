@@ -43,6 +43,7 @@ impl OpenFlamingo {
             let block = format!("lang_encoder.{prefix}.{layer_idx}.gated_cross_attn_layer");
             self.gated_block(&mut list, &block);
         }
+        list.outliers_from(&format!("lang_encoder.{}.0", self.language.layers_prefix()), "", false);
         list
     }
 
@@ -56,7 +57,9 @@ impl OpenFlamingo {
             list.linear(&format!("{attention}.to_q"), INNER_WIDTH, width);
             list.linear(&format!("{attention}.to_kv"), 2 * INNER_WIDTH, width);
             list.linear(&format!("{attention}.to_out"), width, INNER_WIDTH);
-            feed_forward(list, &format!("perceiver.layers.{layer_idx}.1"), width);
+            let name = format!("perceiver.layers.{layer_idx}.1");
+            list.layer_norm(&format!("{name}.0"), width);
+            feed_forward(list, &name, width);
         }
         list.layer_norm("perceiver.norm", width);
     }
@@ -65,10 +68,11 @@ impl OpenFlamingo {
         let width = self.language.width;
         list.add(format!("{block}.attn_gate"), &[1], Fill::Gate);
         list.add(format!("{block}.ff_gate"), &[1], Fill::Gate);
-        list.layer_norm(&format!("{block}.attn.norm"), width);
+        list.residual_layer_norm(&format!("{block}.attn.norm"), width);
         list.linear(&format!("{block}.attn.to_q"), INNER_WIDTH, width);
         list.linear(&format!("{block}.attn.to_kv"), 2 * INNER_WIDTH, self.vision.width);
         list.linear(&format!("{block}.attn.to_out"), width, INNER_WIDTH);
+        list.residual_layer_norm(&format!("{block}.ff.0"), width);
         feed_forward(list, &format!("{block}.ff"), width);
     }
 
@@ -97,9 +101,8 @@ impl OpenFlamingo {
     }
 }
 
-/// Layer norm and two bias-free matrices, at 0, 1 and 3 of a `Sequential` (2 is the activation).
+/// Two bias-free matrices, at 1 and 3 of a `Sequential` (0 is a layer norm, 2 the activation).
 fn feed_forward(list: &mut TensorList, name: &str, width: usize) {
-    list.layer_norm(&format!("{name}.0"), width);
     list.linear(&format!("{name}.1"), 4 * width, width);
     list.linear(&format!("{name}.3"), width, 4 * width);
 }

@@ -13,7 +13,7 @@ use half::{bf16, f16};
 use rand::{Rng as _, RngCore as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 
-use super::tensor::{Spread, TensorSpec};
+use super::tensor::{Fill, Spread, TensorSpec};
 
 /// Values made at a time; bounds the memory that a tensor of any size needs.
 const CHUNK: usize = 1 << 15;
@@ -101,9 +101,8 @@ impl<'a> Generator<'a> {
     ) -> io::Result<()> {
         let mut rng = ChaCha8Rng::from_seed(key(self.seed, part, &spec.values_of));
         let (mean, deviation) = spec.mean_and_deviation(&self.spread);
-        let channels = spec.channels().filter(|_| self.spread.outliers);
-        let factors = channels.map(|n| outlier_factors(self.seed, n)).unwrap_or_default();
-        let mut factor = factors.iter().cycle();
+        let outliers = Outliers::of(spec, &self.spread).filter(|_| self.spread.outliers);
+        let heights = outliers.map(|_| heights(self.seed, spec.shape[0])).unwrap_or_default();
         let mut left = spec.n_values();
         while left > 0 {
             let n_values = left.min(CHUNK);
@@ -111,7 +110,9 @@ impl<'a> Generator<'a> {
             rng.fill_bytes(random);
             let values = &mut self.values[..n_values];
             fill_normal(random, mean, deviation, values);
-            values.iter_mut().zip(&mut factor).for_each(|(value, factor)| *value *= factor);
+            if let Some(outliers) = outliers {
+                outliers.put(values, spec.n_values() - left, deviation, &heights);
+            }
             write_values(values, storage, out)?;
             left -= n_values;
             self.done_bytes += (n_values * storage.value_bytes()) as u64;
@@ -121,18 +122,82 @@ impl<'a> Generator<'a> {
     }
 }
 
-/// Factors of the channels of all tensors of a width: one channel in 64 has an outlier, at least two have, and the
-/// rest 1. As in trained transformers the same few channels are large in every layer, 8 to 80 times the others with a
-/// heavy tail (Pareto with exponent 1.5; T. Dettmers et al., LLM.int8(), 2022, section 4).
-fn outlier_factors(seed: u64, n_channels: usize) -> Vec<f32> {
+/// How outliers of the residual stream show in a tensor. In trained transformers a few channels are many times as large
+/// as the others from an early layer on, the same ones in every layer and nearly the same for every token, and the scales
+/// of norms are small there (T. Dettmers et al., LLM.int8(), 2022, section 4; M. Sun et al., Massive Activations, 2024).
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Outliers {
+    /// Rows of `fan_in` are of one sign, and their sum such that their channel is as high as its outlier: [`HIDDEN`]
+    /// hidden channels add up.
+    Written { fan_in: usize, sum_per_height: f32 },
+    /// A norm divides by them, and makes up for what they add to the norm of the others; its outputs are `sharpness`
+    /// times as large as without.
+    Read { sharpness: f32 },
+}
+
+/// Mean of GELU or ReLU of normal numbers with a standard deviation of about 1; and about the standard deviation of their
+/// products with others.
+const HIDDEN: f32 = 0.3;
+/// Standard deviation of logits that leaves the entropy of a trained model, 3 nats of ln 50 000: ln V − σ² / 2.
+const LOGIT: f32 = 4.0;
+
+impl Outliers {
+    fn of(spec: &TensorSpec, spread: &Spread) -> Option<Outliers> {
+        match spec.fill {
+            Fill::OutlierWriter { is_gated } => {
+                let fan_in = spec.shape[1];
+                // Numbers of both signs add up to the root only.
+                let n = if is_gated { (fan_in as f32).sqrt() } else { 1.0 };
+                Some(Outliers::Written { fan_in, sum_per_height: n / HIDDEN })
+            }
+            Fill::OutlierReader => Some(Outliers::Read { sharpness: 1.0 }),
+            Fill::FinalNormScale { is_tied } => {
+                let logit = match is_tied {
+                    true => spread.embedding * (spec.shape[0] as f32).sqrt(),
+                    false => spread.linear_gain,
+                };
+                Some(Outliers::Read { sharpness: LOGIT / logit })
+            }
+            _ => None,
+        }
+    }
+
+    /// Changes the values from `first` on; channels are rows of what writes, and elements of what reads.
+    fn put(self, values: &mut [f32], first: usize, deviation: f32, heights: &[f32]) {
+        let power: f32 = heights.iter().map(|height| height.max(1.0).powi(2)).sum();
+        let spread = (power / heights.len().max(1) as f32).sqrt();
+        for (index, value) in values.iter_mut().enumerate() {
+            let channel = |row: usize| heights[row % heights.len().max(1)];
+            *value = match self {
+                Outliers::Written { fan_in, sum_per_height } => {
+                    match channel((first + index) / fan_in) {
+                        0.0 => *value,
+                        height => {
+                            let one = height * sum_per_height / fan_in as f32;
+                            one * (1.0 + 0.1 * *value / deviation)
+                        }
+                    }
+                }
+                Outliers::Read { sharpness } => match channel(first + index) {
+                    0.0 => *value * spread * sharpness,
+                    height => *value * spread * sharpness / height,
+                },
+            };
+        }
+    }
+}
+
+/// Heights of the outliers of a residual stream of `n_channels`, 0 where there is none: one channel in 64 has one, at
+/// least two have, 8 to 80 times the others with a heavy tail (Pareto with exponent 1.5).
+fn heights(seed: u64, n_channels: usize) -> Vec<f32> {
     let mut rng = ChaCha8Rng::from_seed(key(seed, "outliers", &n_channels.to_string()));
-    let mut factors = vec![1.0; n_channels];
+    let mut heights = vec![0.0; n_channels];
     for _ in 0..(n_channels / 64).max(2) {
         let channel = rng.random_range(0..n_channels);
         let tail: f64 = rng.random_range(0.0..1.0);
-        factors[channel] = (8.0 * (1.0 - tail).powf(-1.0 / 1.5)).min(80.0) as f32;
+        heights[channel] = (8.0 * (1.0 - tail).powf(-1.0 / 1.5)).min(80.0) as f32;
     }
-    factors
+    heights
 }
 
 fn key(seed: u64, part: &str, name: &str) -> [u8; 32] {
@@ -215,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn outliers_are_the_same_channels_of_every_tensor_and_only_where_channels_are_written() {
+    fn outliers_are_the_same_channels_of_what_writes_and_reads_them() {
         let made = |name: &str, shape: &[usize], fill, outliers| {
             let mut list = TensorList::default();
             list.add(name, shape, fill);
@@ -225,19 +290,27 @@ mod tests {
             generator.write("part", &list.specs()[0], Storage::F32, &mut bytes).unwrap();
             floats(&bytes)
         };
-        let scale = made("norm", &[256], Fill::NormScale, true);
-        let large: Vec<usize> = (0..256).filter(|c| scale[*c] > 4.0).collect();
+        // Longer than a chunk, whose ends fall within rows.
+        let (width, fan_in) = (256, 300);
+        let written = made("down", &[width, fan_in], Fill::OutlierWriter { is_gated: false }, true);
+        let plain = made("down", &[width, fan_in], Fill::OutlierWriter { is_gated: false }, false);
+        let row = |values: &[f64], row: usize| values[row * fan_in..][..fan_in].to_vec();
+        let large: Vec<usize> =
+            (0..width).filter(|r| row(&written, *r) != row(&plain, *r)).collect();
         assert!((2..=4).contains(&large.len()), "{large:?}");
-        // Longer than a chunk, whose ends fall between rows.
-        let (rows, width) = (300, 256);
-        let plain = made("table", &[rows, width], Fill::Embedding, false);
-        let table = made("table", &[rows, width], Fill::Embedding, true);
-        for (index, (value, plain)) in table.iter().zip(&plain).enumerate() {
-            let ratio = value / plain;
-            assert_eq!(ratio > 4.0, large.contains(&(index % width)), "{index}: {ratio}");
+        let scale = made("norm", &[width], Fill::OutlierReader, true);
+        let others = (0..width).filter(|c| !large.contains(c)).map(|c| scale[c]).sum::<f64>();
+        let mean = others / (width - large.len()) as f64;
+        for channel in large {
+            let height = f64::from(HIDDEN) * row(&written, channel).iter().sum::<f64>();
+            assert!((7.9..81.0).contains(&height), "{channel}: {height}");
+            // After the norm the channel is of the others' size.
+            let ratio = scale[channel] * height / mean;
+            assert!((0.5..2.0).contains(&ratio), "{channel}: {ratio}");
         }
-        let linear = |outliers| made("linear", &[8, 256], Fill::Linear, outliers);
-        assert_eq!(linear(true), linear(false));
+        for fill in [Fill::Linear, Fill::Embedding, Fill::NormScale] {
+            assert_eq!(made("same", &[8, 256], fill, true), made("same", &[8, 256], fill, false));
+        }
     }
 
     #[test]

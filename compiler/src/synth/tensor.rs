@@ -5,10 +5,22 @@
 pub(super) enum Fill {
     /// Matrix or convolution, output first; spread by its fan-in.
     Linear,
+    /// Matrix whose rows write the outliers into the residual stream, if there are any; else as `Linear`.
+    OutlierWriter {
+        /// Whether it reads a gated feed-forward's hidden channels, whose mean is 0.
+        is_gated: bool,
+    },
     /// Lookup table.
     Embedding,
     /// Scale of a norm, around 1.
     NormScale,
+    /// Scale of a norm that reads the residual stream after outliers were written.
+    OutlierReader,
+    /// Scale of the norm before the head; with outliers it makes tokens as unlike as in trained models.
+    FinalNormScale {
+        /// Whether the head is the embedding.
+        is_tied: bool,
+    },
     /// Added vector, around 0.
     Bias,
     /// Gate of a cross-attention block, before its `tanh`.
@@ -27,7 +39,7 @@ pub(super) struct Spread {
     pub(super) embedding: f32,
     /// Mean and standard deviation of a gate.
     pub(super) gate: (f32, f32),
-    /// Whether a few channels are far larger than the others.
+    /// Whether a few channels of the residual stream are far larger than the others.
     pub(super) outliers: bool,
 }
 
@@ -59,21 +71,15 @@ impl TensorSpec {
         self.shape.iter().product()
     }
 
-    /// The channels of its last axis, if these may have outliers: norm scales and embeddings write into them.
-    pub(super) fn channels(&self) -> Option<usize> {
-        let is_written = matches!(self.fill, Fill::NormScale | Fill::Embedding);
-        self.shape.last().copied().filter(|_| is_written)
-    }
-
     /// Mean and standard deviation of the values.
     pub(super) fn mean_and_deviation(&self, spread: &Spread) -> (f32, f32) {
         match self.fill {
-            Fill::Linear => {
+            Fill::Linear | Fill::OutlierWriter { .. } => {
                 let fan_in: usize = self.shape.iter().skip(1).product();
                 (0.0, spread.linear_gain / (fan_in as f32).sqrt())
             }
             Fill::Embedding => (0.0, spread.embedding),
-            Fill::NormScale => (1.0, 0.1),
+            Fill::NormScale | Fill::OutlierReader | Fill::FinalNormScale { .. } => (1.0, 0.1),
             Fill::Bias => (0.0, 0.05),
             Fill::Gate => spread.gate,
             Fill::Latents => (0.0, 1.0),
@@ -123,6 +129,41 @@ impl TensorList {
     pub(super) fn layer_norm(&mut self, name: &str, width: usize) {
         self.norm_scale(name, width);
         self.add(format!("{name}.bias"), &[width], Fill::Bias);
+    }
+
+    /// `{name}.weight`, `[width]`, of a norm that reads the language model's residual stream.
+    pub(super) fn residual_norm_scale(&mut self, name: &str, width: usize) {
+        self.add(format!("{name}.weight"), &[width], Fill::OutlierReader);
+    }
+
+    /// `{name}.weight` and `{name}.bias`, both `[width]`, of a norm that reads the language model's residual stream.
+    pub(super) fn residual_layer_norm(&mut self, name: &str, width: usize) {
+        self.residual_norm_scale(name, width);
+        self.add(format!("{name}.bias"), &[width], Fill::Bias);
+    }
+
+    /// `{name}.weight`, `[width]`, of the norm before the head.
+    pub(super) fn final_norm_scale(&mut self, name: &str, width: usize, is_tied: bool) {
+        self.add(format!("{name}.weight"), &[width], Fill::FinalNormScale { is_tied });
+    }
+
+    /// `{name}.weight` and `{name}.bias`, both `[width]`, of the norm before the head.
+    pub(super) fn final_layer_norm(&mut self, name: &str, width: usize, is_tied: bool) {
+        self.final_norm_scale(name, width, is_tied);
+        self.add(format!("{name}.bias"), &[width], Fill::Bias);
+    }
+
+    /// Outliers come into the residual stream with the last matrix of `layer`, called `{layer}.{writer}.weight` if the
+    /// list has it: no norm of the layer sees them.
+    pub(super) fn outliers_from(&mut self, layer: &str, writer: &str, is_gated: bool) {
+        let writer = format!("{layer}.{writer}.weight");
+        for spec in self.0.iter_mut().filter(|spec| spec.name.starts_with(&format!("{layer}."))) {
+            match spec.fill {
+                Fill::OutlierReader => spec.fill = Fill::NormScale,
+                Fill::Linear if spec.name == writer => spec.fill = Fill::OutlierWriter { is_gated },
+                _ => {}
+            }
+        }
     }
 
     /// The tensors.

@@ -1,9 +1,9 @@
-//! Replaces function ops by their definitions.
+//! Replaces function ops by their definitions, all or some.
 
 use std::collections::BTreeMap;
 
 use crate::graph::{Constant, Graph, GraphError, Node, ValueId};
-use crate::op::Flavour;
+use crate::op::{Flavour, Linear, Op, PanelLinear, UnpackPanels};
 use crate::verify::definition;
 
 /// The same graph without function ops: each is replaced by its definition of `flavour`,
@@ -13,11 +13,37 @@ use crate::verify::definition;
 /// (Readers merge such nodes too, but tract-core 0.23.9 may merge each into the other and then
 /// has neither: where the inputs of two equal nodes list them in different order.)
 pub fn inline_functions(graph: &Graph, flavour: Flavour) -> Result<Graph, GraphError> {
+    inline(graph, flavour, Which::All)
+}
+
+/// The same graph with each linear that reads a weight in panels of integers as one op with it, where engines multiply
+/// integers. Ops of several such linears are replaced by their definitions.
+pub(super) fn panel_linears(graph: &Graph, flavour: Flavour) -> Result<Graph, GraphError> {
+    let is_of_panels = |node: &Node| matches!(node.op, Op::UnpackPanels(_));
+    if !graph.nodes().iter().any(is_of_panels) {
+        return Ok(graph.clone());
+    }
+    let mut out = inline(graph, flavour, Which::OfPanels)?;
+    out.sweep()?;
+    Ok(out)
+}
+
+/// Which function ops are replaced by their definitions.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Which {
+    All,
+    /// Those with linears that read weights in panels of integers, down to these linears.
+    OfPanels,
+}
+
+fn inline(graph: &Graph, flavour: Flavour, which: Which) -> Result<Graph, GraphError> {
     let mut inliner = Inliner {
         out: Graph::new(&graph.name),
         flavour,
+        which,
         literals: BTreeMap::new(),
         results: BTreeMap::new(),
+        panels: BTreeMap::new(),
     };
     let inputs: Vec<ValueId> = graph
         .inputs()
@@ -34,10 +60,13 @@ pub fn inline_functions(graph: &Graph, flavour: Flavour) -> Result<Graph, GraphE
 struct Inliner {
     out: Graph,
     flavour: Flavour,
+    which: Which,
     /// Literals by fact and bytes: definitions repeat the same few.
     literals: BTreeMap<(String, Vec<u8>), ValueId>,
     /// Outputs by op, as it prints, and inputs.
     results: BTreeMap<(String, Vec<ValueId>), Vec<ValueId>>,
+    /// Weights in panels of integers: how they are stored, and their parts.
+    panels: BTreeMap<ValueId, (UnpackPanels, Vec<ValueId>)>,
 }
 
 impl Inliner {
@@ -86,18 +115,55 @@ impl Inliner {
         prefix: &str,
     ) -> Result<Vec<ValueId>, GraphError> {
         let name = format!("{prefix}{}", node.name);
-        if !node.op.is_function() {
-            let key = (format!("{:?}", node.op), inputs.to_vec());
-            if let Some(outputs) = self.results.get(&key) {
-                return Ok(outputs.clone());
+        let reads_panels = inputs.iter().any(|id| self.panels.contains_key(id));
+        let is_replaced = match (self.which, &node.op) {
+            (Which::All, op) => op.is_function(),
+            (Which::OfPanels, Op::Linear(linear)) if reads_panels => {
+                return self.panel_linear(&name, linear, inputs);
             }
-            let outputs = self.out.add_many(&name, node.op.clone(), inputs)?;
-            self.results.insert(key, outputs.clone());
-            return Ok(outputs);
+            (Which::OfPanels, Op::FeedForward(_) | Op::GatedCrossAttention(_)) => reads_panels,
+            (Which::OfPanels, _) => false,
+        };
+        if is_replaced {
+            let facts: Vec<_> = inputs.iter().map(|id| self.out.fact(*id).clone()).collect();
+            let body = definition(&node.op, &facts, self.flavour)?;
+            return self.nodes(&body, inputs, &format!("{name}/"));
         }
-        let facts: Vec<_> = inputs.iter().map(|id| self.out.fact(*id).clone()).collect();
-        let body = definition(&node.op, &facts, self.flavour)?;
-        self.nodes(&body, inputs, &format!("{name}/"))
+        let outputs = self.once(&name, node.op.clone(), inputs)?;
+        if let (Which::OfPanels, Op::UnpackPanels(op)) = (self.which, &node.op)
+            && PanelLinear::takes(op.format, op.format.rounding())
+        {
+            self.panels.insert(outputs[0], (op.clone(), inputs.to_vec()));
+        }
+        Ok(outputs)
+    }
+
+    /// Appends a node, or finds the one that is equal.
+    fn once(&mut self, name: &str, op: Op, inputs: &[ValueId]) -> Result<Vec<ValueId>, GraphError> {
+        let key = (format!("{op:?}"), inputs.to_vec());
+        if let Some(outputs) = self.results.get(&key) {
+            return Ok(outputs.clone());
+        }
+        let outputs = self.out.add_many(name, op, inputs)?;
+        self.results.insert(key, outputs.clone());
+        Ok(outputs)
+    }
+
+    fn panel_linear(
+        &mut self,
+        name: &str,
+        linear: &Linear,
+        inputs: &[ValueId],
+    ) -> Result<Vec<ValueId>, GraphError> {
+        let weight = inputs.get(1).and_then(|weight| self.panels.get(weight)).cloned();
+        match weight {
+            Some((weight, parts)) if PanelLinear::takes(weight.format, linear.rounding) => {
+                let op = PanelLinear { linear: linear.clone(), weight };
+                let inputs = [&inputs[..1], &parts, &inputs[2..]].concat();
+                self.once(name, op.into(), &inputs)
+            }
+            _ => self.once(name, linear.clone().into(), inputs),
+        }
     }
 }
 

@@ -58,6 +58,9 @@ pub(super) fn op_from_node(
         "Split" => own.with("axis", get("axis")?).with("sizes", Attribute::Ints(input(1)?)),
         "LayerNormalization" => own.with("epsilon", get("epsilon")?),
         "QuickGelu" => own.with("alpha", get("alpha")?),
+        "MatMulNBits" => {
+            own.with("block", get("block_size")?).with("n", get("N")?).with("k", get("K")?)
+        }
         "MultiHeadAttention" => own.with("n_heads", get("num_heads")?).with("scale", get("scale")?),
         _ => own,
     };

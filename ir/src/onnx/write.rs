@@ -8,9 +8,10 @@ use super::proto::{GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProt
 use super::target::{Piece, pieces};
 use super::{
     FLAMINGO, Functions, OnnxError, WeightLayout, WriteOptions, inline_functions, lower, message,
+    panel_linears,
 };
 use crate::graph::{Constant, Graph, Node, ValueId};
-use crate::op::{Attribute, Attributes, OnnxForm, OnnxInput};
+use crate::op::{Attribute, Attributes, Flavour, OnnxForm, OnnxInput};
 use crate::verify::Verified;
 use crate::{Dim, Fact, Tensor};
 
@@ -22,7 +23,10 @@ pub fn write_onnx(
     weights: &WeightLayout,
 ) -> Result<Vec<u8>, OnnxError> {
     let options = options.into();
-    let runtime = lower::runtime_graph(graph, weights)?;
+    let mut runtime = lower::runtime_graph(graph, weights)?;
+    if options.flavour == Flavour::OrtCpu {
+        runtime = panel_linears(&runtime, options.flavour)?;
+    }
     let runtime = match options.functions {
         Functions::Keep => runtime,
         Functions::Inline => inline_functions(&runtime, options.flavour)?,

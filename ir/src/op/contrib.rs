@@ -1,11 +1,14 @@
 //! Operators of ONNX Runtime's domain `com.microsoft`, for the `ort-cpu` flavour's bodies
 //! (<https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md>).
 
+use ndarray::{Array2, ArrayD, Ix2, IxDyn};
+
 use super::{
-    Attribute, Attributes, Flavour, MatMul, OnnxForm, OpError, Operator, Transpose, expect_inputs,
+    Attribute, Attributes, Flavour, MatMul, OnnxForm, OpError, Operator, Transpose, expect_fact,
+    expect_inputs, input_error,
 };
 use crate::graph::Graph;
-use crate::{Fact, Tensor};
+use crate::{DType, Fact, Tensor};
 
 const DOMAIN: &str = "com.microsoft";
 
@@ -16,6 +19,22 @@ fn contrib(op_type: &'static str, attributes: Attributes) -> OnnxForm {
 /// x Wᵀ without a transposed copy of W: x [.., k], weight [n, k].
 #[derive(Debug, Clone, PartialEq)]
 pub struct FusedMatMul;
+
+/// (x − x₀)(W − w₀) · s · t, x and W bytes: x u8 [.., k], weight u8 [k, n], s f32 [], t f32 [n], x₀ and w₀ u8 [].
+#[derive(Debug, Clone, PartialEq)]
+pub struct MatMulIntegerToFloat;
+
+/// x Wᵀ: x f32 [.., k], weight u8 [n, blocks, block / 2] with two columns in a byte, the first in its low half, 8 more
+/// than their levels, and scales f32 [n · blocks].
+#[derive(Debug, Clone, PartialEq)]
+pub struct MatMulNBits {
+    /// Columns that share a scale: a power of two from 16 on.
+    pub block: usize,
+    /// Rows of W.
+    pub n: usize,
+    /// Columns of W; its last block may have more, which count for nothing.
+    pub k: usize,
+}
 
 /// x · (1 + erf(x / √2)) / 2.
 #[derive(Debug, Clone, PartialEq)]
@@ -40,6 +59,32 @@ pub struct MultiHeadAttention {
 impl FusedMatMul {
     pub(crate) fn parse(attributes: &Attributes) -> Result<FusedMatMul, OpError> {
         attributes.expect_only(&[]).map(|()| FusedMatMul)
+    }
+}
+
+impl MatMulIntegerToFloat {
+    pub(crate) fn parse(attributes: &Attributes) -> Result<MatMulIntegerToFloat, OpError> {
+        attributes.expect_only(&[]).map(|()| MatMulIntegerToFloat)
+    }
+}
+
+impl MatMulNBits {
+    pub(crate) fn parse(attributes: &Attributes) -> Result<MatMulNBits, OpError> {
+        attributes.expect_only(&["block", "n", "k"])?;
+        let size = |name| attributes.positive(name);
+        let (block, n, k) = (size("block")?, size("n")?, size("k")?);
+        match block >= 16 && block.is_power_of_two() {
+            true => Ok(MatMulNBits { block, n, k }),
+            false => Err(OpError::Attribute {
+                name: "block".into(),
+                expected: "a power of two from 16 on".into(),
+                found: block.to_string(),
+            }),
+        }
+    }
+
+    fn n_blocks(&self) -> usize {
+        self.k.div_ceil(self.block)
     }
 }
 
@@ -88,6 +133,136 @@ impl Operator for FusedMatMul {
         let transpose = Transpose { permutation: vec![1, 0] };
         let transposed = transpose.evaluate(&inputs[1..])?;
         MatMul.evaluate(&[inputs[0].clone(), transposed[0].clone()])
+    }
+}
+
+/// `x` with its last size `k` as `n`.
+fn with_columns(x: &Fact, k: usize, n: usize) -> Result<Fact, OpError> {
+    let mut out = x.clone();
+    match out.shape.pop().and_then(|last| last.known()) {
+        Some(columns) if columns == k && x.rank() >= 2 => {
+            out.dtype = DType::F32;
+            out.shape.push(n.into());
+            Ok(out)
+        }
+        _ => Err(input_error(0, "x", &format!("[.., {k}] of rank 2 or more"), x)),
+    }
+}
+
+/// `x` [.., k] as rows, times `weight` [k, n], in f64.
+fn product_of_rows(x: ArrayD<f64>, weight: &Array2<f64>) -> Option<ArrayD<f64>> {
+    let mut shape = x.shape().to_vec();
+    let k = shape.pop()?;
+    let n_rows: usize = shape.iter().product();
+    shape.push(weight.ncols());
+    let rows = x.into_shape_with_order((n_rows, k)).ok()?;
+    rows.dot(weight).into_shape_with_order(IxDyn(&shape)).ok()
+}
+
+impl Operator for MatMulIntegerToFloat {
+    fn name(&self) -> &'static str {
+        "MatMulIntegerToFloat"
+    }
+
+    fn attributes(&self) -> Attributes {
+        Attributes::none()
+    }
+
+    fn onnx_form(&self) -> OnnxForm {
+        contrib("MatMulIntegerToFloat", Attributes::none())
+    }
+
+    fn infer(&self, inputs: &[Fact]) -> Result<Vec<Fact>, OpError> {
+        expect_inputs(inputs, 6)?;
+        let weight = &inputs[1];
+        let shape = weight.known_shape();
+        let Some([k, n]) = shape.as_deref().and_then(|shape| <[usize; 2]>::try_from(shape).ok())
+        else {
+            return Err(input_error(1, "weight", &"u8 [k, n] of known sizes", weight));
+        };
+        let nothing: [usize; 0] = [];
+        expect_fact(inputs, 1, "weight", &Fact::new(DType::U8, [k, n]))?;
+        expect_fact(inputs, 2, "scale of x", &Fact::f32(nothing))?;
+        expect_fact(inputs, 3, "scales of the weight", &Fact::f32([n]))?;
+        expect_fact(inputs, 4, "zero point of x", &Fact::new(DType::U8, nothing))?;
+        expect_fact(inputs, 5, "zero point of the weight", &Fact::new(DType::U8, nothing))?;
+        match inputs[0].dtype {
+            DType::U8 => Ok(vec![with_columns(&inputs[0], k, n)?]),
+            _ => Err(input_error(0, "x", &DType::U8, &inputs[0])),
+        }
+    }
+
+    fn evaluate(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>, OpError> {
+        let failed = || OpError::Evaluation("MatMulIntegerToFloat takes bytes that fit".into());
+        let [
+            Tensor::U8(x),
+            Tensor::U8(weight),
+            Tensor::F32(s),
+            Tensor::F32(t),
+            Tensor::U8(x0),
+            Tensor::U8(w0),
+        ] = inputs
+        else {
+            return Err(failed());
+        };
+        let from = |zero: &ndarray::ArcArray<u8, IxDyn>| zero.first().copied().map(f64::from);
+        let (x0, w0) = from(x0).zip(from(w0)).ok_or_else(failed)?;
+        let scale = s.first().copied().ok_or_else(failed)?;
+        let weight = weight.mapv(|w| f64::from(w) - w0).into_dimensionality::<Ix2>();
+        let weight = weight.map_err(|_| failed())?;
+        let product = product_of_rows(x.mapv(|x| f64::from(x) - x0), &weight).ok_or_else(failed)?;
+        // Sums of integers are exact; the scales come after.
+        let y = product.mapv(|sum| sum as f32 * scale) * t;
+        Ok(vec![Tensor::F32(y.into_shared())])
+    }
+}
+
+impl Operator for MatMulNBits {
+    fn name(&self) -> &'static str {
+        "MatMulNBits"
+    }
+
+    fn attributes(&self) -> Attributes {
+        Attributes::none().with("block", self.block).with("n", self.n).with("k", self.k)
+    }
+
+    /// `accuracy_level` 1: sums of f32.
+    fn onnx_form(&self) -> OnnxForm {
+        let attributes = Attributes::none()
+            .with("K", self.k)
+            .with("N", self.n)
+            .with("accuracy_level", Attribute::Int(1))
+            .with("bits", Attribute::Int(4))
+            .with("block_size", self.block);
+        contrib("MatMulNBits", attributes)
+    }
+
+    fn infer(&self, inputs: &[Fact]) -> Result<Vec<Fact>, OpError> {
+        expect_inputs(inputs, 3)?;
+        let blocks = [self.n, self.n_blocks(), self.block / 2];
+        expect_fact(inputs, 1, "weight", &Fact::new(DType::U8, blocks))?;
+        expect_fact(inputs, 2, "scales", &Fact::f32([self.n * self.n_blocks()]))?;
+        match inputs[0].dtype {
+            DType::F32 => Ok(vec![with_columns(&inputs[0], self.k, self.n)?]),
+            _ => Err(input_error(0, "x", &DType::F32, &inputs[0])),
+        }
+    }
+
+    fn evaluate(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>, OpError> {
+        let failed = || OpError::Evaluation("MatMulNBits takes f32, bytes and scales".into());
+        let [Tensor::F32(x), Tensor::U8(bytes), Tensor::F32(scales)] = inputs else {
+            return Err(failed());
+        };
+        let (bytes, scales) = (bytes.as_slice(), scales.as_slice());
+        let (bytes, scales) = bytes.zip(scales).ok_or_else(failed)?;
+        let weight = Array2::from_shape_fn((self.k, self.n), |(col, row)| {
+            let at = row * self.n_blocks() + col / self.block;
+            let byte = bytes[at * (self.block / 2) + col % self.block / 2];
+            let level = if col % 2 == 0 { byte & 15 } else { byte >> 4 };
+            (f64::from(level) - 8.0) * f64::from(scales[at])
+        });
+        let y = product_of_rows(x.mapv(f64::from), &weight).ok_or_else(failed)?;
+        Ok(vec![Tensor::F32(y.mapv(|sum| sum as f32).into_shared())])
     }
 }
 

@@ -158,7 +158,7 @@ impl Linear {
         let x = input(&mut graph, "x");
         let weight = input(&mut graph, "weight");
         let x = self.rounding.define(&mut graph, x)?;
-        let mut y = match flavour {
+        let product = match flavour {
             Flavour::Portable => {
                 let columns = Transpose { permutation: vec![1, 0] };
                 let transposed = graph.add("transposed", columns, &[weight])?;
@@ -166,19 +166,37 @@ impl Linear {
             }
             Flavour::OrtCpu => graph.add("product", FusedMatMul, &[x, weight])?,
         };
+        let mut rest = Vec::new();
         if self.bias {
-            let bias = input(&mut graph, "bias");
-            y = graph.add("biased", Add, &[y, bias])?;
-        }
-        if let Some(activation) = self.activation {
-            y = activation.define(&mut graph, y, flavour)?;
+            rest.push(input(&mut graph, "bias"));
         }
         if self.residual {
-            let residual = input(&mut graph, "residual");
-            y = graph.add("sum", Add, &[y, residual])?;
+            rest.push(input(&mut graph, "residual"));
         }
+        let y = self.finish(&mut graph, product, &rest, flavour)?;
         graph.output("y", y);
         Ok(graph)
+    }
+
+    /// Appends what follows the product; `rest` are bias and residual, if the op has them.
+    pub(super) fn finish(
+        &self,
+        graph: &mut Graph,
+        product: ValueId,
+        rest: &[ValueId],
+        flavour: Flavour,
+    ) -> Result<ValueId, GraphError> {
+        let mut y = product;
+        if let Some(bias) = rest.first().filter(|_| self.bias) {
+            y = graph.add("biased", Add, &[y, *bias])?;
+        }
+        if let Some(activation) = self.activation {
+            y = activation.define(graph, y, flavour)?;
+        }
+        if let Some(residual) = rest.last().filter(|_| self.residual) {
+            y = graph.add("sum", Add, &[y, *residual])?;
+        }
+        Ok(y)
     }
 }
 

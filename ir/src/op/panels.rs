@@ -23,8 +23,8 @@ pub use inputs::Inputs;
 pub use pack::{Fit, output_sqnr_db, sqnr_db};
 
 use super::{
-    Attribute, Attributes, Cast, Concat, Flavour, Floor, Mul, OnnxForm, OpError, Operator, Reshape,
-    Rounding, Slice, Sub, Transpose, expect_inputs, input_error,
+    Add, Attribute, Attributes, Cast, Concat, Flavour, Floor, Mul, OnnxForm, OpError, Operator,
+    Reshape, Rounding, Slice, Split, Sub, Transpose, expect_inputs, input_error,
 };
 use crate::graph::{Graph, GraphError, ValueId};
 use crate::{DType, Dim, Fact, Tensor};
@@ -173,7 +173,8 @@ impl UnpackPanels {
     }
 
     fn definition(&self, inputs: &[Fact]) -> Result<Graph, GraphError> {
-        let mut body = Body { graph: Graph::new("UnpackPanels"), n_panels: self.n_panels() };
+        let mut graph = Graph::new("UnpackPanels");
+        let mut body = self.body_in(&mut graph);
         let roles = ["data", "row_scales", "block_scales"];
         let ids: Vec<ValueId> = roles
             .iter()
@@ -208,18 +209,71 @@ impl UnpackPanels {
             }
         };
         let y = body.cut(padded, (rows, self.n), (cols, self.k))?;
-        body.graph.output("weight", y);
-        Ok(body.graph)
+        graph.output("weight", y);
+        Ok(graph)
+    }
+
+    fn body_in<'g>(&self, graph: &'g mut Graph) -> Body<'g> {
+        Body { graph, n_panels: self.n_panels() }
+    }
+
+    /// Appends the transposed levels [k, n] of a weight of bytes, f32, and the scales [n] of its rows.
+    pub(super) fn columns_of_levels(
+        &self,
+        graph: &mut Graph,
+        data: ValueId,
+        row_scales: ValueId,
+    ) -> Result<(ValueId, ValueId), GraphError> {
+        let (rows, cols) = (self.n_panels() * PANEL_ROWS, self.k.next_multiple_of(4));
+        let mut body = self.body_in(graph);
+        let levels = body.grouped_rows(data, cols)?;
+        let levels = body.cut(levels, (rows, self.n), (cols, self.k))?;
+        let columns = body.turned("columns", levels, &[1, 0])?;
+        let scales = body.shaped("row_scale_list", row_scales, &[rows])?;
+        Ok((columns, body.cut_rows("whole_row_scales", scales, (rows, self.n))?))
+    }
+
+    /// Appends the bytes u8 [n, blocks, block / 2] of a weight of int4, each with two columns that follow each other, the
+    /// first in the low half, 8 more than their values; and the scales f32 [n · blocks] of its blocks.
+    pub(super) fn blocks_of_nibbles(
+        &self,
+        graph: &mut Graph,
+        data: ValueId,
+        row_scales: ValueId,
+        block_scales: ValueId,
+        block: usize,
+    ) -> Result<(ValueId, ValueId), GraphError> {
+        let (rows, cols) = (self.n_panels() * PANEL_ROWS, self.k.next_multiple_of(block));
+        let n_blocks = cols / block;
+        let mut body = self.body_in(graph);
+        let levels = body.levels_of_nibbles(data, cols)?;
+        let pairs = body.shaped("pairs", levels, &[rows, n_blocks, block / 2, 2])?;
+        let halves = Split { axis: 3, sizes: vec![1, 1] };
+        let halves = body.graph.add_many("halves", halves, &[pairs])?;
+        let sixteen = body.graph.literal(Tensor::scalar(16.0));
+        let high = body.graph.add("high_halves", Mul, &[halves[1], sixteen])?;
+        let bytes = body.graph.add("joined", Add, &[halves[0], high])?;
+        let bytes = body.graph.add("nibble_bytes", Cast { dtype: DType::U8 }, &[bytes])?;
+        let bytes = body.shaped("byte_blocks", bytes, &[rows, n_blocks, block / 2])?;
+        let bytes = body.cut_rows("whole_blocks", bytes, (rows, self.n))?;
+        let scales = body.numbers("block_scale_numbers", block_scales)?;
+        let scales = body.turned("block_scales_by_row", scales, &[0, 2, 1])?;
+        let by_row =
+            body.shaped("row_scale_columns", row_scales, &[self.n_panels(), PANEL_ROWS, 1])?;
+        let scales = body.graph.add("scales", Mul, &[scales, by_row])?;
+        let scales = body.shaped("scale_rows", scales, &[rows, n_blocks])?;
+        let scales = body.cut_rows("whole_scales", scales, (rows, self.n))?;
+        Ok((bytes, body.shaped("scale_list", scales, &[self.n * n_blocks])?))
     }
 }
 
 /// The definition while it is made.
-struct Body {
-    graph: Graph,
+struct Body<'g> {
+    graph: &'g mut Graph,
     n_panels: usize,
 }
 
-impl Body {
+impl Body<'_> {
     fn numbers(&mut self, name: &str, x: ValueId) -> Result<ValueId, GraphError> {
         self.graph.add(name, Cast { dtype: DType::F32 }, &[x])
     }
@@ -240,12 +294,20 @@ impl Body {
         self.shaped("rows", y, &[self.n_panels * PANEL_ROWS, cols])
     }
 
-    /// Bytes [p, groups, 16, 4] as values −8 to 7, [p, 16, blocks, block]. Floats divide the halves
-    /// of a byte exactly, where engines know few operators of bytes.
+    /// Bytes [p, groups, 16, 4] as values −8 to 7, [p, 16, blocks, block].
     fn nibbles(&mut self, data: ValueId, block: usize, cols: usize) -> Result<ValueId, GraphError> {
+        let zero_point = self.graph.literal(Tensor::scalar(8.0));
+        let levels = self.levels_of_nibbles(data, cols)?;
+        let values = self.graph.add("values", Sub, &[levels, zero_point])?;
+        self.shaped("blocks", values, &[self.n_panels, PANEL_ROWS, cols / block, block])
+    }
+
+    /// Bytes [p, groups, 16, 4] as levels 0 to 15, [p, 16, groups, 2, 4]. Floats divide the halves of a byte exactly,
+    /// where engines know few operators of bytes.
+    fn levels_of_nibbles(&mut self, data: ValueId, cols: usize) -> Result<ValueId, GraphError> {
         let halves = [self.n_panels, cols / 8, PANEL_ROWS, 1, 4];
-        let [sixteenth, sixteen, zero_point] =
-            [1.0 / 16.0, 16.0, 8.0].map(|value| self.graph.literal(Tensor::scalar(value)));
+        let [sixteenth, sixteen] =
+            [1.0 / 16.0, 16.0].map(|value| self.graph.literal(Tensor::scalar(value)));
         let bytes = self.numbers("bytes", data)?;
         let high = self.graph.add("byte_parts", Mul, &[bytes, sixteenth])?;
         let high = self.graph.add("high", Floor, &[high])?;
@@ -254,9 +316,7 @@ impl Body {
         let low = self.shaped("low_columns", low, &halves)?;
         let high = self.shaped("high_columns", high, &halves)?;
         let both = self.graph.add("nibbles", Concat { axis: 3 }, &[low, high])?;
-        let values = self.graph.add("values", Sub, &[both, zero_point])?;
-        let by_row = self.turned("by_row", values, &[0, 2, 1, 3, 4])?;
-        self.shaped("blocks", by_row, &[self.n_panels, PANEL_ROWS, cols / block, block])
+        self.turned("by_row", both, &[0, 2, 1, 3, 4])
     }
 
     /// Values [p, 16, blocks, block] times the scales of their blocks, then of their rows.
@@ -284,13 +344,23 @@ impl Body {
         (rows, n): (usize, usize),
         (cols, k): (usize, usize),
     ) -> Result<ValueId, GraphError> {
-        if rows != n {
-            x = self.graph.add("whole_rows", Slice { axis: 0, start: 0, end: n }, &[x])?;
-        }
+        x = self.cut_rows("whole_rows", x, (rows, n))?;
         if cols != k {
             x = self.graph.add("whole_columns", Slice { axis: 1, start: 0, end: k }, &[x])?;
         }
         Ok(x)
+    }
+
+    fn cut_rows(
+        &mut self,
+        name: &str,
+        x: ValueId,
+        (rows, n): (usize, usize),
+    ) -> Result<ValueId, GraphError> {
+        match rows == n {
+            true => Ok(x),
+            false => self.graph.add(name, Slice { axis: 0, start: 0, end: n }, &[x]),
+        }
     }
 }
 

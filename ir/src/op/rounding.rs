@@ -51,18 +51,27 @@ impl Rounding {
                 graph.add("x_rounded", Cast { dtype: DType::F32 }, &[half])
             }
             Rounding::Int8 => {
-                // A row of zeros has no scale; the smallest one keeps its quotients zeros.
-                let smallest = graph.literal(Tensor::scalar(f32::MIN_POSITIVE));
-                let levels = graph.literal(Tensor::scalar(127.0));
-                let magnitude = graph.add("x_magnitude", Abs, &[x])?;
-                let largest = graph.add("x_largest", ReduceMax, &[magnitude])?;
-                let scale = graph.add("x_fraction", Div, &[largest, levels])?;
-                let scale = graph.add("x_scale", Max, &[scale, smallest])?;
-                let quotient = graph.add("x_quotient", Div, &[x, scale])?;
-                let level = graph.add("x_level", Round, &[quotient])?;
+                let (level, scale) = self.levels(graph, x)?;
                 graph.add("x_rounded", Mul, &[level, scale])
             }
         }
+    }
+
+    /// Appends the levels, within ±127, of the rows of `x` [.., k], and the rows' scales [.., 1].
+    pub(crate) fn levels(
+        self,
+        graph: &mut Graph,
+        x: ValueId,
+    ) -> Result<(ValueId, ValueId), GraphError> {
+        // A row of zeros has no scale; the smallest one keeps its quotients zeros.
+        let smallest = graph.literal(Tensor::scalar(f32::MIN_POSITIVE));
+        let levels = graph.literal(Tensor::scalar(127.0));
+        let magnitude = graph.add("x_magnitude", Abs, &[x])?;
+        let largest = graph.add("x_largest", ReduceMax, &[magnitude])?;
+        let scale = graph.add("x_fraction", Div, &[largest, levels])?;
+        let scale = graph.add("x_scale", Max, &[scale, smallest])?;
+        let quotient = graph.add("x_quotient", Div, &[x, scale])?;
+        Ok((graph.add("x_level", Round, &[quotient])?, scale))
     }
 }
 

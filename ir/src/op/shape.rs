@@ -305,6 +305,7 @@ impl Operator for Cast {
             (Tensor::I8(x), DType::F32) => Tensor::F32(x.mapv(f32::from).into_shared()),
             (Tensor::U8(x), DType::F32) => Tensor::F32(x.mapv(f32::from).into_shared()),
             (Tensor::F32(x), DType::BF16) => Tensor::BF16(x.mapv(bf16::from_f32).into_shared()),
+            (Tensor::F32(x), DType::U8) => Tensor::U8(x.mapv(|v| v as u8).into_shared()),
             (same, dtype) if same.dtype() == dtype => same.clone(),
             (other, _) => return Err(cannot("Cast", other)),
         };

@@ -29,6 +29,8 @@ pub(crate) enum Source {
     Bf16Weight,
     /// f16 in −1..1, known at build time.
     F16Weight,
+    /// u8.
+    Bytes,
     /// i8, known at build time.
     I8Weight,
     /// u8, known at build time.
@@ -53,7 +55,7 @@ fn case(name: &'static str, op: impl Into<Op>, inputs: &[(&'static str, Source, 
             Bf16Weight => DType::BF16,
             F16Weight => DType::F16,
             I8Weight => DType::I8,
-            U8Weight => DType::U8,
+            Bytes | U8Weight => DType::U8,
         };
         Fact::new(dtype, dims(shape))
     };
@@ -98,7 +100,7 @@ fn tensor(source: Source, fact: &Fact, bindings: &Bindings, seed: usize) -> Tens
             let bytes: Vec<u8> = (0..n).flat_map(half).collect();
             Tensor::from_stored_bytes(fact.dtype, &shape, &bytes).unwrap()
         }
-        I8Weight | U8Weight => {
+        I8Weight | U8Weight | Bytes => {
             let bytes: Vec<u8> = (0..n).map(|i| (i * 151 + seed).to_le_bytes()[0]).collect();
             Tensor::from_stored_bytes(fact.dtype, &shape, &bytes).unwrap()
         }
@@ -243,6 +245,27 @@ pub(crate) fn contrib_cases() -> Vec<Case> {
     let rows = |name| (name, Noise, "n_media, past_len + text_len, 8");
     vec![
         case("fused", FusedMatMul, &[X, ("weight", Weight, "5, 8")]),
+        case(
+            "bytes",
+            MatMulIntegerToFloat,
+            &[
+                ("x", Bytes, "text_len, 8"),
+                ("weight", U8Weight, "8, 5"),
+                ("scale", Weight, ""),
+                ("scales", Weight, "5"),
+                ("x_zero", U8Weight, ""),
+                ("zero", U8Weight, ""),
+            ],
+        ),
+        case(
+            "nibbles",
+            MatMulNBits { block: 16, n: 5, k: 40 },
+            &[
+                ("x", Noise, "text_len, 40"),
+                ("weight", U8Weight, "5, 3, 8"),
+                ("scales", Weight, "15"),
+            ],
+        ),
         case("ms_gelu", Gelu, &[X]),
         case("ms_quick_gelu", QuickGelu { alpha: 1.702 }, &[X]),
         case(
@@ -333,6 +356,27 @@ pub(crate) fn function_cases() -> Vec<Case> {
                 ("data", U8Weight, "2, 6, 16, 4"),
                 ("row_scales", Weight, "2, 16"),
                 ("block_scales", U8Weight, "2, 3, 16"),
+            ],
+        ),
+        case(
+            "panel_linear.int8",
+            panel_linear("int8", 21, 7),
+            &[
+                ("x", Noise, "2, text_len, 7"),
+                ("data", I8Weight, "2, 2, 16, 4"),
+                ("row_scales", Weight, "2, 16"),
+                ("residual", Noise, "2, text_len, 21"),
+            ],
+        ),
+        case(
+            "panel_linear.int4",
+            panel_linear("int4/16", 32, 37),
+            &[
+                ("x", Noise, "text_len, 37"),
+                ("data", U8Weight, "2, 6, 16, 4"),
+                ("row_scales", Weight, "2, 16"),
+                ("block_scales", U8Weight, "2, 3, 16"),
+                ("residual", Noise, "text_len, 32"),
             ],
         ),
         case(
@@ -453,6 +497,11 @@ pub(crate) fn function_cases() -> Vec<Case> {
 
 fn unpack(format: &str, n: usize, k: usize) -> UnpackPanels {
     UnpackPanels { format: PanelFormat::from_name(format).unwrap(), n, k }
+}
+
+fn panel_linear(format: &str, n: usize, k: usize) -> PanelLinear {
+    let linear = Linear { residual: true, rounding: Rounding::Int8, ..Linear::default() };
+    PanelLinear { linear, weight: unpack(format, n, k) }
 }
 
 /// Ops that only build-time graphs have, and no file.

@@ -12,6 +12,7 @@ use flamingo_ir::{Constant, Fact, Graph, Tensor, evaluate_with, fold, verify};
 
 use crate::cases::Built;
 
+/// As [`flamingo_ir::op::Tolerance`] says: relative to the largest magnitude of an output.
 fn assert_close(name: &str, left: &[Tensor], right: &[Tensor]) {
     assert_eq!(left.len(), right.len(), "{name}");
     for (index, (a, b)) in left.iter().zip(right).enumerate() {
@@ -20,8 +21,9 @@ fn assert_close(name: &str, left: &[Tensor], right: &[Tensor]) {
             assert_eq!(a, b, "{name} output {index}");
             continue;
         };
+        let largest = a.iter().fold(0.0f32, |most, x| most.max(x.abs()));
         for (x, y) in a.iter().zip(b) {
-            assert!((x - y).abs() <= 1e-5 + 1e-5 * x.abs(), "{name} output {index}: {x} {y}");
+            assert!((x - y).abs() <= 1e-5 + 1e-5 * largest, "{name} output {index}: {x} {y}");
         }
     }
 }
@@ -184,6 +186,72 @@ fn panels_are_stored_and_unpacked_on_the_device() {
     let x = Tensor::f32(&[3, 40], (0..120).map(|i| i as f32 / 50.0 - 1.0).collect()).unwrap();
     let expected = evaluate_with(&graph, std::slice::from_ref(&x), &weights).unwrap();
     assert_eq!(evaluate_with(&model.graph, &[x], &stored).unwrap(), expected);
+}
+
+/// For ONNX Runtime a linear and its weight of integers become one op; whatever else reads the weight still can.
+#[test]
+fn linears_of_integer_panels_are_one_op_for_onnx_runtime() {
+    use flamingo_ir::op::{Activation, FeedForward, Gather, Linear, PanelFormat, UnpackPanels};
+    let mut graph = Graph::new("panels");
+    let mut stored = crate::cases::CaseWeights::default();
+    let mut layout = WeightLayout { location: "weights.bin".into(), ..WeightLayout::default() };
+    let x = graph.input("x", Fact::f32([3, 32]));
+    let ids = graph.input("ids", Fact::new(flamingo_ir::DType::I64, [2]));
+    let mut weight = |graph: &mut Graph, name: &str, format: PanelFormat, n: usize, k: usize| {
+        let value = |i: usize| ((i * 37 + n) % 61) as f32 / 30.0 - 1.0;
+        let weight = Tensor::f32(&[n, k], (0..n * k).map(value).collect()).unwrap();
+        let packed = flamingo_ir::op::PackPanels { format };
+        let parts = flamingo_ir::op::Operator::evaluate(&packed, &[weight]).unwrap();
+        let mut ids = Vec::new();
+        for (index, part) in parts.into_iter().enumerate() {
+            let name = format!("{name}.{index}");
+            let id = graph.weight(&name, part.fact());
+            let length = u64::try_from(part.to_le_bytes().len()).unwrap();
+            layout.entries.insert(id, WeightEntry { name: name.clone(), offset: 0, length });
+            stored.0.insert(name, part);
+            ids.push(id);
+        }
+        graph.add(name, UnpackPanels { format, n, k }, &ids).unwrap()
+    };
+    let (int8, int4) = (PanelFormat::Int8, PanelFormat::Int4 { block: 32 });
+    let up = weight(&mut graph, "up", int4, 32, 32);
+    let down = weight(&mut graph, "down", int4, 32, 16);
+    let table = weight(&mut graph, "table", int8, 20, 32);
+    let half = weight(&mut graph, "half", PanelFormat::F16, 20, 32);
+    let op = FeedForward {
+        activation: Activation::Silu,
+        gated: true,
+        up_bias: false,
+        down_bias: false,
+        residual: true,
+        rounding: int4.rounding(),
+    };
+    let hidden = graph.add("mlp", op, &[x, up, down, x]).unwrap();
+    let head = Linear { rounding: int8.rounding(), ..Linear::default() };
+    let logits = graph.add("head", head, &[hidden, table]).unwrap();
+    let other = graph.add("other", Linear::default(), &[hidden, half]).unwrap();
+    let rows = graph.add("rows", Gather, &[table, ids]).unwrap();
+    for (name, id) in [("logits", logits), ("other_logits", other), ("embedded", rows)] {
+        graph.output(name, id);
+    }
+    let graph = verify(graph).unwrap();
+    let bytes = write_onnx(&graph, Flavour::OrtCpu, &layout).unwrap();
+    let model = read(&bytes).unwrap();
+    let ops = |name: &str| model.graph.nodes().iter().filter(|n| n.op.name() == name).count();
+    assert_eq!(
+        (ops("PanelLinear"), ops("Linear"), ops("UnpackPanels"), ops("FeedForward")),
+        (3, 1, 2, 0)
+    );
+    let x = Tensor::f32(&[3, 32], (0..96).map(|i| i as f32 / 50.0 - 1.0).collect()).unwrap();
+    let inputs = [x, Tensor::i64(&[2], vec![3, 19]).unwrap()];
+    let expected = evaluate_with(&graph, &inputs, &stored).unwrap();
+    assert_close("panels", &expected, &evaluate_with(&model.graph, &inputs, &stored).unwrap());
+    let inlined = inline_functions(&model.graph, Flavour::OrtCpu).unwrap();
+    for (expected, found) in expected.iter().zip(evaluate_with(&inlined, &inputs, &stored).unwrap())
+    {
+        let pairs = expected.to_f32_vec().unwrap().into_iter().zip(found.to_f32_vec().unwrap());
+        assert!(pairs.into_iter().all(|(a, b)| (a - b).abs() < 1e-3), "{expected:?} {found:?}");
+    }
 }
 
 /// An op of build time that reads an input of the graph cannot be written.

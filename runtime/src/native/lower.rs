@@ -53,7 +53,11 @@ impl Planner<'_> {
             Op::Slice(op) => self.split(node, op.axis, &[(op.start, op.end)]),
             Op::Split(op) => self.split(node, op.axis, &ranges(&op.sizes)),
             Op::Concat(op) => self.concat(node, op.axis),
-            Op::MatMul(_) | Op::FusedMatMul(_) => Err(no_kernel("`Linear`")),
+            Op::MatMul(_)
+            | Op::FusedMatMul(_)
+            | Op::MatMulIntegerToFloat(_)
+            | Op::MatMulNBits(_) => Err(no_kernel("`Linear`")),
+            Op::PanelLinear(_) => Err(no_kernel("`UnpackPanels` and `Linear`")),
             Op::LayerNormalization(_) => Err(no_kernel("`LayerNorm`")),
             Op::Gelu(_)
             | Op::QuickGelu(_)

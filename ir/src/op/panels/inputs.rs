@@ -1,5 +1,10 @@
 //! What calibration knows of the rows that meet a weight, and how rounding makes up for its errors with it.
 
+use std::borrow::Cow;
+
+use ndarray::linalg::general_mat_mul;
+use ndarray::{ArrayView2, ArrayViewMut2, Axis, Slice};
+
 /// Columns whose products are kept: all pairs within a block of so many.
 const BLOCK: usize = 128;
 /// Share of the mean power that is added to every column's: columns that were never seen stay bounded.
@@ -49,26 +54,25 @@ impl Inputs {
         self.blocks().flat_map(of_block).collect()
     }
 
-    /// Adds a row `[k]`. Rows with numbers that are not finite, or of another length, are left out.
-    pub fn add(&mut self, row: &[f32]) {
-        if row.len() != self.k || !row.iter().all(|value| value.is_finite()) {
-            return;
-        }
-        self.n_rows += 1;
-        for (largest, value) in self.largest.iter_mut().zip(row) {
-            *largest = largest.max(value.abs());
+    /// Adds rows `[n, k]`. Rows with numbers that are not finite are left out, and so is what is no whole row.
+    pub fn add(&mut self, rows: &[f32]) {
+        let rows = finite_rows(rows, self.k);
+        let n = rows.len() / self.k.max(1);
+        let Ok(x) = ArrayView2::from_shape((n, self.k), &rows) else { return };
+        self.n_rows += n;
+        for row in x.rows() {
+            for (largest, value) in self.largest.iter_mut().zip(row) {
+                *largest = largest.max(value.abs());
+            }
         }
         let mut products = self.products.as_mut_slice();
-        for x in row.chunks(BLOCK) {
-            let (block, rest) = products.split_at_mut(x.len() * x.len());
+        for start in (0..self.k).step_by(BLOCK) {
+            let x = x.slice_axis(Axis(1), Slice::from(start..(start + BLOCK).min(self.k)));
+            let width = x.ncols();
+            let (block, rest) = products.split_at_mut(width * width);
             products = rest;
-            for (sums, a) in block.chunks_exact_mut(x.len()).zip(x) {
-                if *a == 0.0 {
-                    continue;
-                }
-                for (sum, b) in sums.iter_mut().zip(x) {
-                    *sum += a * b;
-                }
+            if let Ok(mut sums) = ArrayViewMut2::from_shape((width, width), block) {
+                general_mat_mul(1.0, &x.t(), &x, 1.0, &mut sums);
             }
         }
     }
@@ -136,6 +140,19 @@ impl Inputs {
             rest = later;
             (start, block)
         })
+    }
+}
+
+/// The whole rows of `k` finite numbers among `rows`.
+fn finite_rows(rows: &[f32], k: usize) -> Cow<'_, [f32]> {
+    let is_finite = |row: &[f32]| row.iter().all(|value| value.is_finite());
+    let whole = &rows[..rows.len() - rows.len() % k.max(1)];
+    match is_finite(whole) {
+        true => Cow::Borrowed(whole),
+        false => {
+            let finite = whole.chunks(k.max(1)).filter(|row| is_finite(row));
+            Cow::Owned(finite.flatten().copied().collect())
+        }
     }
 }
 
@@ -310,6 +327,7 @@ mod tests {
         let mut inputs = Inputs::new(4);
         inputs.add(&[1.0, 0.0, 2.0, 0.0]);
         inputs.add(&[f32::NAN, 0.0, 0.0, 0.0]);
+        inputs.add(&[1.0, 2.0]);
         assert_eq!(inputs.n_rows(), 1);
         assert_eq!(inputs.power(), [1.0, 0.0, 4.0, 0.0]);
         let mut row = [0.4f32, 0.6, 0.4, 1.4];
@@ -318,6 +336,22 @@ mod tests {
         let mut none = [0.4f32, 0.6];
         Compensation::new(&Inputs::new(2)).round(&mut none, |_, w| w.round());
         assert_eq!(none, [0.0, 1.0]);
+    }
+
+    #[test]
+    fn rows_at_once_are_rows_in_turn() {
+        for k in [1, 127, 128, 300] {
+            let n = 9;
+            let mut rows: Vec<f32> = (0..n * k).map(|i| noise(i * 3 + k)).collect();
+            rows[4 * k] = f32::INFINITY;
+            let (mut at_once, mut in_turn) = (Inputs::new(k), Inputs::new(k));
+            at_once.add(&rows);
+            rows.chunks(k).for_each(|row| in_turn.add(row));
+            assert_eq!((at_once.n_rows(), in_turn.n_rows()), (n - 1, n - 1));
+            assert_eq!(at_once.largest(), in_turn.largest());
+            let near = |(a, b): (&f32, &f32)| (a - b).abs() < 1e-4;
+            assert!(at_once.products.iter().zip(&in_turn.products).all(near), "{k}");
+        }
     }
 
     #[test]
