@@ -1,13 +1,14 @@
 //! The compiler: from a checkpoint to an artifact, and the tools around it.
 //!
 //! [`compile::compile`] is the pipeline; [`passes`] are what it does to graphs; [`parity`] compares
-//! an artifact with its source; [`mod@bench`] times one; [`cli`] is the command line.
+//! an artifact with its source; [`mod@bench`] times one; [`device`] reads what a device has; [`cli`] is the command line.
 #![forbid(unsafe_code)]
 
 pub mod bench;
 pub mod calibrate;
 pub mod cli;
 pub mod compile;
+pub mod device;
 pub mod emit;
 pub mod eval;
 pub mod gate;
