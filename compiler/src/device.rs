@@ -1,10 +1,63 @@
 //! What a device has, read from its files and never by running something: a Jetson's board, versions, memory and power
-//! ([`jetson`]).
+//! ([`jetson`]); the GPU architectures inside a CUDA library ([`fatbin`]); shared libraries that the loader would not
+//! find ([`loader`]); both for ONNX Runtime's provider libraries ([`providers`]).
 //!
 //! Parsers are functions from text to values, and tested on fixtures; nothing here was run on a Jetson.
 
+pub mod fatbin;
 pub mod jetson;
+pub mod loader;
+pub mod providers;
 pub mod root;
+
+mod elf;
+#[cfg(test)]
+#[path = "../tests/common/elf.rs"]
+mod elf_file;
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// A library that cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// The file cannot be opened or mapped.
+    #[error("`{}`: {reason}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: io::Error,
+    },
+    /// The file is no ELF library of 64 bits, or a broken one.
+    #[error("`{}`: expected a 64-bit little-endian ELF library, got: {reason}", path.display())]
+    Elf {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A section of CUDA code is not what the format says.
+    #[error("`{}`: section {section}, offset {offset}: expected {expected}, got {got}", path.display())]
+    FatBinary {
+        /// The file.
+        path: PathBuf,
+        /// The section's name.
+        section: &'static str,
+        /// Where in the section.
+        offset: usize,
+        /// What should stand there.
+        expected: &'static str,
+        /// What does.
+        got: String,
+    },
+}
+
+impl DeviceError {
+    fn elf(path: &Path, reason: impl ToString) -> DeviceError {
+        DeviceError::Elf { path: path.to_owned(), reason: reason.to_string() }
+    }
+}
 
 /// Most characters of a name that a device tells of itself.
 const MAX_NAME_CHARS: usize = 200;
