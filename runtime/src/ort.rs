@@ -285,6 +285,12 @@ impl Engine for OrtEngine {
     }
 }
 
+/// The folder of the library in use, else of the one that `library` or [`LIBRARY_VARIABLE`] names, else the first known
+/// place that has one, usable or not: ONNX Runtime looks there for its provider libraries.
+pub fn library_folder(library: Option<&Path>) -> Option<PathBuf> {
+    library::folder(library)
+}
+
 /// What `doctor` says: the library in use, or why there is none; then each execution provider and
 /// whether it can be had here, tried for real.
 pub fn report(library: Option<&Path>) -> (String, Vec<(&'static str, String)>) {

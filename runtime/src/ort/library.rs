@@ -53,6 +53,21 @@ pub(super) fn loaded_path() -> Option<PathBuf> {
     loaded.as_ref().map(|(path, _)| path.clone())
 }
 
+/// The folder of the library in use, else of the one that is named, else the first known one that has one.
+pub(super) fn folder(explicit: Option<&Path>) -> Option<PathBuf> {
+    match loaded_path().or_else(|| named(explicit)) {
+        Some(path) if path.is_dir() => Some(path),
+        Some(path) => fs::canonicalize(&path).unwrap_or(path).parent().map(Path::to_owned),
+        None => known_folders().into_iter().find(|folder| library_in(folder).is_some()),
+    }
+}
+
+/// The path in an option, else in the variable.
+fn named(explicit: Option<&Path>) -> Option<PathBuf> {
+    let variable = std::env::var_os(LIBRARY_VARIABLE).filter(|path| !path.is_empty());
+    explicit.map(Path::to_owned).or(variable.map(PathBuf::from))
+}
+
 fn failed(path: &Path, reason: String, hint: &'static str) -> BackendError {
     BackendError::Engine { engine: NAME, place: path.display().to_string(), reason, hint }
 }
@@ -60,9 +75,8 @@ fn failed(path: &Path, reason: String, hint: &'static str) -> BackendError {
 /// The library to use: the one that is named by option or variable, or the first usable one of
 /// the known places.
 fn find(explicit: Option<&Path>) -> Result<PathBuf, BackendError> {
-    let variable = std::env::var_os(LIBRARY_VARIABLE).filter(|path| !path.is_empty());
-    if let Some(named) = explicit.map(Path::to_owned).or(variable.map(PathBuf::from)) {
-        let path = resolve(&named)?;
+    if let Some(given) = named(explicit) {
+        let path = resolve(&given)?;
         return match check(&path) {
             Ok(()) => Ok(path),
             Err(reason) => Err(failed(&path, reason, HINT)),
