@@ -127,7 +127,6 @@ fn the_same_weights_give_the_same_next_tokens_in_onnx_runtime() {
         let name = precision.name();
         assert!(verdict.n_tokens >= 2000 && verdict.top1_agreement >= 0.995, "{name}: {verdict:?}");
         assert!(verdict.mean_kl <= 1e-3, "{name}: {verdict:?}");
-        println!("{name}: {verdict:?}");
     }
 }
 
