@@ -20,7 +20,7 @@ fn contrib(op_type: &'static str, attributes: Attributes) -> OnnxForm {
 #[derive(Debug, Clone, PartialEq)]
 pub struct FusedMatMul;
 
-/// (x − x₀)(W − w₀) · s · t, x and W bytes: x u8 [.., k], weight u8 [k, n], s f32 [], t f32 [n], x₀ and w₀ u8 [].
+/// (x − x₀)(W − w₀) · s · t, x and W bytes: x u8 `[.., k]`, weight u8 `[k, n]`, s f32, t f32 `[n]`, x₀ and w₀ u8.
 #[derive(Debug, Clone, PartialEq)]
 pub struct MatMulIntegerToFloat;
 
