@@ -84,8 +84,8 @@ pub fn presets() -> &'static [&'static str] {
 
 /// Writes the checkpoint of a preset into the folder `out`, which must be empty or absent.
 ///
-/// `outliers` makes a few channels of the language model's residual stream far larger than the others, as trained models
-/// have them: what is hard to round. `progress` hears the bytes of tensors written and to be written. The files appear in `out`
+/// `outliers` makes a few channels of the language model's residual stream far larger than the others, and logits as
+/// unlike, as trained models have them: what is hard to round. `progress` hears the bytes of tensors written and to be written. The files appear in `out`
 /// all at once, at the end.
 ///
 /// # Errors

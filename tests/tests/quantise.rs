@@ -63,7 +63,7 @@ fn calibrated_int4_is_nearer_to_f32_than_rounding_to_nearest() {
 fn outliers_are_migrated_where_rounding_to_nearest_fails_and_the_report_names_them() {
     let scratch = tempfile::tempdir().unwrap();
     let source = scratch.path().join("source");
-    synthesize("tiny-openflamingo-mpt", &source, 3, true, &mut |_, _| ()).unwrap();
+    synthesize("tiny-openflamingo-mpt", &source, 9, true, &mut |_, _| ()).unwrap();
     let fitted = open_gate(&source, &scratch.path().join("fitted"), Precision::Int8);
     let output = scratch.path().join("nearest/model.flamingo");
     let nearest = CompileOptions { calibrate: CalibrateOn::Nothing, output, ..fitted.clone() };
@@ -76,12 +76,13 @@ fn outliers_are_migrated_where_rounding_to_nearest_fails_and_the_report_names_th
     assert_eq!(replaced(&without, "decoder"), 0);
     let kl = |report: &Report| report.quantisation.mean_kl.unwrap();
     // Two of 64 columns are outliers; the wider a model, the more there is to gain.
-    assert!(kl(&report) < 0.7 * kl(&without), "{} {}", kl(&report), kl(&without));
+    assert!(kl(&report) < 0.5 * kl(&without), "{} {}", kl(&report), kl(&without));
     let layers = &report.quantisation.layers;
+    assert!(layers.iter().any(|layer| layer.outlier_ratio.is_some_and(|ratio| ratio > 8.0)));
     let ratio = |name: &str| layers.iter().find(|layer| layer.name == name).unwrap().outlier_ratio;
     let before = ratio("decoder.0.attention.merged_3.weight").unwrap();
     let behind = ratio("decoder.1.attention.merged_3.weight").unwrap();
-    assert!(behind > 2.0 * before, "{behind} {before}");
+    assert!(behind > 4.0 * before, "{behind} {before}");
     // A table of embeddings meets no rows; all others were measured.
     let measured: Vec<f64> = layers.iter().filter_map(|layer| layer.output_sqnr_db).collect();
     assert!(measured.len() > 10 && measured.iter().all(|db| *db > 15.0), "{measured:?}");

@@ -24,7 +24,8 @@ pub(super) struct Synth {
     /// Seed of the weights
     #[arg(long, value_name = "N", default_value = "0")]
     seed: u64,
-    /// Make a few channels of the residual stream 8 to 80 times as large as the others, as trained models have them
+    /// Make a few channels of the residual stream 8 to 80 times as large as the others, and logits as unlike, as in
+    /// trained models
     #[arg(long)]
     outliers: bool,
     /// Print what was written as JSON

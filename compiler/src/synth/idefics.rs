@@ -63,8 +63,9 @@ impl Idefics {
         list.final_norm_scale("model.norm", self.width, false);
         list.linear("lm_head", self.vocabulary, self.width);
         list.linear("lm_head.additional_fc", n_added, self.width);
-        list.outliers_from("model.layers.0", LLAMA_WRITER, true);
-        list.outliers_from("model.gated_cross_attn_layers.0", "", true);
+        list.before_outliers("model.gated_cross_attn_layers.0");
+        list.before_outliers("model.layers.0");
+        list.outlier_writer(&format!("model.layers.0.{LLAMA_WRITER}"), true);
         list
     }
 

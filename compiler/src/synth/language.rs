@@ -77,7 +77,9 @@ impl Language {
             Architecture::Llama => (LLAMA_WRITER, true),
             Architecture::Opt => ("fc2", false),
         };
-        list.outliers_from(&format!("{}.0", self.layers_prefix()), writer, is_gated);
+        let first = format!("{}.0", self.layers_prefix());
+        list.before_outliers(&first);
+        list.outlier_writer(&format!("{first}.{writer}"), is_gated);
         list
     }
 

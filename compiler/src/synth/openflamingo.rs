@@ -43,7 +43,7 @@ impl OpenFlamingo {
             let block = format!("lang_encoder.{prefix}.{layer_idx}.gated_cross_attn_layer");
             self.gated_block(&mut list, &block);
         }
-        list.outliers_from(&format!("lang_encoder.{}.0", self.language.layers_prefix()), "", false);
+        list.before_outliers(&format!("lang_encoder.{}.0", self.language.layers_prefix()));
         list
     }
 

@@ -153,17 +153,19 @@ impl TensorList {
         self.add(format!("{name}.bias"), &[width], Fill::Bias);
     }
 
-    /// Outliers come into the residual stream with the last matrix of `layer`, called `{layer}.{writer}.weight` if the
-    /// list has it: no norm of the layer sees them.
-    pub(super) fn outliers_from(&mut self, layer: &str, writer: &str, is_gated: bool) {
-        let writer = format!("{layer}.{writer}.weight");
-        for spec in self.0.iter_mut().filter(|spec| spec.name.starts_with(&format!("{layer}."))) {
-            match spec.fill {
-                Fill::OutlierReader => spec.fill = Fill::NormScale,
-                Fill::Linear if spec.name == writer => spec.fill = Fill::OutlierWriter { is_gated },
-                _ => {}
-            }
-        }
+    /// The norms of `layer` come before outliers are written.
+    pub(super) fn before_outliers(&mut self, layer: &str) {
+        let layer = format!("{layer}.");
+        let own = self.0.iter_mut().filter(|spec| spec.name.starts_with(&layer));
+        own.filter(|spec| spec.fill == Fill::OutlierReader)
+            .for_each(|spec| spec.fill = Fill::NormScale);
+    }
+
+    /// The matrix `{name}.weight` writes the outliers.
+    pub(super) fn outlier_writer(&mut self, name: &str, is_gated: bool) {
+        let name = format!("{name}.weight");
+        let own = self.0.iter_mut().filter(|spec| spec.name == name);
+        own.for_each(|spec| spec.fill = Fill::OutlierWriter { is_gated });
     }
 
     /// The tensors.

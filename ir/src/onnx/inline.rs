@@ -18,12 +18,12 @@ pub fn inline_functions(graph: &Graph, flavour: Flavour) -> Result<Graph, GraphE
 
 /// The same graph with each linear that reads a weight in panels of integers as one op with it, where engines multiply
 /// integers. Ops of several such linears are replaced by their definitions.
-pub(super) fn panel_linears(graph: &Graph, flavour: Flavour) -> Result<Graph, GraphError> {
+pub(super) fn panel_linears(graph: Graph, flavour: Flavour) -> Result<Graph, GraphError> {
     let is_of_panels = |node: &Node| matches!(node.op, Op::UnpackPanels(_));
     if !graph.nodes().iter().any(is_of_panels) {
-        return Ok(graph.clone());
+        return Ok(graph);
     }
-    let mut out = inline(graph, flavour, Which::OfPanels)?;
+    let mut out = inline(&graph, flavour, Which::OfPanels)?;
     out.sweep()?;
     Ok(out)
 }
@@ -121,8 +121,7 @@ impl Inliner {
             (Which::OfPanels, Op::Linear(linear)) if reads_panels => {
                 return self.panel_linear(&name, linear, inputs);
             }
-            (Which::OfPanels, Op::FeedForward(_) | Op::GatedCrossAttention(_)) => reads_panels,
-            (Which::OfPanels, _) => false,
+            (Which::OfPanels, op) => op.is_function() && reads_panels,
         };
         if is_replaced {
             let facts: Vec<_> = inputs.iter().map(|id| self.out.fact(*id).clone()).collect();

@@ -25,7 +25,7 @@ pub fn write_onnx(
     let options = options.into();
     let mut runtime = lower::runtime_graph(graph, weights)?;
     if options.flavour == Flavour::OrtCpu {
-        runtime = panel_linears(&runtime, options.flavour)?;
+        runtime = panel_linears(runtime, options.flavour)?;
     }
     let runtime = match options.functions {
         Functions::Keep => runtime,

@@ -1,7 +1,7 @@
 //! Operators of ONNX Runtime's domain `com.microsoft`, for the `ort-cpu` flavour's bodies
 //! (<https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md>).
 
-use ndarray::{Array2, ArrayD, Ix2, IxDyn};
+use ndarray::{ArcArray, Array2, IxDyn};
 
 use super::{
     Attribute, Attributes, Flavour, MatMul, OnnxForm, OpError, Operator, Transpose, expect_fact,
@@ -136,29 +136,6 @@ impl Operator for FusedMatMul {
     }
 }
 
-/// `x` with its last size `k` as `n`.
-fn with_columns(x: &Fact, k: usize, n: usize) -> Result<Fact, OpError> {
-    let mut out = x.clone();
-    match out.shape.pop().and_then(|last| last.known()) {
-        Some(columns) if columns == k && x.rank() >= 2 => {
-            out.dtype = DType::F32;
-            out.shape.push(n.into());
-            Ok(out)
-        }
-        _ => Err(input_error(0, "x", &format!("[.., {k}] of rank 2 or more"), x)),
-    }
-}
-
-/// `x` [.., k] as rows, times `weight` [k, n], in f64.
-fn product_of_rows(x: ArrayD<f64>, weight: &Array2<f64>) -> Option<ArrayD<f64>> {
-    let mut shape = x.shape().to_vec();
-    let k = shape.pop()?;
-    let n_rows: usize = shape.iter().product();
-    shape.push(weight.ncols());
-    let rows = x.into_shape_with_order((n_rows, k)).ok()?;
-    rows.dot(weight).into_shape_with_order(IxDyn(&shape)).ok()
-}
-
 impl Operator for MatMulIntegerToFloat {
     fn name(&self) -> &'static str {
         "MatMulIntegerToFloat"
@@ -186,9 +163,11 @@ impl Operator for MatMulIntegerToFloat {
         expect_fact(inputs, 3, "scales of the weight", &Fact::f32([n]))?;
         expect_fact(inputs, 4, "zero point of x", &Fact::new(DType::U8, nothing))?;
         expect_fact(inputs, 5, "zero point of the weight", &Fact::new(DType::U8, nothing))?;
-        match inputs[0].dtype {
-            DType::U8 => Ok(vec![with_columns(&inputs[0], k, n)?]),
-            _ => Err(input_error(0, "x", &DType::U8, &inputs[0])),
+        match &inputs[0] {
+            x if x.dtype == DType::U8 => {
+                MatMul.infer(&[Fact::f32(x.shape.clone()), Fact::f32([k, n])])
+            }
+            x => Err(input_error(0, "x", &DType::U8, x)),
         }
     }
 
@@ -205,15 +184,14 @@ impl Operator for MatMulIntegerToFloat {
         else {
             return Err(failed());
         };
-        let from = |zero: &ndarray::ArcArray<u8, IxDyn>| zero.first().copied().map(f64::from);
-        let (x0, w0) = from(x0).zip(from(w0)).ok_or_else(failed)?;
-        let scale = s.first().copied().ok_or_else(failed)?;
-        let weight = weight.mapv(|w| f64::from(w) - w0).into_dimensionality::<Ix2>();
-        let weight = weight.map_err(|_| failed())?;
-        let product = product_of_rows(x.mapv(|x| f64::from(x) - x0), &weight).ok_or_else(failed)?;
-        // Sums of integers are exact; the scales come after.
-        let y = product.mapv(|sum| sum as f32 * scale) * t;
-        Ok(vec![Tensor::F32(y.into_shared())])
+        let around = |bytes: &ArcArray<u8, IxDyn>, zero: &ArcArray<u8, IxDyn>| {
+            let zero = f32::from(*zero.first()?);
+            Some(Tensor::F32(bytes.mapv(|byte| f32::from(byte) - zero).into_shared()))
+        };
+        let factors = [around(x, x0).ok_or_else(failed)?, around(weight, w0).ok_or_else(failed)?];
+        let sums = MatMul.evaluate(&factors)?;
+        let sums = sums[0].as_f32().ok_or_else(failed)?;
+        Ok(vec![Tensor::F32((sums * s * t).into_shared())])
     }
 }
 
@@ -242,27 +220,20 @@ impl Operator for MatMulNBits {
         let blocks = [self.n, self.n_blocks(), self.block / 2];
         expect_fact(inputs, 1, "weight", &Fact::new(DType::U8, blocks))?;
         expect_fact(inputs, 2, "scales", &Fact::f32([self.n * self.n_blocks()]))?;
-        match inputs[0].dtype {
-            DType::F32 => Ok(vec![with_columns(&inputs[0], self.k, self.n)?]),
-            _ => Err(input_error(0, "x", &DType::F32, &inputs[0])),
-        }
+        FusedMatMul.infer(&[inputs[0].clone(), Fact::f32([self.n, self.k])])
     }
 
     fn evaluate(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>, OpError> {
         let failed = || OpError::Evaluation("MatMulNBits takes f32, bytes and scales".into());
-        let [Tensor::F32(x), Tensor::U8(bytes), Tensor::F32(scales)] = inputs else {
-            return Err(failed());
-        };
-        let (bytes, scales) = (bytes.as_slice(), scales.as_slice());
-        let (bytes, scales) = bytes.zip(scales).ok_or_else(failed)?;
-        let weight = Array2::from_shape_fn((self.k, self.n), |(col, row)| {
+        let [x, Tensor::U8(bytes), Tensor::F32(scales)] = inputs else { return Err(failed()) };
+        let (bytes, scales) = bytes.as_slice().zip(scales.as_slice()).ok_or_else(failed)?;
+        let weight = Array2::from_shape_fn((self.n, self.k), |(row, col)| {
             let at = row * self.n_blocks() + col / self.block;
             let byte = bytes[at * (self.block / 2) + col % self.block / 2];
             let level = if col % 2 == 0 { byte & 15 } else { byte >> 4 };
-            (f64::from(level) - 8.0) * f64::from(scales[at])
+            (f32::from(level) - 8.0) * scales[at]
         });
-        let y = product_of_rows(x.mapv(f64::from), &weight).ok_or_else(failed)?;
-        Ok(vec![Tensor::F32(y.mapv(|sum| sum as f32).into_shared())])
+        FusedMatMul.evaluate(&[x.clone(), Tensor::F32(weight.into_dyn().into_shared())])
     }
 }
 

@@ -256,8 +256,7 @@ impl UnpackPanels {
         let bytes = body.graph.add("nibble_bytes", Cast { dtype: DType::U8 }, &[bytes])?;
         let bytes = body.shaped("byte_blocks", bytes, &[rows, n_blocks, block / 2])?;
         let bytes = body.cut_rows("whole_blocks", bytes, (rows, self.n))?;
-        let scales = body.numbers("block_scale_numbers", block_scales)?;
-        let scales = body.turned("block_scales_by_row", scales, &[0, 2, 1])?;
+        let scales = body.block_scales_by_row(block_scales)?;
         let by_row =
             body.shaped("row_scale_columns", row_scales, &[self.n_panels(), PANEL_ROWS, 1])?;
         let scales = body.graph.add("scales", Mul, &[scales, by_row])?;
@@ -327,14 +326,19 @@ impl Body<'_> {
         row_scales: ValueId,
     ) -> Result<ValueId, GraphError> {
         let n_blocks = self.graph.fact(block_scales).shape[1].known().unwrap_or(0);
-        let scales = self.numbers("block_scale_numbers", block_scales)?;
-        let scales = self.turned("block_scales_by_row", scales, &[0, 2, 1])?;
+        let scales = self.block_scales_by_row(block_scales)?;
         let shape = [self.n_panels, PANEL_ROWS, n_blocks, 1];
         let scales = self.shaped("block_scale_columns", scales, &shape)?;
         let y = self.graph.add("block_scaled", Mul, &[values, scales])?;
         let shape = [self.n_panels, PANEL_ROWS, 1, 1];
         let scales = self.shaped("row_scale_columns", row_scales, &shape)?;
         self.graph.add("scaled", Mul, &[y, scales])
+    }
+
+    /// Bytes [p, blocks, 16] as numbers [p, 16, blocks].
+    fn block_scales_by_row(&mut self, block_scales: ValueId) -> Result<ValueId, GraphError> {
+        let scales = self.numbers("block_scale_numbers", block_scales)?;
+        self.turned("block_scales_by_row", scales, &[0, 2, 1])
     }
 
     /// The first rows and columns.

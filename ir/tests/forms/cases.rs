@@ -15,6 +15,8 @@ pub(crate) enum Source {
     Positive,
     /// f32 in −1..1, known at build time.
     Weight,
+    /// f32 in −1e-5..1e-5, known at build time: of scales of numbers up to 32 000.
+    Scale,
     /// i64 past_len.. .
     Positions,
     /// i64 0.. .
@@ -49,7 +51,7 @@ pub(crate) struct Case {
 fn case(name: &'static str, op: impl Into<Op>, inputs: &[(&'static str, Source, &str)]) -> Case {
     let fact = |source: Source, shape: &str| {
         let dtype = match source {
-            Noise | Positive | Weight => DType::F32,
+            Noise | Positive | Weight | Scale => DType::F32,
             Positions | KeyPositions | MediaTime | MediaIndex => DType::I64,
             Truth => DType::Bool,
             Bf16Weight => DType::BF16,
@@ -83,6 +85,7 @@ fn tensor(source: Source, fact: &Fact, bindings: &Bindings, seed: usize) -> Tens
     };
     match source {
         Noise | Weight => Tensor::f32(&shape, (0..n).map(noise).collect()).unwrap(),
+        Scale => Tensor::f32(&shape, (0..n).map(|i| 1e-5 * noise(i)).collect()).unwrap(),
         Positive => Tensor::f32(&shape, (0..n).map(|i| noise(i) / 2.0 + 0.75).collect()).unwrap(),
         Positions => integers(&|i| bindings["past_len"] + i),
         KeyPositions => integers(&|i| i),
@@ -148,7 +151,7 @@ pub(crate) fn build(name: &str, cases: &[Case]) -> Built {
         for (role, source, fact) in &case.inputs {
             let name = format!("{}.{role}", case.name);
             ids.push(match source {
-                Weight | Bf16Weight | F16Weight | I8Weight | U8Weight => {
+                Weight | Scale | Bf16Weight | F16Weight | I8Weight | U8Weight => {
                     let seed = 1000 + weights.0.len();
                     weights.0.insert(name.clone(), tensor(*source, fact, &Bindings::new(), seed));
                     let id = graph.weight(&name, fact.clone());
@@ -364,7 +367,7 @@ pub(crate) fn function_cases() -> Vec<Case> {
             &[
                 ("x", Noise, "2, text_len, 7"),
                 ("data", I8Weight, "2, 2, 16, 4"),
-                ("row_scales", Weight, "2, 16"),
+                ("row_scales", Scale, "2, 16"),
                 ("residual", Noise, "2, text_len, 21"),
             ],
         ),
@@ -374,7 +377,7 @@ pub(crate) fn function_cases() -> Vec<Case> {
             &[
                 ("x", Noise, "text_len, 37"),
                 ("data", U8Weight, "2, 6, 16, 4"),
-                ("row_scales", Weight, "2, 16"),
+                ("row_scales", Scale, "2, 16"),
                 ("block_scales", U8Weight, "2, 3, 16"),
                 ("residual", Noise, "text_len, 32"),
             ],

@@ -12,7 +12,6 @@ use flamingo_ir::{Constant, Fact, Graph, Tensor, evaluate_with, fold, verify};
 
 use crate::cases::Built;
 
-/// As [`flamingo_ir::op::Tolerance`] says: relative to the largest magnitude of an output.
 fn assert_close(name: &str, left: &[Tensor], right: &[Tensor]) {
     assert_eq!(left.len(), right.len(), "{name}");
     for (index, (a, b)) in left.iter().zip(right).enumerate() {
@@ -21,9 +20,8 @@ fn assert_close(name: &str, left: &[Tensor], right: &[Tensor]) {
             assert_eq!(a, b, "{name} output {index}");
             continue;
         };
-        let largest = a.iter().fold(0.0f32, |most, x| most.max(x.abs()));
         for (x, y) in a.iter().zip(b) {
-            assert!((x - y).abs() <= 1e-5 + 1e-5 * largest, "{name} output {index}: {x} {y}");
+            assert!((x - y).abs() <= 1e-5 + 1e-5 * x.abs(), "{name} output {index}: {x} {y}");
         }
     }
 }
