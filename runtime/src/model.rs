@@ -2,6 +2,7 @@
 
 pub(crate) mod media;
 
+use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -351,15 +352,21 @@ fn encoder<'a>(tokenizer: &'a Tokenizer, config: &'a ModelConfig) -> PromptEncod
     PromptEncoder { tokenizer, family: config.family, tokens: &config.tokens }
 }
 
+/// How the native engine keeps keys and values of a model whose layer groups are stored so, unless it is told.
+pub fn default_kv_format(precision: &BTreeMap<String, String>) -> KvFormat {
+    match precision.values().all(|precision| precision == "f32") {
+        true => KvFormat::F32,
+        false => KvFormat::F16,
+    }
+}
+
 /// How keys and values are kept: engines other than ours keep f32.
 fn kv_format(manifest: &Manifest, options: &OpenOptions) -> KvFormat {
     let is_native = options.backend.as_deref().is_none_or(|name| name == "native");
-    let is_f32 = manifest.precision.values().all(|precision| precision == "f32");
     match options.kv_format {
         _ if !is_native => KvFormat::F32,
         Some(format) => format,
-        None if is_f32 => KvFormat::F32,
-        None => KvFormat::F16,
+        None => default_kv_format(&manifest.precision),
     }
 }
 

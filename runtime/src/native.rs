@@ -11,6 +11,7 @@ mod encoder;
 mod execute;
 mod lower;
 mod plan;
+mod plans;
 mod size;
 mod stage;
 #[cfg(test)]
@@ -35,6 +36,7 @@ use crate::profile::Record;
 use crate::watch::Watcher;
 
 use encoder::Encoder;
+pub use plans::{Plans, Text};
 pub use stage::{Buffers, Call, NativeStage, Span, StageMemory};
 
 /// Runs the media and decoder graphs of an artifact on the CPU, in f32.

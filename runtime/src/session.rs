@@ -24,7 +24,7 @@ pub(crate) use media::Given;
 use media::SessionMedia;
 
 /// Tokens of a prompt that are read at once; between them a session looks whether to stop.
-const PREFILL_TOKENS: usize = 512;
+pub const PREFILL_TOKENS: usize = 512;
 
 /// An encoded medium, and what tells it from others.
 #[derive(Clone, Debug)]

@@ -46,6 +46,11 @@ impl KvFormat {
             KvFormat::Int8 => elements + 8 * n_kv_heads,
         }
     }
+
+    /// Bytes of a cache of `n_rows` rows in one block, as [`KvCache::from_rows`](super::KvCache::from_rows) makes it.
+    pub fn rows_bytes(self, n_kv_heads: usize, head_dim: usize, n_rows: usize) -> usize {
+        self.token_bytes(n_kv_heads, head_dim) * n_rows.next_multiple_of(LANES).max(LANES)
+    }
 }
 
 impl fmt::Display for KvFormat {

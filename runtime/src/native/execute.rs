@@ -13,6 +13,7 @@ use smallvec::SmallVec;
 use super::plan::{Action, MediaInput, PanelPlaces, Part, Plan, Source, View, WeightOperand};
 use super::size::{Size, Sizes};
 use super::stage::Span;
+use super::work::Tally;
 use crate::backend::{Media, MediaKv};
 
 /// Rows without a medium between rows with one that are computed rather than cut out: below this
@@ -232,12 +233,14 @@ impl<'a> Context<'a> {
         view.map(|view| self.rows(view).map(|rows| rows.data)).transpose()
     }
 
-    /// The rows that an action runs over: all, or stretches in which rows see a medium.
+    /// What the counts of this call depend on.
+    pub(super) fn tally(&self) -> Tally<'a> {
+        let Context { plan, sizes, media, media_time, n_scores, .. } = *self;
+        Tally { plan, sizes, media, media_time, n_scores }
+    }
+
     pub(super) fn stretches(&self, only_seen: bool, n_rows: usize) -> Stretches {
-        match only_seen {
-            false => std::iter::once(0..n_rows).collect(),
-            true => seen_stretches(self.media_time),
-        }
+        stretches(self.media_time, only_seen, n_rows)
     }
 
     fn linear(&self, op: &Linear<'_>, only_seen: bool, out: &mut [f32], shape: (usize, usize)) {
@@ -417,6 +420,14 @@ fn dense(out: &mut [f32], (rows, cols): (usize, usize)) -> MatrixMut<'_> {
 
 /// Ranges of rows; of one token without an allocation.
 pub(super) type Stretches = SmallVec<[Range<usize>; 2]>;
+
+/// The rows that an action runs over: all, or stretches in which rows see a medium.
+pub(super) fn stretches(media_time: &[u32], only_seen: bool, n_rows: usize) -> Stretches {
+    match only_seen {
+        false => std::iter::once(0..n_rows).collect(),
+        true => seen_stretches(media_time),
+    }
+}
 
 /// Stretches of rows from one that sees a medium to another, without gaps of [`MIN_GAP`] rows
 /// that see none.

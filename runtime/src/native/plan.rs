@@ -87,6 +87,13 @@ pub(super) struct PlanWeight {
     pub(super) n_elements: usize,
 }
 
+impl PlanWeight {
+    /// Bytes in the weight file.
+    pub(super) fn bytes(&self) -> usize {
+        self.n_elements.saturating_mul(self.dtype.size())
+    }
+}
+
 /// Rows of a view that go to the output together.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Part {

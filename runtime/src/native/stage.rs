@@ -95,6 +95,61 @@ impl fmt::Debug for NativeStage {
     }
 }
 
+impl Plan {
+    /// All sizes of a call.
+    ///
+    /// # Errors
+    /// If a symbol is unbound or a size overflows.
+    pub(super) fn evaluate(&self, bindings: &Bindings) -> Result<Sizes, BackendError> {
+        self.sizes.evaluate(bindings).map_err(|(dim, reason)| BackendError::Input {
+            place: format!("graph \"{}\": dimension `{dim}`", self.graph),
+            expected: "a size".into(),
+            found: match reason.as_str() {
+                "overflow" => reason,
+                symbol => format!("no value of `{symbol}`"),
+            },
+            hint: "bind every symbol of the graph to a size that fits the machine",
+        })
+    }
+
+    /// Elements of each slot.
+    fn slot_sizes<'a>(&'a self, sizes: &'a Sizes) -> impl Iterator<Item = usize> + 'a {
+        let largest = |slot: &Vec<_>| slot.iter().map(|size| sizes.get(*size)).max().unwrap_or(0);
+        self.slots.iter().map(largest)
+    }
+
+    /// Heads of each gated block that the stage attends to, by block; 0 for others.
+    pub(super) fn media_heads(&self) -> Vec<usize> {
+        let mut heads = Vec::new();
+        for instruction in &self.instructions {
+            if let Action::CrossAttention { media, n_heads, .. } = &instruction.action {
+                heads.resize(heads.len().max(media.block + 1), 0);
+                heads[media.block] = *n_heads;
+            }
+        }
+        heads
+    }
+
+    /// Memory that a call with these sizes needs.
+    ///
+    /// # Errors
+    /// If a symbol is unbound or a size overflows.
+    pub(super) fn memory(&self, bindings: &Bindings) -> Result<StageMemory, BackendError> {
+        let sizes = self.evaluate(bindings)?;
+        let bytes = |n_elements: usize| n_elements.saturating_mul(size_of::<f32>());
+        let weight_bytes = |total: usize, weight: &PlanWeight| total.saturating_add(weight.bytes());
+        let sum = |total: usize, n_elements| total.saturating_add(bytes(n_elements));
+        let buffers = self.instructions.iter();
+        let unshared = buffers.map(|i| sizes.get(i.rows).saturating_mul(sizes.get(i.cols)));
+        Ok(StageMemory {
+            weight_bytes: self.weights.iter().fold(0, weight_bytes),
+            literal_bytes: self.literals.iter().map(Vec::len).fold(0, sum),
+            buffer_bytes: self.slot_sizes(&sizes).fold(0, sum),
+            unshared_bytes: unshared.fold(0, sum),
+        })
+    }
+}
+
 /// The tensor that a plan reads, if it is there and of that type.
 fn stored<'a>(weights: &'a dyn WeightBytes, weight: &PlanWeight) -> Option<Stored<'a>> {
     match weight.dtype {
@@ -161,20 +216,13 @@ impl NativeStage {
 
     /// Heads of each gated block that the stage attends to, by block; 0 for others.
     pub(super) fn media_heads(&self) -> Vec<usize> {
-        let mut heads = Vec::new();
-        for instruction in &self.plan.instructions {
-            if let Action::CrossAttention { media, n_heads, .. } = &instruction.action {
-                heads.resize(heads.len().max(media.block + 1), 0);
-                heads[media.block] = *n_heads;
-            }
-        }
-        heads
+        self.plan.media_heads()
     }
 
     /// Names of the weights it reads, and their bytes.
     pub(super) fn weights_used(&self) -> impl Iterator<Item = (&str, usize)> {
         let weights = self.plan.weights.iter();
-        weights.map(|w| (w.name.as_str(), w.n_elements.saturating_mul(w.dtype.size())))
+        weights.map(|weight| (weight.name.as_str(), weight.bytes()))
     }
 
     /// Number of layers with a cache.
@@ -187,20 +235,7 @@ impl NativeStage {
     /// # Errors
     /// If a symbol is unbound or a size overflows.
     pub fn memory(&self, bindings: &Bindings) -> Result<StageMemory, BackendError> {
-        let sizes = self.sizes(bindings)?;
-        let bytes = |n_elements: usize| n_elements.saturating_mul(size_of::<f32>());
-        let weight_bytes = |total: usize, weight: &PlanWeight| {
-            total.saturating_add(weight.n_elements.saturating_mul(weight.dtype.size()))
-        };
-        let sum = |total: usize, n_elements| total.saturating_add(bytes(n_elements));
-        let buffers = self.plan.instructions.iter();
-        let unshared = buffers.map(|i| sizes.get(i.rows).saturating_mul(sizes.get(i.cols)));
-        Ok(StageMemory {
-            weight_bytes: self.plan.weights.iter().fold(0, weight_bytes),
-            literal_bytes: self.plan.literals.iter().map(Vec::len).fold(0, sum),
-            buffer_bytes: self.slot_sizes(&sizes).fold(0, sum),
-            unshared_bytes: unshared.fold(0, sum),
-        })
+        self.plan.memory(bindings)
     }
 
     /// Empty caches for sequences of up to `capacity` tokens, one a layer. Their blocks are allocated as tokens come;
@@ -244,7 +279,7 @@ impl NativeStage {
         spans: &mut [Span<'_>],
         buffers: &mut Buffers,
     ) -> Result<Vec<Vec<f32>>, BackendError> {
-        let sizes = self.sizes(call.bindings)?;
+        let sizes = self.plan.evaluate(call.bindings)?;
         let inputs = self.check_inputs(call, &sizes)?;
         self.check_spans(call, spans)?;
         self.grow(&sizes, buffers)?;
@@ -343,7 +378,7 @@ impl NativeStage {
             op: instruction.action.name(),
             start,
             duration,
-            work: context.work(&instruction.action, shape),
+            work: context.tally().work(&instruction.action, shape),
         });
     }
 
@@ -354,27 +389,9 @@ impl NativeStage {
         }
     }
 
-    fn sizes(&self, bindings: &Bindings) -> Result<Sizes, BackendError> {
-        self.plan.sizes.evaluate(bindings).map_err(|(dim, reason)| BackendError::Input {
-            place: format!("graph \"{}\": dimension `{dim}`", self.plan.graph),
-            expected: "a size".into(),
-            found: match reason.as_str() {
-                "overflow" => reason,
-                symbol => format!("no value of `{symbol}`"),
-            },
-            hint: "bind every symbol of the graph to a size that fits the machine",
-        })
-    }
-
-    /// Elements of each slot.
-    fn slot_sizes<'a>(&'a self, sizes: &'a Sizes) -> impl Iterator<Item = usize> + 'a {
-        let largest = |slot: &Vec<_>| slot.iter().map(|size| sizes.get(*size)).max().unwrap_or(0);
-        self.plan.slots.iter().map(largest)
-    }
-
     fn grow(&self, sizes: &Sizes, buffers: &mut Buffers) -> Result<(), BackendError> {
         buffers.slots.resize_with(self.plan.slots.len(), Vec::new);
-        for (slot, needed) in buffers.slots.iter_mut().zip(self.slot_sizes(sizes)) {
+        for (slot, needed) in buffers.slots.iter_mut().zip(self.plan.slot_sizes(sizes)) {
             let more = needed.saturating_sub(slot.len());
             if more > 0 {
                 slot.try_reserve_exact(more).map_err(|_| BackendError::Memory {

@@ -2,11 +2,27 @@
 //! call.
 #![forbid(unsafe_code)]
 
+use std::sync::Arc;
+
 use flamingo_kernels::PanelFormat;
 
-use super::execute::Context;
-use super::plan::{Action, MediaInput, Source, View, WeightOperand};
+use super::execute::stretches;
+use super::plan::{Action, MediaInput, Plan, Source, View, WeightOperand};
+use super::size::Sizes;
+use crate::backend::Media;
 use crate::profile::{Arithmetic, Work};
+
+/// What the counts of a call depend on.
+#[derive(Clone, Copy)]
+pub(super) struct Tally<'a> {
+    pub(super) plan: &'a Plan,
+    pub(super) sizes: &'a Sizes,
+    pub(super) media: &'a [Arc<Media>],
+    /// For each row the medium that it sees.
+    pub(super) media_time: &'a [u32],
+    /// Pairs of a new token and a token that it may see.
+    pub(super) n_scores: usize,
+}
 
 impl Action {
     /// Name of what it does.
@@ -47,7 +63,7 @@ impl Action {
     }
 }
 
-impl Context<'_> {
+impl Tally<'_> {
     /// What `action` reads and computes to give `[n_rows, n_cols]`.
     pub(super) fn work(&self, action: &Action, (n_rows, n_cols): (usize, usize)) -> Work {
         let cols = |view: &View| self.sizes.get(view.cols);
@@ -56,21 +72,22 @@ impl Context<'_> {
         let all = views.saturating_add(panels);
         let (weight_bytes, multiply_adds) = match action {
             Action::Linear { x, weight, only_seen, .. } => {
-                let stretches = self.stretches(*only_seen, n_rows);
+                let stretches = stretches(self.media_time, *only_seen, n_rows);
                 let n_seen: usize = stretches.iter().map(|stretch| stretch.len()).sum();
-                let again = stretches.len().saturating_sub(1) * self.operand_bytes(weight);
-                let read = if stretches.is_empty() { 0 } else { all + again };
+                let again =
+                    stretches.len().saturating_sub(1).saturating_mul(self.operand_bytes(weight));
+                let read = if stretches.is_empty() { 0 } else { all.saturating_add(again) };
                 (read, product([n_seen, n_cols, cols(x)]))
             }
-            Action::GatedLinear { x, .. } => (all, 2 * product([n_rows, n_cols, cols(x)])),
+            Action::GatedLinear { x, .. } => (all, product([2, n_rows, n_cols, cols(x)])),
             Action::Attention { q, segments, n_groups, .. } => {
                 let n_groups = self.sizes.get(*n_groups).max(1);
                 let n_keys: usize = segments.iter().map(|[k, _]| self.sizes.get(k.rows)).sum();
-                (all, 2 * product([n_rows, n_keys / n_groups, cols(q)]))
+                (all, product([2, n_rows, n_keys / n_groups, cols(q)]))
             }
-            Action::SelfAttention { q, .. } => (all, 2 * product([self.n_scores, cols(q)])),
+            Action::SelfAttention { q, .. } => (all, product([2, self.n_scores, cols(q)])),
             Action::CrossAttention { q, media, .. } => {
-                (all, 2 * self.seen_latents(*media) * to_u64(cols(q)))
+                (all, self.seen_latents(*media).saturating_mul(product([2, cols(q)])))
             }
             Action::Product { a, .. } => (all, product([n_rows, n_cols, cols(a)])),
             // Only the rows that are picked are read.
@@ -89,7 +106,7 @@ impl Context<'_> {
             | Action::Copy { .. } => (all, 0),
         };
         let arithmetic = action.weight().map_or(Arithmetic::F32, arithmetic);
-        Work { weight_bytes, operations: 2 * multiply_adds, arithmetic }
+        Work { weight_bytes, operations: multiply_adds.saturating_mul(2), arithmetic }
     }
 
     fn operand_bytes(&self, weight: &WeightOperand) -> usize {
@@ -103,7 +120,13 @@ impl Context<'_> {
     fn panel_bytes(&self, weight: &WeightOperand) -> usize {
         match weight {
             WeightOperand::Numbers(_) => 0,
-            WeightOperand::Panels(_) => self.weight(weight).map_or(0, |weight| weight.bytes()),
+            WeightOperand::Panels(places) => {
+                [Some(places.data), places.row_scales, places.block_scales]
+                    .into_iter()
+                    .flatten()
+                    .map(|place| self.plan.weights[place].bytes())
+                    .sum()
+            }
         }
     }
 

@@ -13,7 +13,8 @@ use flamingo_kernels::KvFormat;
 
 use super::{Buffers, Model, Noise, assert_close, check, ids, kernels, run_native};
 use crate::backend::{Backend, Media, MediaKv, Sequence, Step, frame_weights};
-use crate::native::NativeBackend;
+use crate::native::{NativeBackend, Plans, Text};
+use crate::profile::Work;
 
 /// Vision width, latents, inner width, text width, vocabulary, head width of text.
 const DIM: usize = 12;
@@ -520,6 +521,49 @@ fn buffers_grow_and_stay() {
     assert!(2 * memory.buffer_bytes < memory.unshared_bytes, "{memory:?}");
     let n_weights: usize = model.weights.values().map(Tensor::n_elements).sum();
     assert_eq!((memory.weight_bytes, memory.literal_bytes), (4 * n_weights, 0));
+}
+
+/// What is counted without weights is what a run records, and what its buffers take.
+#[test]
+fn plans_count_what_a_run_does() {
+    let (media_model, decoder) = (media_model(), decoder_model(Position::None));
+    let native = backend(&media_model, &decoder, 1);
+    let plans = Plans::new(&media_model.graph, &decoder.graph).unwrap();
+    let recorded = |run: &mut dyn FnMut()| {
+        native.set_profiling(true);
+        run();
+        let records = native.take_profile().into_iter();
+        records.map(|record| (record.node, record.work)).collect::<Vec<_>>()
+    };
+    let named = |counted: Vec<(&str, Work)>| -> Vec<(String, Work)> {
+        counted.into_iter().map(|(node, work)| (node.to_owned(), work)).collect()
+    };
+    let mut media = Vec::new();
+    let found = recorded(&mut || media = encoded(&native, 1, 1));
+    assert_eq!(named(plans.picture_work().unwrap()), found);
+    let mut sequence = native.new_sequence(9).unwrap();
+    for (past_len, len) in [(0, 7), (7, 1)] {
+        let (input_ids, media_time) = (vec![3; len], vec![1; len]);
+        let step = Step {
+            input_ids: &input_ids,
+            media_time: &media_time,
+            media: &media,
+            logit_rows: &[len - 1],
+        };
+        let found = recorded(&mut || drop(sequence.advance(&step).unwrap()));
+        let text = Text { len, past_len };
+        assert_eq!(named(plans.text_work(text).unwrap()), found, "{len} after {past_len}");
+        assert!(found.iter().any(|(_, work)| work.operations > 0), "{found:?}");
+    }
+    let buffers = plans.picture_buffer_bytes().unwrap()
+        + plans.text_buffer_bytes(Text { len: 7, past_len: 0 }).unwrap();
+    assert_eq!(native.memory().unwrap().buffer_bytes, buffers);
+    for format in KvFormat::ALL {
+        let native = backend(&media_model, &decoder, 1).with_kv_format(format);
+        let [medium] = &encoded(&native, 1, 1)[..] else { panic!("one medium") };
+        assert_eq!(plans.picture_bytes(format), medium.bytes(), "{format}");
+        assert_eq!(plans.token_bytes(format), 2 * format.token_bytes(1, HEAD_DIM), "{format}");
+    }
 }
 
 /// NaN in the projections of a gated block, and in media that no token sees, reaches nothing.
