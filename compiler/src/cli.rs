@@ -7,6 +7,7 @@ mod chat;
 mod check;
 mod compile;
 mod demo;
+mod device;
 mod doctor;
 mod eval;
 mod inspect;

@@ -155,7 +155,7 @@ pub fn compile(
 ) -> Result<(Manifest, Report)> {
     progress(Progress::Stage("reading the source"));
     let source = Source::open(&options.source)?;
-    let limits = limits(&source, options)?;
+    let limits = limits(&source, options.max_context, options.max_images)?;
     require_tokens_in_vocabulary(&source)?;
     let is_compared = options.gate.is_some() || options.calibrate != CalibrateOn::Nothing;
     let original = match is_compared && options.scheme.is_rounded() {
@@ -409,9 +409,14 @@ fn fits<'a>(
     stages.iter().flat_map(|stage| packed_weights(stage)).map(fit).collect()
 }
 
-fn limits(source: &Source, options: &CompileOptions) -> Result<Limits> {
+/// The limits of an artifact, checked against what the language model was made for.
+pub(crate) fn limits(
+    source: &Source,
+    max_context: Option<usize>,
+    max_images: usize,
+) -> Result<Limits> {
     let made_for = source.config.language.max_context;
-    let max_context = options.max_context.unwrap_or(made_for);
+    let max_context = max_context.unwrap_or(made_for);
     let learnt = matches!(
         source.config.language.position,
         flamingo_models::config::PositionConfig::Learnt { .. }
@@ -422,7 +427,7 @@ fn limits(source: &Source, options: &CompileOptions) -> Result<Limits> {
              hint: leave the option out to take {made_for}"
         );
     }
-    Ok(Limits { max_context, max_images: options.max_images })
+    Ok(Limits { max_context, max_images })
 }
 
 /// Tokens that prompts hold must have a row in the embedding.
@@ -521,7 +526,7 @@ fn has_weights(op: &Op) -> bool {
 }
 
 /// How the weights of each layer group are stored: one format, or several joined by `+`.
-fn precision_of_groups(stages: &[&Verified]) -> BTreeMap<String, String> {
+pub(crate) fn precision_of_groups(stages: &[&Verified]) -> BTreeMap<String, String> {
     let mut found: BTreeMap<LayerGroup, BTreeSet<String>> = BTreeMap::new();
     for graph in stages {
         let (producers, known) = (graph.producers(), graph.build_time_values());

@@ -1,7 +1,8 @@
 //! The compiler: from a checkpoint to an artifact, and the tools around it.
 //!
 //! [`compile::compile`] is the pipeline; [`passes`] are what it does to graphs; [`parity`] compares
-//! an artifact with its source; [`mod@bench`] times one; [`device`] reads what a device has; [`cli`] is the command line.
+//! an artifact with its source; [`mod@bench`] times one; [`plan`] predicts one on a device; [`device`] reads what a
+//! device has; [`cli`] is the command line.
 #![forbid(unsafe_code)]
 
 pub mod bench;
@@ -16,6 +17,7 @@ pub mod original;
 pub mod page;
 pub mod parity;
 pub mod passes;
+pub mod plan;
 pub mod profile;
 pub mod scheme;
 pub mod synth;

@@ -6,6 +6,8 @@ mod bench;
 #[path = "cli/cache.rs"]
 mod cache;
 mod common;
+#[path = "cli/device.rs"]
+mod device;
 #[path = "cli/doctor.rs"]
 mod doctor;
 #[path = "cli/talk.rs"]

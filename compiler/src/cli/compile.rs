@@ -1,19 +1,24 @@
 //! `flamingoc compile`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
 use flamingo_ir::op::PanelFormat;
+use flamingo_models::Source;
+use flamingo_runtime::Artifact;
 use serde_json::json;
 
 use super::Outcome;
+use super::device::{DevicePlan, choose, device_parser};
 use super::output::{Output, byte_bar, bytes, count_bar};
 use crate::compile::{
-    CalibrateOn, CompileOptions, Gate, Progress, Raised, Report, compile, default_output,
+    CalibrateOn, CompileOptions, Gate, Progress, Raised, Report, compile, default_output, limits,
 };
 use crate::gate::{OUTLIERS, Refused, worst_first};
 use crate::passes::{pass_names, pass_reasons};
+use crate::plan::Model;
+use crate::plan::devices::Device;
 use crate::scheme::{Choice, INT4_BLOCK, Precision, Scheme};
 
 /// Compile a checkpoint into an artifact
@@ -28,9 +33,12 @@ pub(super) struct Compile {
     /// Where to write the artifact [default: SOURCE's name with .flamingo]
     #[arg(short, long, value_name = "DIR")]
     output: Option<PathBuf>,
-    /// How weights are stored
-    #[arg(long, value_enum, default_value = "f32")]
-    precision: Precision,
+    /// How weights are stored [default: f32; with `--device` the finest of f16, int8 and int4 that fits]
+    #[arg(long, value_enum)]
+    precision: Option<Precision>,
+    /// Refuse what does not fit this device, and predict how long it takes there
+    #[arg(long, value_name = "NAME", value_parser = device_parser())]
+    device: Option<&'static Device>,
     /// Columns of a row that share a scale in int4: 32 or 128
     #[arg(long, value_name = "N", value_parser = int4_block)]
     int4_block: Option<usize>,
@@ -91,6 +99,13 @@ enum Target {
     Cpu,
     Cuda,
     Tensorrt,
+}
+
+/// The plan of what was written, which `--auto-mixed` may have stored finer than was asked.
+fn plan(artifact: &Path, device: &'static Device) -> Result<DevicePlan> {
+    let artifact = Artifact::open(artifact, false)?;
+    let model = Model::of_artifact(&artifact, &artifact.load()?)?;
+    DevicePlan::new(&model, &artifact.manifest.limits, device)
 }
 
 /// What the gate refused is a failed check, other errors are errors.
@@ -195,18 +210,15 @@ fn after_help() -> String {
 impl Compile {
     pub(super) fn run(self, output: &mut Output) -> Result<Outcome> {
         self.refuse_what_is_not_there()?;
+        let precision = self.precision(output)?;
         let dump = self.dump_after.clone().map(|pass| (pass, self.dump_dir.clone()));
         let options = CompileOptions {
             output: self.output.clone().unwrap_or_else(|| default_output(&self.source)),
-            source: self.source,
+            source: self.source.clone(),
             overwrite: self.overwrite,
             max_context: self.max_context,
             max_images: self.max_images,
-            scheme: Scheme {
-                precision: self.precision,
-                int4_block: self.int4_block.unwrap_or(INT4_BLOCK),
-                layers: self.layer.into_iter().collect(),
-            },
+            scheme: self.scheme(precision),
             calibrate: match (self.no_calibration, self.calibrate) {
                 (true, _) => CalibrateOn::Nothing,
                 (false, Some(file)) => CalibrateOn::File(file),
@@ -244,9 +256,18 @@ impl Compile {
             output.note(&format!("note: {note}"));
         }
         let path = options.output.display().to_string();
+        let plan = self.device.map(|device| plan(&options.output, device)).transpose()?;
+        let outcome = match plan.as_ref().is_none_or(DevicePlan::fits) {
+            true => Outcome::Ok,
+            false => Outcome::CheckFailed,
+        };
         if self.json {
-            output.json(&json!({"artifact": path, "report": report}))?;
-            return Ok(Outcome::Ok);
+            let mut written = json!({"artifact": path, "report": report});
+            if let Some(plan) = plan {
+                written["plan"] = plan.json();
+            }
+            output.json(&written)?;
+            return Ok(outcome);
         }
         let total = manifest.files.iter().map(|file| file.bytes).sum();
         output.line(&format!("{path}: {} in {} files", bytes(total), manifest.files.len() + 1))?;
@@ -261,12 +282,35 @@ impl Compile {
             output
                 .line(&format!("{stage}: {before} ops in the source, {after} after the passes"))?;
         }
-        Ok(Outcome::Ok)
+        if let Some(plan) = plan {
+            plan.show(output)?;
+        }
+        Ok(outcome)
+    }
+
+    fn scheme(&self, precision: Precision) -> Scheme {
+        Scheme {
+            precision,
+            int4_block: self.int4_block.unwrap_or(INT4_BLOCK),
+            layers: self.layer.iter().cloned().collect(),
+        }
+    }
+
+    /// The precision asked for, or the finest that fits the device.
+    fn precision(&self, output: &mut Output) -> Result<Precision> {
+        let Some(device) = self.device else { return Ok(self.precision.unwrap_or_default()) };
+        let source = Source::open(&self.source)?;
+        let limits = limits(&source, self.max_context, self.max_images)?;
+        let scheme = |precision| self.scheme(precision);
+        let precision = choose(&source, &limits, device, self.precision, &scheme)?;
+        output.note(&format!("{} fits {}", precision.name(), device.name));
+        Ok(precision)
     }
 
     fn refuse_what_is_not_there(&self) -> Result<()> {
-        if self.int4_block.is_some() && self.precision != Precision::Int4 {
-            let precision = self.precision.name();
+        let precision = self.precision.unwrap_or_default();
+        if self.int4_block.is_some() && precision != Precision::Int4 {
+            let precision = precision.name();
             bail!(
                 "`--int4-block`: `--precision {precision}` has no blocks\n\n\
                  hint: pass `--precision int4`, or leave the option out"

@@ -3,25 +3,28 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::Args;
-use flamingo_ir::Bindings;
 use flamingo_models::Source;
-use flamingo_runtime::native::NativeBackend;
-use flamingo_runtime::{Artifact, LoadedGraphs};
+use flamingo_models::manifest::Limits;
+use flamingo_runtime::Artifact;
 use serde_json::json;
 
 use super::Outcome;
+use super::device::{DevicePlan, device_parser};
 use super::output::{Output, bytes};
 use crate::compile::{Quantisation, Report};
 use crate::emit::LayerStorage;
 use crate::passes::runtime_ops;
+use crate::plan::Model;
+use crate::plan::devices::Device;
 
 /// Show what is in an artifact, or in a checkpoint before it is compiled
 #[derive(Args)]
 #[command(after_help = "Examples:
   flamingoc inspect demo.flamingo
   flamingoc inspect demo.flamingo --graph decoder
+  flamingoc inspect demo.flamingo --device orin-nano-8
   flamingoc inspect models/demo/recipe.toml")]
 pub(super) struct Inspect {
     /// Artifact, recipe or checkpoint folder
@@ -29,6 +32,9 @@ pub(super) struct Inspect {
     /// Print the text form of this graph instead
     #[arg(long, value_name = "STAGE", value_parser = ["media", "decoder"])]
     graph: Option<String>,
+    /// What an artifact takes on this device, and how long: a prediction
+    #[arg(long, value_name = "NAME", value_parser = device_parser(), conflicts_with = "graph")]
+    device: Option<&'static Device>,
     /// Print as JSON
     #[arg(long)]
     json: bool,
@@ -52,13 +58,20 @@ impl Inspect {
         }
         let report: Report =
             serde_json::from_str(&std::fs::read_to_string(self.path.join("report.json"))?)?;
-        let memory = memory_plan(&artifact, &graphs)?;
+        let model = Model::of_artifact(&artifact, &graphs)?;
+        let limits = &artifact.manifest.limits;
+        let memory = memory_plan(&model, limits)?;
+        let plan = self.device.map(|device| DevicePlan::new(&model, limits, device)).transpose()?;
         if self.json {
-            return output.json(&json!({
+            let mut found = json!({
                 "manifest": artifact.manifest,
                 "report": report,
                 "memory_bytes": memory,
-            }));
+            });
+            if let Some(plan) = plan {
+                found["plan"] = plan.json();
+            }
+            return output.json(&found);
         }
         describe_config(output, &artifact.manifest.config)?;
         let files = artifact.manifest.files.iter();
@@ -88,6 +101,9 @@ impl Inspect {
         let rows: Vec<Vec<String>> =
             memory.iter().map(|(what, n)| vec![what.clone(), bytes(*n)]).collect();
         output.table(&["", "size"], &rows)?;
+        if let Some(plan) = plan {
+            plan.show(output)?;
+        }
         output.line(&format!(
             "\nverdict: {}{}",
             report.verdict,
@@ -99,6 +115,14 @@ impl Inspect {
     }
 
     fn source(&self, output: &mut Output) -> Result<()> {
+        if let Some(device) = self.device {
+            bail!(
+                "`--device`: `{}` is not an artifact\n\n\
+                 hint: `flamingoc compile {0} --device {}` plans a source before it compiles it",
+                self.path.display(),
+                device.name
+            );
+        }
         let source = Source::open(&self.path)?;
         let graphs = source.graphs()?;
         if let Some(stage) = &self.graph {
@@ -205,46 +229,14 @@ fn describe_config(output: &mut Output, config: &flamingo_models::ModelConfig) -
 }
 
 /// Bytes the native backend needs beside the weights, by what they are for.
-fn memory_plan(artifact: &Artifact, graphs: &LoadedGraphs) -> Result<BTreeMap<String, u64>> {
-    let config = &artifact.manifest.config;
-    let limits = &artifact.manifest.limits;
-    let weights = graphs.weights.clone();
-    let backend = NativeBackend::new(&graphs.media, &graphs.decoder, weights, None)?;
-    let bindings = |values: &[(&str, usize)]| -> Bindings {
-        values.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect()
-    };
-    let n_latents = config.n_latents();
-    let one = [("n_media", 1), ("n_frames", 1), ("n_logits", 1)];
-    let mut media_bytes = 0u64;
-    for stage in backend.media_stages() {
-        media_bytes =
-            media_bytes.saturating_add(stage.memory(&bindings(&one))?.buffer_bytes as u64);
-    }
-    let at = |text_len: usize| -> Result<u64> {
-        let text = [("text_len", text_len), ("past_len", 0)];
-        let memory = backend.decoder_stage().memory(&bindings(&[&one[..], &text[..]].concat()))?;
-        Ok(memory.buffer_bytes as u64)
-    };
-    let (language, cross) = (&config.language, &config.cross_attention);
-    let cached = [2 * 4, language.n_layers, language.n_kv_heads, language.head_dim];
-    let keys_values = product(&[2, cross.layers.len(), cross.n_heads, cross.head_dim]);
-    let per_latent = keys_values.saturating_add(config.vision.width as u64);
+fn memory_plan(model: &Model, limits: &Limits) -> Result<BTreeMap<String, u64>> {
+    let needs = model.needs()?;
+    let cached = needs.token.saturating_mul(u64::try_from(limits.max_context)?);
     Ok(BTreeMap::from([
-        ("encode one picture".to_owned(), media_bytes),
-        ("prefill of 128 tokens".to_owned(), at(128)?),
-        ("decode step".to_owned(), at(1)?),
-        (
-            format!("KV cache of {} tokens", limits.max_context),
-            product(&cached).saturating_mul(limits.max_context as u64),
-        ),
-        (
-            "visual tokens, keys and values of one picture".to_owned(),
-            product(&[4, n_latents]).saturating_mul(per_latent),
-        ),
+        ("encode one picture".to_owned(), model.picture_buffer_bytes()?),
+        ("prefill of 128 tokens".to_owned(), model.text_buffer_bytes(128)?),
+        ("decode step".to_owned(), model.text_buffer_bytes(1)?),
+        (format!("KV cache of {} tokens", limits.max_context), cached),
+        ("visual tokens, keys and values of one picture".to_owned(), needs.picture),
     ]))
-}
-
-/// The manifest's sizes are only claims: a product that overflows is the largest number.
-fn product(sizes: &[usize]) -> u64 {
-    sizes.iter().fold(1, |product: u64, size| product.saturating_mul(*size as u64))
 }

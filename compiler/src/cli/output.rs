@@ -36,7 +36,7 @@ impl Output {
         self.line(&serde_json::to_string_pretty(value)?)
     }
 
-    /// A table: the first column to the left, the others, numbers, to the right.
+    /// As [`table`].
     pub(super) fn table(&mut self, header: &[&str], rows: &[Vec<String>]) -> Result<()> {
         self.line(&table(header, rows))
     }
@@ -66,7 +66,8 @@ impl Output {
     }
 }
 
-fn table(header: &[&str], rows: &[Vec<String>]) -> String {
+/// A table: the first column to the left, the others, numbers, to the right.
+pub(super) fn table(header: &[&str], rows: &[Vec<String>]) -> String {
     let mut table = Table::new();
     table.load_preset(presets::NOTHING).set_header(header).add_rows(rows);
     for (index, column) in table.column_iter_mut().enumerate() {
