@@ -93,7 +93,7 @@ fn run(
             source,
         };
         let bound = crate::op::bind_shapes(&node.op, bindings).map_err(in_node)?;
-        let outputs = bound.operator().evaluate(&inputs?).map_err(in_node)?;
+        let outputs = bound.evaluate(&inputs?).map_err(in_node)?;
         known.extend(node.outputs.iter().copied().zip(outputs));
         for input in &node.inputs {
             let is_output = graph.outputs().iter().any(|(_, output)| output == input);

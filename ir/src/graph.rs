@@ -168,7 +168,7 @@ impl Graph {
                 value.ok_or_else(|| self.broken("input of another graph".into()))?.fact.clone(),
             );
         }
-        let inferred = op.operator().infer(&facts).map_err(|source| GraphError::Op {
+        let inferred = op.infer(&facts).map_err(|source| GraphError::Op {
             node: name.to_owned(),
             op: op.name(),
             source,

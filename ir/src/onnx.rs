@@ -22,7 +22,7 @@ use std::collections::BTreeMap;
 pub use inline::inline_functions;
 use inline::panel_linears;
 pub use read::read_onnx;
-pub use write::write_onnx;
+pub use write::{graph_of_flavour, write_onnx};
 
 use crate::op::Flavour;
 use crate::{DType, GraphError, ValueId, Verified};

@@ -21,6 +21,7 @@ mod norm;
 mod panel_linear;
 mod panels;
 mod rounding;
+mod scaled_dot_product_attention;
 mod self_attention;
 mod shape;
 mod softmax;
@@ -30,7 +31,8 @@ use std::fmt;
 pub use attention::{Attention, ResamplerAttention};
 pub use attribute::{Attribute, Attributes};
 pub use contrib::{
-    FusedMatMul, Gelu, MatMulIntegerToFloat, MatMulNBits, MultiHeadAttention, QuickGelu,
+    BiasedAttention, FusedMatMul, Gelu, MatMulIntegerToFloat, MatMulNBits, MultiHeadAttention,
+    QuickGelu,
 };
 pub use cross_attention::CrossAttention;
 pub use elementwise::{
@@ -43,18 +45,19 @@ pub use indexing::{Gather, Slice, Split, Where};
 pub use linear::{Activate, Activation, Linear};
 pub use matmul::MatMul;
 pub use media::{ClassEmbedding, ExpandBatch, FrameEmbedding, MergeFrames, Patches};
-pub use norm::{LayerNorm, LayerNormalization, RmsNorm};
+pub use norm::{LayerNorm, LayerNormalization, RmsNorm, RmsNormalization};
 pub use panel_linear::PanelLinear;
 pub use panels::{
     Fit, Inputs, PANEL_ROWS, PackPanels, PanelFormat, UnpackPanels, output_sqnr_db, sqnr_db,
 };
 pub use rounding::Rounding;
+pub use scaled_dot_product_attention::ScaledDotProductAttention;
 pub use self_attention::{Position, SelfAttention, alibi_slopes, rotary_frequencies};
 pub use shape::{Cast, Concat, Expand, Reshape, Transpose};
 pub use softmax::{ReduceMax, ReduceMean, Softmax};
 
 use crate::graph::{Graph, GraphError};
-use crate::{Dim, Fact, Tensor};
+use crate::{DType, Dim, Fact, Tensor};
 
 /// Why an op cannot take its inputs or attributes.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -105,25 +108,70 @@ pub enum OpError {
     Evaluation(String),
 }
 
-/// Which operators a function's body may use. Flavours differ in bodies only.
+/// Which operators a function's body may use, and of which type its values are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Flavour {
     /// Standard operators of opset 17, decomposed attention: what any reader takes.
     Portable,
     /// Adds `com.microsoft` operators that ONNX Runtime's CPU provider has.
     OrtCpu,
+    /// In f16, with `com.microsoft` operators that ONNX Runtime's CUDA provider has.
+    Cuda,
+    /// In f16 with norms and softmax in f32, for TensorRT 10.3 (JetPack 6.2): standard operators of opset 17.
+    Trt10_3,
+    /// The same for TensorRT from 10.15 on: opset 23, attention and norms of the root mean square as one operator each.
+    Trt10_15,
 }
 
 impl Flavour {
     /// Every flavour.
-    pub const ALL: [Flavour; 2] = [Flavour::Portable, Flavour::OrtCpu];
+    pub const ALL: [Flavour; 5] =
+        [Flavour::Portable, Flavour::OrtCpu, Flavour::Cuda, Flavour::Trt10_3, Flavour::Trt10_15];
 
     /// Name in file names and manifests.
     pub fn name(self) -> &'static str {
         match self {
             Flavour::Portable => "portable",
             Flavour::OrtCpu => "ort-cpu",
+            Flavour::Cuda => "cuda",
+            Flavour::Trt10_3 => "trt-10.3",
+            Flavour::Trt10_15 => "trt-10.15",
         }
+    }
+
+    /// The type that products of floats are computed in; none where the graph is written as it is, in f32. Files of
+    /// such a flavour have no functions.
+    pub fn half(self) -> Option<DType> {
+        match self {
+            Flavour::Portable | Flavour::OrtCpu => None,
+            Flavour::Cuda | Flavour::Trt10_3 | Flavour::Trt10_15 => Some(DType::F16),
+        }
+    }
+
+    /// Version of the standard operators.
+    pub fn opset(self) -> i64 {
+        match self {
+            Flavour::Trt10_15 => 23,
+            _ => 17,
+        }
+    }
+
+    /// Version of the ONNX format.
+    pub(crate) fn ir_version(self) -> i64 {
+        match self {
+            Flavour::Trt10_15 => 11,
+            _ => 8,
+        }
+    }
+
+    /// Whether bodies may have operators of the domain `com.microsoft`.
+    pub(crate) fn has_contrib(self) -> bool {
+        matches!(self, Flavour::OrtCpu | Flavour::Cuda)
+    }
+
+    /// Whether activations are rounded as integer kernels round them; others only have rounded weights.
+    pub(crate) fn rounds_activations(self) -> bool {
+        self.half().is_none()
     }
 
     /// The flavour called `name`.
@@ -145,6 +193,8 @@ pub enum OnnxForm {
         attributes: Attributes,
         /// Further inputs after the op's own, stored as constants.
         extra_inputs: Vec<OnnxInput>,
+        /// Places among the inputs that are left out.
+        absent: &'static [usize],
     },
     /// A call of the local function of the op's name in domain `flamingo`.
     Function,
@@ -329,6 +379,12 @@ ops! {
     QuickGelu,
     /// com.microsoft: bidirectional attention.
     MultiHeadAttention,
+    /// com.microsoft: attention to keys and values by head, with a bias of the scores.
+    BiasedAttention,
+    /// ONNX's attention by head, with a bias of the scores.
+    ScaledDotProductAttention,
+    /// ONNX's normalisation by the root mean square.
+    RmsNormalization,
     /// Weight → panels of 16 rows, at build time.
     PackPanels,
     /// Panels of 16 rows → weight.
@@ -373,10 +429,104 @@ impl Op {
         self.operator().name()
     }
 
+    /// Element types and shapes of the outputs; checks the inputs. Standard ops of floats take f16 and bf16 as they take
+    /// f32.
+    ///
+    /// # Errors
+    /// Inputs that do not fit.
+    pub fn infer(&self, inputs: &[Fact]) -> Result<Vec<Fact>, OpError> {
+        let Some(half) = self.half(inputs.iter().map(|fact| fact.dtype)) else {
+            return self.operator().infer(inputs);
+        };
+        let as_type = |from: DType, to: DType, fact: &Fact| Fact {
+            dtype: if fact.dtype == from { to } else { fact.dtype },
+            shape: fact.shape.clone(),
+        };
+        let wide: Vec<Fact> = inputs.iter().map(|fact| as_type(half, DType::F32, fact)).collect();
+        let outputs = self.operator().infer(&wide)?;
+        Ok(outputs.iter().map(|fact| as_type(DType::F32, half, fact)).collect())
+    }
+
+    /// Reference evaluation; of f16 and bf16 in f32, then rounded.
+    ///
+    /// # Errors
+    /// Inputs that do not fit, or a value that cannot be computed.
+    pub fn evaluate(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>, OpError> {
+        let Some(half) = self.half(inputs.iter().map(Tensor::dtype)) else {
+            return self.operator().evaluate(inputs);
+        };
+        let cast = |from: DType, to: DType, tensor: &Tensor| match tensor.dtype() == from {
+            true => Ok(Cast { dtype: to }.evaluate(std::slice::from_ref(tensor))?.remove(0)),
+            false => Ok(tensor.clone()),
+        };
+        let wide: Result<Vec<Tensor>, OpError> =
+            inputs.iter().map(|tensor| cast(half, DType::F32, tensor)).collect();
+        let outputs = self.operator().evaluate(&wide?)?;
+        outputs.iter().map(|tensor| cast(DType::F32, half, tensor)).collect()
+    }
+
+    /// The half-precision type that all floats among the inputs have, if the op takes such.
+    fn half(&self, dtypes: impl Iterator<Item = DType>) -> Option<DType> {
+        let mut floats =
+            dtypes.filter(|dtype| matches!(dtype, DType::F32 | DType::F16 | DType::BF16));
+        let first = floats.next()?;
+        let is_half = first != DType::F32 && floats.all(|dtype| dtype == first);
+        (is_half && self.width().is_some()).then_some(first)
+    }
+
+    /// How wide a standard op of floats computes in a graph of half precision; none for ops that only move elements, and
+    /// for functions.
+    pub(crate) fn width(&self) -> Option<Width> {
+        Some(match self {
+            Op::MatMul(_)
+            | Op::FusedMatMul(_)
+            | Op::MatMulNBits(_)
+            | Op::MultiHeadAttention(_)
+            | Op::BiasedAttention(_)
+            | Op::ScaledDotProductAttention(_)
+            | Op::Gelu(_)
+            | Op::QuickGelu(_) => Width::Half,
+            Op::Softmax(_)
+            | Op::LayerNormalization(_)
+            | Op::RmsNormalization(_)
+            | Op::Erf(_)
+            | Op::Sigmoid(_)
+            | Op::Tanh(_) => Width::WideForTensorRt,
+            Op::ReduceMean(_) | Op::ReduceMax(_) | Op::Sqrt(_) | Op::Cos(_) | Op::Sin(_) => {
+                Width::Wide
+            }
+            Op::Add(_)
+            | Op::Sub(_)
+            | Op::Mul(_)
+            | Op::Div(_)
+            | Op::Max(_)
+            | Op::Neg(_)
+            | Op::Abs(_)
+            | Op::Floor(_)
+            | Op::Round(_)
+            | Op::Relu(_)
+            | Op::Where(_) => Width::OfInputs,
+            _ => return None,
+        })
+    }
+
     /// Whether the op is a function of domain `flamingo`.
     pub fn is_function(&self) -> bool {
         self.operator().onnx_form() == OnnxForm::Function
     }
+}
+
+/// How wide an op computes in a graph of half precision.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Width {
+    /// In half precision: what takes the time, and sums in f32 inside.
+    Half,
+    /// In f32: what overflows or loses too much.
+    Wide,
+    /// In f32 where the engine would otherwise keep sums in half precision.
+    WideForTensorRt,
+    /// As its inputs.
+    OfInputs,
 }
 
 /// Checks the number of inputs.

@@ -115,7 +115,7 @@ fn facts(graph: &Graph, ids: &[ValueId]) -> Vec<Fact> {
 
 fn check_facts(graph: &Graph, node: &Node) -> Result<(), GraphError> {
     let refused = |source| GraphError::Op { node: node.name.clone(), op: node.op.name(), source };
-    let inferred = node.op.operator().infer(&facts(graph, &node.inputs)).map_err(refused)?;
+    let inferred = node.op.infer(&facts(graph, &node.inputs)).map_err(refused)?;
     let stored = facts(graph, &node.outputs);
     match inferred == stored {
         true => Ok(()),
@@ -135,7 +135,7 @@ fn check_bodies(op: &Op, inputs: &[Fact], done: &mut BTreeSet<String>) -> Result
         return Ok(());
     }
     let in_op = |source| GraphError::Op { node: op.name().into(), op: op.name(), source };
-    let expected = op.operator().infer(inputs).map_err(in_op)?;
+    let expected = op.infer(inputs).map_err(in_op)?;
     for flavour in Flavour::ALL {
         let body = definition(op, inputs, flavour)?;
         let ends = |ends: &[(String, ValueId)]| -> Vec<Fact> {

@@ -62,7 +62,7 @@ impl FunctionTable {
             input: names(body.inputs()),
             output: names(body.outputs()),
             attribute: op.operator().attributes().0.into_iter().map(|(name, _)| name).collect(),
-            opset_import: message::opsets(domains),
+            opset_import: message::opsets(self.flavour, domains),
             node: nodes,
             ..FunctionProto::default()
         })

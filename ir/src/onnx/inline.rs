@@ -1,10 +1,11 @@
-//! Replaces function ops by their definitions, all or some.
+//! Replaces function ops by their definitions, all or some; and gives the result half-precision types.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::graph::{Constant, Graph, GraphError, Node, ValueId};
-use crate::op::{Flavour, Linear, Op, PanelLinear, UnpackPanels};
+use crate::op::{Cast, Flavour, Linear, Op, PanelLinear, UnpackPanels, Width};
 use crate::verify::definition;
+use crate::{DType, Fact, Tensor};
 
 /// The same graph without function ops: each is replaced by its definition of `flavour`,
 /// definitions of definitions included. Node names become `outer/inner`.
@@ -12,6 +13,10 @@ use crate::verify::definition;
 /// Layers compute the same masks and angles: a node that repeats an earlier one is that one.
 /// (Readers merge such nodes too, but tract-core 0.23.9 may merge each into the other and then
 /// has neither: where the inputs of two equal nodes list them in different order.)
+///
+/// A flavour of half precision has products in that type, what is between them, and media's and tokens' keys and values.
+/// In f32 are what would overflow or lose too much there, what no product was computed of, and pixels, visual tokens and
+/// logits.
 pub fn inline_functions(graph: &Graph, flavour: Flavour) -> Result<Graph, GraphError> {
     inline(graph, flavour, Which::All)
 }
@@ -28,6 +33,11 @@ pub(super) fn panel_linears(graph: Graph, flavour: Flavour) -> Result<Graph, Gra
     Ok(out)
 }
 
+/// Whether an input or output of a graph is in half precision there: what stays on the device.
+fn stays_on_device(name: &str) -> bool {
+    ["media_k.", "media_v.", "past_", "present_"].iter().any(|prefix| name.starts_with(prefix))
+}
+
 /// Which function ops are replaced by their definitions.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Which {
@@ -41,17 +51,31 @@ fn inline(graph: &Graph, flavour: Flavour, which: Which) -> Result<Graph, GraphE
         out: Graph::new(&graph.name),
         flavour,
         which,
+        half: flavour.half().filter(|_| which == Which::All),
+        is_wide: false,
+        constants: BTreeSet::new(),
         literals: BTreeMap::new(),
         results: BTreeMap::new(),
         panels: BTreeMap::new(),
     };
-    let inputs: Vec<ValueId> = graph
-        .inputs()
-        .iter()
-        .map(|(name, id)| inliner.out.input(name, graph.fact(*id).clone()))
-        .collect();
+    let mut inputs = Vec::new();
+    for (name, id) in graph.inputs() {
+        let mut fact = graph.fact(*id).clone();
+        if let Some(half) =
+            inliner.half.filter(|_| fact.dtype == DType::F32 && stays_on_device(name))
+        {
+            fact.dtype = half;
+        }
+        inputs.push(inliner.out.input(name, fact));
+    }
     let outputs = inliner.nodes(graph, &inputs, "")?;
-    for ((name, _), id) in graph.outputs().iter().zip(outputs) {
+    for ((name, given), id) in graph.outputs().iter().zip(outputs) {
+        let is_f32 = graph.fact(*given).dtype == DType::F32;
+        let id = match inliner.half.filter(|_| is_f32) {
+            Some(half) if stays_on_device(name) => inliner.cast(name, id, half)?,
+            Some(_) => inliner.cast(name, id, DType::F32)?,
+            None => id,
+        };
         inliner.out.output(name, id);
     }
     Ok(inliner.out)
@@ -61,6 +85,12 @@ struct Inliner {
     out: Graph,
     flavour: Flavour,
     which: Which,
+    /// The type of the result's products, if it is not f32.
+    half: Option<DType>,
+    /// Whether the function that is being replaced is computed in f32 as a whole.
+    is_wide: bool,
+    /// Values that are constants or computed from constants alone.
+    constants: BTreeSet<ValueId>,
     /// Literals by fact and bytes: definitions repeat the same few.
     literals: BTreeMap<(String, Vec<u8>), ValueId>,
     /// Outputs by op, as it prints, and inputs.
@@ -82,14 +112,12 @@ impl Inliner {
         for (id, value) in graph.values() {
             match &value.constant {
                 Some(Constant::Weight(name)) => {
-                    ids.insert(id, self.out.weight(name, value.fact.clone()));
+                    let weight = self.out.weight(name, value.fact.clone());
+                    self.constants.insert(weight);
+                    ids.insert(id, weight);
                 }
                 Some(Constant::Literal(tensor)) => {
-                    let key = (value.fact.to_string(), tensor.to_le_bytes());
-                    let out = &mut self.out;
-                    let literal =
-                        self.literals.entry(key).or_insert_with(|| out.literal(tensor.clone()));
-                    ids.insert(id, *literal);
+                    ids.insert(id, self.literal(tensor.clone()));
                 }
                 None => {}
             }
@@ -102,16 +130,27 @@ impl Inliner {
         for node in graph.nodes() {
             let inputs: Result<Vec<ValueId>, GraphError> =
                 node.inputs.iter().map(|id| map(&ids, id)).collect();
-            let outputs = self.node(node, &inputs?, prefix)?;
+            let facts: Vec<Fact> = node.inputs.iter().map(|id| graph.fact(*id).clone()).collect();
+            let outputs = self.node(node, &inputs?, &facts, prefix)?;
             ids.extend(node.outputs.iter().copied().zip(outputs));
         }
         graph.outputs().iter().map(|(_, id)| map(&ids, id)).collect()
     }
 
+    fn literal(&mut self, tensor: Tensor) -> ValueId {
+        let key = (tensor.fact().to_string(), tensor.to_le_bytes());
+        let out = &mut self.out;
+        let literal = *self.literals.entry(key).or_insert_with(|| out.literal(tensor));
+        self.constants.insert(literal);
+        literal
+    }
+
+    /// `facts` are those that the node's inputs have in the graph that it is from.
     fn node(
         &mut self,
         node: &Node,
         inputs: &[ValueId],
+        facts: &[Fact],
         prefix: &str,
     ) -> Result<Vec<ValueId>, GraphError> {
         let name = format!("{prefix}{}", node.name);
@@ -124,11 +163,19 @@ impl Inliner {
             (Which::OfPanels, op) => op.is_function() && reads_panels,
         };
         if is_replaced {
-            let facts: Vec<_> = inputs.iter().map(|id| self.out.fact(*id).clone()).collect();
-            let body = definition(&node.op, &facts, self.flavour)?;
-            return self.nodes(&body, inputs, &format!("{name}/"));
+            let body = definition(&node.op, facts, self.flavour)?;
+            let is_wide = std::mem::replace(&mut self.is_wide, matches!(node.op, Op::RmsNorm(_)));
+            let outputs = self.nodes(&body, inputs, &format!("{name}/"))?;
+            self.is_wide = is_wide;
+            return match self.half {
+                None => Ok(outputs),
+                Some(half) => outputs.into_iter().map(|id| self.cast(&name, id, half)).collect(),
+            };
         }
-        let outputs = self.once(&name, node.op.clone(), inputs)?;
+        let outputs = match self.half {
+            None => self.once(&name, node.op.clone(), inputs)?,
+            Some(half) => self.typed(&name, node.op.clone(), inputs, half)?,
+        };
         if let (Which::OfPanels, Op::UnpackPanels(op)) = (self.which, &node.op)
             && PanelLinear::takes(op.format, op.format.rounding())
         {
@@ -144,8 +191,71 @@ impl Inliner {
             return Ok(outputs.clone());
         }
         let outputs = self.out.add_many(name, op, inputs)?;
+        if inputs.iter().all(|id| self.constants.contains(id)) {
+            self.constants.extend(&outputs);
+        }
         self.results.insert(key, outputs.clone());
         Ok(outputs)
+    }
+
+    /// Appends a standard op with its inputs in the type that it computes in.
+    fn typed(
+        &mut self,
+        name: &str,
+        op: Op,
+        inputs: &[ValueId],
+        half: DType,
+    ) -> Result<Vec<ValueId>, GraphError> {
+        let dtype_of = |inliner: &Inliner, id: &ValueId| inliner.out.fact(*id).dtype;
+        if let (Op::Cast(cast), [x]) = (&op, inputs)
+            && cast.dtype == DType::F32
+            && is_half(dtype_of(self, x))
+        {
+            return Ok(vec![self.cast(name, *x, half)?]);
+        }
+        let computed = |id: &&ValueId| !self.constants.contains(id);
+        let any =
+            |dtype: DType| inputs.iter().filter(computed).any(|id| dtype_of(self, id) == dtype);
+        let dtype = match op.width() {
+            _ if self.is_wide => Some(DType::F32),
+            Some(Width::Half) => Some(half),
+            Some(Width::Wide) => Some(DType::F32),
+            Some(Width::WideForTensorRt) if !self.flavour.has_contrib() => Some(DType::F32),
+            Some(Width::OfInputs | Width::WideForTensorRt) if any(DType::F32) => Some(DType::F32),
+            Some(Width::OfInputs | Width::WideForTensorRt) if any(half) => Some(half),
+            Some(Width::OfInputs | Width::WideForTensorRt) => None,
+            None => match &op {
+                Op::Gather(_) => Some(half),
+                Op::Concat(_) if any(half) => Some(half),
+                _ => None,
+            },
+        };
+        let mut typed = inputs.to_vec();
+        if let Some(dtype) = dtype {
+            for id in &mut typed {
+                *id = self.cast(name, *id, dtype)?;
+            }
+        }
+        self.once(name, op, &typed)
+    }
+
+    /// A float as `dtype`; other values as they are.
+    fn cast(&mut self, name: &str, id: ValueId, dtype: DType) -> Result<ValueId, GraphError> {
+        let value = self.out.value(id);
+        let found = value.fact.dtype;
+        if found == dtype || !(found == DType::F32 || is_half(found)) {
+            return Ok(id);
+        }
+        if let (Some(Constant::Literal(literal)), Some(half)) = (&value.constant, half_of(dtype)) {
+            if let Some(literal) = literal.as_f32() {
+                let literal = Tensor::F32(literal.mapv(half).into_shared());
+                let cast = Op::from(Cast { dtype }).evaluate(&[literal]);
+                let mut cast = cast.map_err(|error| self.out.broken(error.to_string()))?;
+                return Ok(self.literal(cast.remove(0)));
+            }
+        }
+        let outputs = self.once(&format!("{name}/{dtype}"), Cast { dtype }.into(), &[id])?;
+        Ok(outputs[0])
     }
 
     fn panel_linear(
@@ -163,6 +273,21 @@ impl Inliner {
             }
             _ => self.once(name, linear.clone().into(), inputs),
         }
+    }
+}
+
+fn is_half(dtype: DType) -> bool {
+    matches!(dtype, DType::F16 | DType::BF16)
+}
+
+/// What keeps a number within a half-precision type.
+fn half_of(dtype: DType) -> Option<fn(f32) -> f32> {
+    match dtype {
+        DType::F16 => {
+            Some(|value| value.clamp(f32::from(half::f16::MIN), f32::from(half::f16::MAX)))
+        }
+        DType::BF16 => Some(|value| value),
+        _ => None,
     }
 }
 

@@ -9,7 +9,7 @@ use super::proto::{
     AttributeProto, NodeProto, OperatorSetIdProto, StringStringEntryProto, TensorProto,
     TensorShapeProto, TypeProto, ValueInfoProto, type_proto,
 };
-use crate::op::{Attribute, Attributes};
+use crate::op::{Attribute, Attributes, Flavour};
 use crate::{DType, Dim, Fact, Tensor};
 
 /// ONNX's code of an element type.
@@ -159,9 +159,12 @@ fn attribute(name: &str, value: &Attribute) -> AttributeProto {
     proto
 }
 
-/// Versions of the operator sets `domains`.
-pub(super) fn opsets<'a>(domains: impl IntoIterator<Item = &'a str>) -> Vec<OperatorSetIdProto> {
-    let version = |domain: &str| if domain.is_empty() { 17 } else { 1 };
+/// Versions of the operator sets `domains` in files of a flavour.
+pub(super) fn opsets<'a>(
+    flavour: Flavour,
+    domains: impl IntoIterator<Item = &'a str>,
+) -> Vec<OperatorSetIdProto> {
+    let version = |domain: &str| if domain.is_empty() { flavour.opset() } else { 1 };
     let opset = |domain: &str| OperatorSetIdProto {
         domain: Some(domain.to_owned()),
         version: Some(version(domain)),

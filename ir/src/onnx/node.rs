@@ -58,18 +58,28 @@ pub(super) fn op_from_node(
         "Split" => own.with("axis", get("axis")?).with("sizes", Attribute::Ints(input(1)?)),
         "LayerNormalization" => own.with("epsilon", get("epsilon")?),
         "QuickGelu" => own.with("alpha", get("alpha")?),
-        "MatMulNBits" => {
-            own.with("block", get("block_size")?).with("n", get("N")?).with("k", get("K")?)
-        }
+        "MatMulNBits" => own
+            .with("bits", get("bits")?)
+            .with("block", get("block_size")?)
+            .with("n", get("N")?)
+            .with("k", get("K")?),
+        "RMSNormalization" => own.with("epsilon", get("epsilon")?),
+        "Attention" => own.with("scale", get("scale")?),
         "MultiHeadAttention" => own.with("n_heads", get("num_heads")?).with("scale", get("scale")?),
         _ => own,
     };
-    if !Op::NAMES.contains(&kind.1) {
+    let name = match kind.1 {
+        "Attention" => "ScaledDotProductAttention",
+        "RMSNormalization" => "RmsNormalization",
+        "MultiHeadAttention" if node.input.len() > 3 => "BiasedAttention",
+        name => name,
+    };
+    if !Op::NAMES.contains(&name) {
         return Err(unknown());
     }
-    let op = Op::from_attributes(kind.1, &own).map_err(|error| error.to_string())?;
+    let op = Op::from_attributes(name, &own).map_err(|error| error.to_string())?;
     match op.operator().onnx_form() {
-        OnnxForm::Node { domain, op_type, attributes, extra_inputs }
+        OnnxForm::Node { domain, op_type, attributes, extra_inputs, .. }
             if (domain, op_type) == kind =>
         {
             if attributes != given {

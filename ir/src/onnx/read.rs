@@ -59,8 +59,9 @@ fn malformed(
 fn flavour_of(model: &ModelProto) -> Result<Flavour, OnnxError> {
     let entry = model.metadata_props.iter().find(|entry| entry.key() == "flavour");
     let name = entry.map_or("", |entry| entry.value());
+    let expected = Flavour::ALL.map(Flavour::name).join(", ");
     Flavour::from_name(name)
-        .ok_or_else(|| malformed("metadata `flavour`", "portable or ort-cpu", format!("`{name}`")))
+        .ok_or_else(|| malformed("metadata `flavour`", expected, format!("`{name}`")))
 }
 
 struct Reader<'a> {
@@ -186,7 +187,8 @@ impl<'a> Reader<'a> {
             let id = self.ids.get(name.as_str()).copied();
             id.ok_or_else(|| malformed(place(), "inputs computed before", format!("`{name}`")))
         };
-        node.input.iter().take(n_inputs).map(find).collect()
+        let given = node.input.iter().take(n_inputs).filter(|name| !name.is_empty());
+        given.map(find).collect()
     }
 
     /// Names the outputs, and compares what is inferred with what the file says.

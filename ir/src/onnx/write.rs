@@ -11,26 +11,37 @@ use super::{
     panel_linears,
 };
 use crate::graph::{Constant, Graph, Node, ValueId};
-use crate::op::{Attribute, Attributes, Flavour, OnnxForm, OnnxInput};
+use crate::op::{Attribute, Attributes, OnnxForm, OnnxInput};
 use crate::verify::Verified;
 use crate::{Dim, Fact, Tensor};
 
-/// The bytes of an ONNX file (a `ModelProto`) with the runtime part of `graph`: opset 17, IR
-/// version 8. The same graph and options give the same bytes.
+/// The runtime part of `graph` as a file of a flavour has it: of half precision and without functions, or in f32 as it
+/// is but for linears with integer weights that the engine multiplies as such.
+pub fn graph_of_flavour(
+    graph: &Verified,
+    options: impl Into<WriteOptions>,
+    weights: &WeightLayout,
+) -> Result<Graph, OnnxError> {
+    let options = options.into();
+    let mut runtime = lower::runtime_graph(graph, weights)?;
+    if options.flavour.has_contrib() {
+        runtime = panel_linears(runtime, options.flavour)?;
+    }
+    if options.functions == Functions::Keep && options.flavour.half().is_none() {
+        return Ok(runtime);
+    }
+    Ok(inline_functions(&runtime, options.flavour)?)
+}
+
+/// The bytes of an ONNX file (a `ModelProto`) with the runtime part of `graph`. The same graph and options give the same
+/// bytes.
 pub fn write_onnx(
     graph: &Verified,
     options: impl Into<WriteOptions>,
     weights: &WeightLayout,
 ) -> Result<Vec<u8>, OnnxError> {
     let options = options.into();
-    let mut runtime = lower::runtime_graph(graph, weights)?;
-    if options.flavour == Flavour::OrtCpu {
-        runtime = panel_linears(runtime, options.flavour)?;
-    }
-    let runtime = match options.functions {
-        Functions::Keep => runtime,
-        Functions::Inline => inline_functions(&runtime, options.flavour)?,
-    };
+    let runtime = graph_of_flavour(graph, options, weights)?;
     let places = weights.entries.values().map(|e| (e.name.as_str(), (e.offset, e.length)));
     let weights = (weights.location.as_str(), &places.collect());
     let model = model_from_graph(&runtime, options, weights, usize::MAX)?;
@@ -52,13 +63,13 @@ pub(super) fn model_from_graph(
     let imported = functions.functions.iter().flat_map(|f| &f.opset_import).map(|o| o.domain());
     let own = written.nodes.iter().map(|node| node.domain());
     let domains: BTreeSet<&str> = own.chain(imported).chain([""]).collect();
-    let opset_import = message::opsets(domains);
+    let opset_import = message::opsets(options.flavour, domains);
     let value_info = intermediate_values(graph, &written.names);
     let ends = |ends: &[(String, ValueId)]| -> Vec<ValueInfoProto> {
         ends.iter().map(|(name, id)| message::value_info(name, graph.fact(*id))).collect()
     };
     Ok(ModelProto {
-        ir_version: Some(8),
+        ir_version: Some(options.flavour.ir_version()),
         opset_import,
         producer_name: Some("flamingoc".into()),
         producer_version: Some(env!("CARGO_PKG_VERSION").into()),
@@ -191,7 +202,10 @@ impl Writer<'_> {
         let facts: Vec<Fact> = node.inputs.iter().map(|id| self.graph.fact(*id).clone()).collect();
         let function;
         let (kind, attributes) = match node.op.operator().onnx_form() {
-            OnnxForm::Node { domain, op_type, attributes, extra_inputs } => {
+            OnnxForm::Node { domain, op_type, attributes, extra_inputs, absent } => {
+                for place in absent {
+                    inputs.insert((*place).min(inputs.len()), String::new());
+                }
                 for extra in extra_inputs {
                     let name = format!("{}#input{}", node.name, inputs.len());
                     inputs.push(self.extra_input(node, name, &extra)?);

@@ -3,7 +3,8 @@
 
 use super::{
     Attributes, Concat, Flavour, MatMul, Mul, MultiHeadAttention, OpError, Operator, Reshape,
-    Softmax, Transpose, expect_fact, expect_inputs, expect_rank, input_error,
+    ScaledDotProductAttention, Softmax, Transpose, expect_fact, expect_inputs, expect_rank,
+    input_error,
 };
 use crate::graph::{Graph, GraphError, ValueId};
 use crate::{Dim, Fact, Tensor};
@@ -62,18 +63,27 @@ impl Attention {
         [q, k, v]: [ValueId; 3],
         flavour: Flavour,
     ) -> Result<ValueId, GraphError> {
-        if flavour == Flavour::OrtCpu {
+        if flavour.has_contrib() {
             let op = MultiHeadAttention { n_heads: self.n_heads, scale: self.scale };
             return graph.add("attention", op, &[q, k, v]);
         }
         let out_shape = graph.fact(q).shape.clone();
         let q = self.heads(graph, q, "q", vec![0, 2, 1, 3])?;
-        let k = self.heads(graph, k, "k", vec![0, 2, 3, 1])?;
         let v = self.heads(graph, v, "v", vec![0, 2, 1, 3])?;
-        let q = scaled(graph, q, self.scale)?;
-        let scores = graph.add("scores", MatMul, &[q, k])?;
-        let weights = graph.add("weights", Softmax, &[scores])?;
-        let mixed = graph.add("mixed", MatMul, &[weights, v])?;
+        let mixed = match flavour {
+            Flavour::Trt10_15 => {
+                let k = self.heads(graph, k, "k", vec![0, 2, 1, 3])?;
+                let op = ScaledDotProductAttention { scale: self.scale };
+                graph.add("mixed", op, &[q, k, v])?
+            }
+            _ => {
+                let k = self.heads(graph, k, "k", vec![0, 2, 3, 1])?;
+                let q = scaled(graph, q, self.scale)?;
+                let scores = graph.add("scores", MatMul, &[q, k])?;
+                let weights = graph.add("weights", Softmax, &[scores])?;
+                graph.add("mixed", MatMul, &[weights, v])?
+            }
+        };
         let rows = graph.add("rows", Transpose { permutation: vec![0, 2, 1, 3] }, &[mixed])?;
         graph.add("joined", Reshape { shape: out_shape }, &[rows])
     }

@@ -1,19 +1,19 @@
-//! Operators of ONNX Runtime's domain `com.microsoft`, for the `ort-cpu` flavour's bodies
+//! Operators of ONNX Runtime's domain `com.microsoft`, for bodies of the flavours of ONNX Runtime
 //! (<https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md>).
 
 use ndarray::{ArcArray, Array2, IxDyn};
 
 use super::{
-    Attribute, Attributes, Flavour, MatMul, OnnxForm, OpError, Operator, Transpose, expect_fact,
-    expect_inputs, input_error,
+    Attribute, Attributes, Flavour, MatMul, OnnxForm, OpError, Operator, Reshape,
+    ScaledDotProductAttention, Transpose, expect_fact, expect_inputs, expect_rank, input_error,
 };
 use crate::graph::Graph;
-use crate::{DType, Fact, Tensor};
+use crate::{DType, Dim, Fact, Tensor};
 
 const DOMAIN: &str = "com.microsoft";
 
 fn contrib(op_type: &'static str, attributes: Attributes) -> OnnxForm {
-    OnnxForm::Node { domain: DOMAIN, op_type, attributes, extra_inputs: Vec::new() }
+    OnnxForm::Node { domain: DOMAIN, op_type, attributes, extra_inputs: Vec::new(), absent: &[] }
 }
 
 /// x Wᵀ without a transposed copy of W: x [.., k], weight [n, k].
@@ -24,10 +24,12 @@ pub struct FusedMatMul;
 #[derive(Debug, Clone, PartialEq)]
 pub struct MatMulIntegerToFloat;
 
-/// x Wᵀ: x f32 [.., k], weight u8 [n, blocks, block / 2] with two columns in a byte, the first in its low half, 8 more
-/// than their levels, and scales f32 [n · blocks].
+/// x Wᵀ: x f32 [.., k], weight u8 [n, blocks, block · bits / 8], and scales f32 [n · blocks]. Of 4 bits a byte has two
+/// columns, the first in its low half, 8 more than their levels; of 8 bits it is 128 more than its level.
 #[derive(Debug, Clone, PartialEq)]
 pub struct MatMulNBits {
+    /// Bits of a level: 4 or 8.
+    pub bits: usize,
     /// Columns that share a scale: a power of two from 16 on.
     pub block: usize,
     /// Rows of W.
@@ -56,6 +58,16 @@ pub struct MultiHeadAttention {
     pub scale: f32,
 }
 
+/// `MultiHeadAttention` of q [1, s, h·d] to keys and values by head [1, h, t, d], with a bias [1, h or 1, s, t] of the
+/// scores → [1, s, h·d].
+#[derive(Debug, Clone, PartialEq)]
+pub struct BiasedAttention {
+    /// Heads.
+    pub n_heads: usize,
+    /// Factor of the scores.
+    pub scale: f32,
+}
+
 impl FusedMatMul {
     pub(crate) fn parse(attributes: &Attributes) -> Result<FusedMatMul, OpError> {
         attributes.expect_only(&[]).map(|()| FusedMatMul)
@@ -70,16 +82,20 @@ impl MatMulIntegerToFloat {
 
 impl MatMulNBits {
     pub(crate) fn parse(attributes: &Attributes) -> Result<MatMulNBits, OpError> {
-        attributes.expect_only(&["block", "n", "k"])?;
+        attributes.expect_only(&["bits", "block", "n", "k"])?;
         let size = |name| attributes.positive(name);
-        let (block, n, k) = (size("block")?, size("n")?, size("k")?);
+        let (bits, block, n, k) = (size("bits")?, size("block")?, size("n")?, size("k")?);
+        let wrong = |name: &str, expected: &str, found: usize| OpError::Attribute {
+            name: name.into(),
+            expected: expected.into(),
+            found: found.to_string(),
+        };
+        if ![4, 8].contains(&bits) {
+            return Err(wrong("bits", "4 or 8", bits));
+        }
         match block >= 16 && block.is_power_of_two() {
-            true => Ok(MatMulNBits { block, n, k }),
-            false => Err(OpError::Attribute {
-                name: "block".into(),
-                expected: "a power of two from 16 on".into(),
-                found: block.to_string(),
-            }),
+            true => Ok(MatMulNBits { bits, block, n, k }),
+            false => Err(wrong("block", "a power of two from 16 on", block)),
         }
     }
 
@@ -201,7 +217,11 @@ impl Operator for MatMulNBits {
     }
 
     fn attributes(&self) -> Attributes {
-        Attributes::none().with("block", self.block).with("n", self.n).with("k", self.k)
+        Attributes::none()
+            .with("bits", self.bits)
+            .with("block", self.block)
+            .with("n", self.n)
+            .with("k", self.k)
     }
 
     /// `accuracy_level` 1: sums of f32.
@@ -210,14 +230,14 @@ impl Operator for MatMulNBits {
             .with("K", self.k)
             .with("N", self.n)
             .with("accuracy_level", Attribute::Int(1))
-            .with("bits", Attribute::Int(4))
+            .with("bits", self.bits)
             .with("block_size", self.block);
         contrib("MatMulNBits", attributes)
     }
 
     fn infer(&self, inputs: &[Fact]) -> Result<Vec<Fact>, OpError> {
         expect_inputs(inputs, 3)?;
-        let blocks = [self.n, self.n_blocks(), self.block / 2];
+        let blocks = [self.n, self.n_blocks(), self.block * self.bits / 8];
         expect_fact(inputs, 1, "weight", &Fact::new(DType::U8, blocks))?;
         expect_fact(inputs, 2, "scales", &Fact::f32([self.n * self.n_blocks()]))?;
         FusedMatMul.infer(&[inputs[0].clone(), Fact::f32([self.n, self.k])])
@@ -226,12 +246,19 @@ impl Operator for MatMulNBits {
     fn evaluate(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>, OpError> {
         let failed = || OpError::Evaluation("MatMulNBits takes f32, bytes and scales".into());
         let [x, Tensor::U8(bytes), Tensor::F32(scales)] = inputs else { return Err(failed()) };
+        let (bytes, scales) = (bytes.as_standard_layout(), scales.as_standard_layout());
         let (bytes, scales) = bytes.as_slice().zip(scales.as_slice()).ok_or_else(failed)?;
         let weight = Array2::from_shape_fn((self.n, self.k), |(row, col)| {
             let at = row * self.n_blocks() + col / self.block;
-            let byte = bytes[at * (self.block / 2) + col % self.block / 2];
-            let level = if col % 2 == 0 { byte & 15 } else { byte >> 4 };
-            (f32::from(level) - 8.0) * scales[at]
+            let col = col % self.block;
+            let level = match self.bits {
+                8 => f32::from(bytes[at * self.block + col]) - 128.0,
+                _ => {
+                    let byte = bytes[at * (self.block / 2) + col / 2];
+                    f32::from(if col % 2 == 0 { byte & 15 } else { byte >> 4 }) - 8.0
+                }
+            };
+            level * scales[at]
         });
         FusedMatMul.evaluate(&[x.clone(), Tensor::F32(weight.into_dyn().into_shared())])
     }
@@ -322,5 +349,76 @@ impl Operator for MultiHeadAttention {
 
     fn evaluate(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>, OpError> {
         same_as(&self.same(), inputs)
+    }
+}
+
+impl BiasedAttention {
+    pub(crate) fn parse(attributes: &Attributes) -> Result<BiasedAttention, OpError> {
+        let MultiHeadAttention { n_heads, scale } = MultiHeadAttention::parse(attributes)?;
+        Ok(BiasedAttention { n_heads, scale })
+    }
+
+    /// Shape of the queries by head, before and after they change places.
+    fn head_shape(&self, q: &[Dim], by_head: bool) -> Option<Vec<Dim>> {
+        let [batch, len, width] = q else { return None };
+        let width = width.known().filter(|width| width % self.n_heads == 0)?;
+        let (n_heads, dim) = (Dim::from(self.n_heads), Dim::from(width / self.n_heads));
+        let (batch, len) = (batch.clone(), len.clone());
+        Some(match by_head {
+            true => vec![batch, n_heads, len, dim],
+            false => vec![batch, len, n_heads, dim],
+        })
+    }
+}
+
+impl Operator for BiasedAttention {
+    fn name(&self) -> &'static str {
+        "BiasedAttention"
+    }
+
+    fn attributes(&self) -> Attributes {
+        Attributes::none().with("n_heads", self.n_heads).with("scale", self.scale)
+    }
+
+    /// Query, key, value, then neither bias of the projections nor mask of the keys.
+    fn onnx_form(&self) -> OnnxForm {
+        OnnxForm::Node {
+            domain: DOMAIN,
+            op_type: "MultiHeadAttention",
+            attributes: Attributes::none()
+                .with("num_heads", self.n_heads)
+                .with("scale", self.scale),
+            extra_inputs: Vec::new(),
+            absent: &[3, 4],
+        }
+    }
+
+    fn infer(&self, inputs: &[Fact]) -> Result<Vec<Fact>, OpError> {
+        expect_inputs(inputs, 4)?;
+        expect_rank(inputs, 0, "q", 3)?;
+        let shape = self.head_shape(&inputs[0].shape, true).ok_or_else(|| {
+            let expected = format!("a last axis that is a multiple of {}", self.n_heads);
+            input_error(0, "q", &expected, &inputs[0])
+        })?;
+        let by_head = [&[Fact::f32(shape)], &inputs[1..]].concat();
+        expect_rank(inputs, 1, "k", 4)?;
+        if inputs[1].shape[1] != Dim::from(self.n_heads) {
+            return Err(input_error(1, "k", &format!("{} heads", self.n_heads), &inputs[1]));
+        }
+        ScaledDotProductAttention { scale: self.scale }.infer(&by_head)?;
+        Ok(vec![inputs[0].clone()])
+    }
+
+    fn evaluate(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>, OpError> {
+        let facts: Vec<Fact> = inputs.iter().map(Tensor::fact).collect();
+        self.infer(&facts)?;
+        let shape = |by_head| self.head_shape(&facts[0].shape, by_head).unwrap_or_default();
+        let swap = Transpose { permutation: vec![0, 2, 1, 3] };
+        let rows = Reshape { shape: shape(false) }.evaluate(&inputs[..1])?;
+        let q = swap.evaluate(&rows)?;
+        let op = ScaledDotProductAttention { scale: self.scale };
+        let mixed = op.evaluate(&[&q[..], &inputs[1..]].concat())?;
+        let rows = swap.evaluate(&mixed)?;
+        Reshape { shape: facts[0].shape.clone() }.evaluate(&rows)
     }
 }

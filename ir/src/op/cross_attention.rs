@@ -6,9 +6,11 @@
 //! time 0 are exactly zero.
 
 use super::attention::scaled;
+use super::self_attention::{HIDDEN, batch_of_one};
 use super::{
-    Attributes, Equal, Flavour, MatMul, OpError, Operator, Reshape, Softmax, Transpose, Where,
-    expect_fact, expect_inputs, expect_rank, input_error,
+    Attributes, BiasedAttention, Equal, Expand, Flavour, MatMul, OpError, Operator, Reshape,
+    ScaledDotProductAttention, Softmax, Transpose, Where, expect_fact, expect_inputs, expect_rank,
+    input_error,
 };
 use crate::graph::{Graph, GraphError, ValueId};
 use crate::{Dim, Fact, Tensor};
@@ -29,7 +31,7 @@ impl CrossAttention {
         Ok(CrossAttention { n_heads, scale: attributes.float("scale")? })
     }
 
-    fn definition(&self, inputs: &[Fact]) -> Result<Graph, GraphError> {
+    fn definition(&self, inputs: &[Fact], flavour: Flavour) -> Result<Graph, GraphError> {
         let mut graph = Graph::new("CrossAttention");
         let g = &mut graph;
         let names = ["q", "media_k", "media_v", "media_time", "media_index"];
@@ -40,29 +42,54 @@ impl CrossAttention {
             return Err(g.broken("media_k of rank 3".into()));
         };
         let (n_heads, one) = (Dim::from(self.n_heads), Dim::from(1));
-        let q = self.heads(g, "q_heads", q, vec![1, 0, 2])?;
         let flat = vec![n_media.clone() * n_latents.clone(), width.clone()];
         let k = g.add("k_rows", Reshape { shape: flat.clone() }, &[media_k])?;
         let v = g.add("v_rows", Reshape { shape: flat.clone() }, &[media_v])?;
-        let k = self.heads(g, "k_heads", k, vec![1, 2, 0])?;
         let v = self.heads(g, "v_heads", v, vec![1, 0, 2])?;
-        let q = scaled(g, q, self.scale)?;
-        let scores = g.add("scores", MatMul, &[q, k])?;
-        let by_media = vec![n_heads.clone(), text_len.clone(), n_media.clone(), n_latents.clone()];
-        let scores = g.add("scores_by_media", Reshape { shape: by_media }, &[scores])?;
         let time = Reshape { shape: vec![text_len.clone(), one.clone(), one.clone()] };
         let time = g.add("time", time, &[media_time])?;
         let index = Reshape { shape: vec![n_media.clone(), one.clone()] };
         let index = g.add("index", index, &[media_index])?;
         let own = g.add("own", Equal, &[time, index])?;
-        let lowest = g.literal(Tensor::scalar(f32::MIN));
-        let masked = g.add("masked", Where, &[own, scores, lowest])?;
-        let rows = vec![n_heads, text_len.clone(), flat[0].clone()];
-        let masked = g.add("masked_rows", Reshape { shape: rows }, &[masked])?;
-        let weights = g.add("weights", Softmax, &[masked])?;
-        let mixed = g.add("mixed", MatMul, &[weights, v])?;
-        let rows = g.add("rows", Transpose { permutation: vec![1, 0, 2] }, &[mixed])?;
-        let joined = g.add("joined", Reshape { shape: inputs[0].shape.clone() }, &[rows])?;
+        let by_media = [text_len.clone(), n_media.clone(), n_latents.clone()];
+        let joined = match flavour {
+            Flavour::Cuda => {
+                let k = self.heads(g, "k_heads", k, vec![1, 0, 2])?;
+                let bias = hidden_media(g, own, by_media)?;
+                let [q, k, v] = batch_of_one(g, [q, k, v])?;
+                let op = BiasedAttention { n_heads: self.n_heads, scale: self.scale };
+                let mixed = g.add("attention", op, &[q, k, v, bias])?;
+                g.add("joined", Reshape { shape: inputs[0].shape.clone() }, &[mixed])?
+            }
+            Flavour::Trt10_15 => {
+                let q = self.heads(g, "q_heads", q, vec![1, 0, 2])?;
+                let k = self.heads(g, "k_heads", k, vec![1, 0, 2])?;
+                let bias = hidden_media(g, own, by_media)?;
+                let shape = g.fact(q).shape.clone();
+                let [q, k, v] = batch_of_one(g, [q, k, v])?;
+                let op = ScaledDotProductAttention { scale: self.scale };
+                let mixed = g.add("attention", op, &[q, k, v, bias])?;
+                let mixed = g.add("mixed", Reshape { shape }, &[mixed])?;
+                let rows = g.add("rows", Transpose { permutation: vec![1, 0, 2] }, &[mixed])?;
+                g.add("joined", Reshape { shape: inputs[0].shape.clone() }, &[rows])?
+            }
+            _ => {
+                let q = self.heads(g, "q_heads", q, vec![1, 0, 2])?;
+                let k = self.heads(g, "k_heads", k, vec![1, 2, 0])?;
+                let q = scaled(g, q, self.scale)?;
+                let scores = g.add("scores", MatMul, &[q, k])?;
+                let by_media = [&[n_heads.clone()], &by_media[..]].concat();
+                let scores = g.add("scores_by_media", Reshape { shape: by_media }, &[scores])?;
+                let lowest = g.literal(Tensor::scalar(f32::MIN));
+                let masked = g.add("masked", Where, &[own, scores, lowest])?;
+                let rows = vec![n_heads, text_len.clone(), flat[0].clone()];
+                let masked = g.add("masked_rows", Reshape { shape: rows }, &[masked])?;
+                let weights = g.add("weights", Softmax, &[masked])?;
+                let mixed = g.add("mixed", MatMul, &[weights, v])?;
+                let rows = g.add("rows", Transpose { permutation: vec![1, 0, 2] }, &[mixed])?;
+                g.add("joined", Reshape { shape: inputs[0].shape.clone() }, &[rows])?
+            }
+        };
         let time = Reshape { shape: vec![text_len, one] };
         let time = g.add("time_column", time, &[media_time])?;
         let none = g.literal(Tensor::scalar_i64(0));
@@ -120,9 +147,23 @@ impl Operator for CrossAttention {
         Ok(vec![inputs[0].clone()])
     }
 
-    fn body(&self, inputs: &[Fact], _flavour: Flavour) -> Option<Result<Graph, GraphError>> {
-        Some(self.definition(inputs))
+    fn body(&self, inputs: &[Fact], flavour: Flavour) -> Option<Result<Graph, GraphError>> {
+        Some(self.definition(inputs, flavour))
     }
+}
+
+/// What is added to the scores, [1, 1, m, n_media · n_latents]: `own` [m, n_media, 1] tells each token's medium.
+fn hidden_media(
+    graph: &mut Graph,
+    own: ValueId,
+    [text_len, n_media, n_latents]: [Dim; 3],
+) -> Result<ValueId, GraphError> {
+    let [seen, hidden] = [0.0, HIDDEN].map(|bias| graph.literal(Tensor::scalar(bias)));
+    let bias = graph.add("bias_of_media", Where, &[own, seen, hidden])?;
+    let shape = vec![text_len.clone(), n_media.clone(), n_latents.clone()];
+    let bias = graph.add("bias_of_latents", Expand { shape }, &[bias])?;
+    let shape = vec![Dim::from(1), Dim::from(1), text_len, n_media * n_latents];
+    graph.add("bias", Reshape { shape }, &[bias])
 }
 
 #[cfg(test)]

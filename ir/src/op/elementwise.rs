@@ -9,7 +9,13 @@ use super::{Attributes, OnnxForm, OpError, Operator, expect_inputs, input_error}
 use crate::{DType, Fact, Tensor};
 
 fn standard(op_type: &'static str) -> OnnxForm {
-    OnnxForm::Node { domain: "", op_type, attributes: Attributes::none(), extra_inputs: Vec::new() }
+    OnnxForm::Node {
+        domain: "",
+        op_type,
+        attributes: Attributes::none(),
+        extra_inputs: Vec::new(),
+        absent: &[],
+    }
 }
 
 type Array<T> = ArcArray<T, IxDyn>;

@@ -82,6 +82,7 @@ impl Operator for Gather {
             op_type: "Gather",
             attributes: Attributes::none().with("axis", 0),
             extra_inputs: Vec::new(),
+            absent: &[],
         }
     }
 
@@ -136,6 +137,7 @@ impl Operator for Slice {
             op_type: "Slice",
             attributes: Attributes::none(),
             extra_inputs: vec![list(self.start), list(self.end), list(self.axis)],
+            absent: &[],
         }
     }
 
@@ -177,6 +179,7 @@ impl Operator for Split {
             op_type: "Split",
             attributes: Attributes::none().with("axis", self.axis),
             extra_inputs: vec![OnnxInput::I64(sizes)],
+            absent: &[],
         }
     }
 
@@ -222,6 +225,7 @@ impl Operator for Where {
             op_type: "Where",
             attributes: Attributes::none(),
             extra_inputs: Vec::new(),
+            absent: &[],
         }
     }
 

@@ -68,12 +68,12 @@ impl Activation {
         x: ValueId,
         flavour: Flavour,
     ) -> Result<ValueId, GraphError> {
-        match (self, flavour) {
-            (Activation::Gelu, Flavour::OrtCpu) => graph.add("gelu", Gelu, &[x]),
-            (Activation::QuickGelu, Flavour::OrtCpu) => {
+        match (self, flavour.has_contrib()) {
+            (Activation::Gelu, true) => graph.add("gelu", Gelu, &[x]),
+            (Activation::QuickGelu, true) => {
                 graph.add("quick_gelu", QuickGelu { alpha: 1.702 }, &[x])
             }
-            (Activation::Gelu, Flavour::Portable) => {
+            (Activation::Gelu, false) => {
                 let root = graph.literal(Tensor::scalar(std::f32::consts::SQRT_2));
                 let (one, half) = (Tensor::scalar(1.0), Tensor::scalar(0.5));
                 let (one, half) = (graph.literal(one), graph.literal(half));
@@ -83,7 +83,7 @@ impl Activation {
                 let product = graph.add("product", Mul, &[x, shifted])?;
                 graph.add("gelu", Mul, &[product, half])
             }
-            (Activation::QuickGelu, Flavour::Portable) => {
+            (Activation::QuickGelu, false) => {
                 let alpha = graph.literal(Tensor::scalar(1.702));
                 let scaled = graph.add("scaled", Mul, &[x, alpha])?;
                 let gate = graph.add("gate", Sigmoid, &[scaled])?;
@@ -157,14 +157,17 @@ impl Linear {
         };
         let x = input(&mut graph, "x");
         let weight = input(&mut graph, "weight");
-        let x = self.rounding.define(&mut graph, x)?;
-        let product = match flavour {
-            Flavour::Portable => {
+        let x = match flavour.rounds_activations() {
+            true => self.rounding.define(&mut graph, x)?,
+            false => x,
+        };
+        let product = match flavour.has_contrib() {
+            true => graph.add("product", FusedMatMul, &[x, weight])?,
+            false => {
                 let columns = Transpose { permutation: vec![1, 0] };
                 let transposed = graph.add("transposed", columns, &[weight])?;
                 graph.add("product", MatMul, &[x, transposed])?
             }
-            Flavour::OrtCpu => graph.add("product", FusedMatMul, &[x, weight])?,
         };
         let mut rest = Vec::new();
         if self.bias {

@@ -31,6 +31,7 @@ impl Operator for MatMul {
             op_type: "MatMul",
             attributes: Attributes::none(),
             extra_inputs: Vec::new(),
+            absent: &[],
         }
     }
 

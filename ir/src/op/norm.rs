@@ -21,6 +21,13 @@ pub struct LayerNormalization {
     pub epsilon: f32,
 }
 
+/// ONNX's normalisation by the root mean square over the last axis (opset 23): x, scale.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RmsNormalization {
+    /// Added to the mean square.
+    pub epsilon: f32,
+}
+
 /// Layer normalisation over each of `n_heads` equal parts of the last axis.
 /// Inputs: x [.., d], scale [d / n_heads] if `scale`, bias [d / n_heads] if `bias`.
 #[derive(Debug, Clone, PartialEq)]
@@ -107,6 +114,7 @@ impl Operator for LayerNormalization {
             op_type: "LayerNormalization",
             attributes: self.attributes().with("axis", super::Attribute::Int(-1)),
             extra_inputs: Vec::new(),
+            absent: &[],
         }
     }
 
@@ -135,6 +143,42 @@ impl Operator for LayerNormalization {
             }
         }
         Ok(vec![Tensor::F32(out.into_shared())])
+    }
+}
+
+impl RmsNormalization {
+    pub(crate) fn parse(attributes: &Attributes) -> Result<RmsNormalization, OpError> {
+        attributes.expect_only(&["epsilon"])?;
+        Ok(RmsNormalization { epsilon: attributes.float("epsilon")? })
+    }
+}
+
+impl Operator for RmsNormalization {
+    fn name(&self) -> &'static str {
+        "RmsNormalization"
+    }
+
+    fn attributes(&self) -> Attributes {
+        Attributes::none().with("epsilon", self.epsilon)
+    }
+
+    fn onnx_form(&self) -> OnnxForm {
+        OnnxForm::Node {
+            domain: "",
+            op_type: "RMSNormalization",
+            attributes: self.attributes().with("axis", super::Attribute::Int(-1)),
+            extra_inputs: Vec::new(),
+            absent: &[],
+        }
+    }
+
+    fn infer(&self, inputs: &[Fact]) -> Result<Vec<Fact>, OpError> {
+        check(inputs, 1, &["scale"])?;
+        Ok(vec![inputs[0].clone()])
+    }
+
+    fn evaluate(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>, OpError> {
+        RmsNorm { epsilon: self.epsilon, n_heads: 1, scale: true }.evaluate(inputs)
     }
 }
 
@@ -222,32 +266,47 @@ impl Operator for RmsNorm {
         Ok(vec![inputs[0].clone()])
     }
 
-    fn body(&self, inputs: &[Fact], _flavour: Flavour) -> Option<Result<Graph, GraphError>> {
-        Some(self.definition(inputs))
+    fn body(&self, inputs: &[Fact], flavour: Flavour) -> Option<Result<Graph, GraphError>> {
+        Some(self.definition(inputs, flavour))
     }
 }
 
 impl RmsNorm {
-    fn definition(&self, inputs: &[Fact]) -> Result<Graph, GraphError> {
+    fn definition(&self, inputs: &[Fact], flavour: Flavour) -> Result<Graph, GraphError> {
         let mut graph = Graph::new("RmsNorm");
         let x = graph.input("x", inputs[0].clone());
         let part = inputs[0].shape.last().and_then(Dim::known).unwrap_or(0) / self.n_heads;
         let parts = split_heads(&mut graph, x, self.n_heads, part)?;
-        let square = graph.add("square", Mul, &[parts, parts])?;
-        let mean = graph.add("mean", ReduceMean, &[square])?;
-        let epsilon = graph.literal(Tensor::scalar(self.epsilon));
-        let shifted = graph.add("shift", Add, &[mean, epsilon])?;
-        let root = graph.add("root", Sqrt, &[shifted])?;
-        let mut y = graph.add("normed", Div, &[parts, root])?;
-        if self.scale {
-            let scale = graph.input("scale", inputs[1].clone());
-            y = graph.add("scaled", Mul, &[y, scale])?;
-        }
+        let scale = self.scale.then(|| graph.input("scale", inputs[1].clone()));
+        let mut y = match flavour {
+            Flavour::Trt10_15 => {
+                let ones = || Tensor::vector(vec![1.0; part]);
+                let scale = scale.unwrap_or_else(|| graph.literal(ones()));
+                let op = RmsNormalization { epsilon: self.epsilon };
+                graph.add("normed", op, &[parts, scale])?
+            }
+            _ => self.in_steps(&mut graph, parts, scale)?,
+        };
         if self.n_heads > 1 {
             y = graph.add("join", Reshape { shape: inputs[0].shape.clone() }, &[y])?;
         }
         graph.output("y", y);
         Ok(graph)
+    }
+
+    fn in_steps(
+        &self,
+        graph: &mut Graph,
+        x: ValueId,
+        scale: Option<ValueId>,
+    ) -> Result<ValueId, GraphError> {
+        let square = graph.add("square", Mul, &[x, x])?;
+        let mean = graph.add("mean", ReduceMean, &[square])?;
+        let epsilon = graph.literal(Tensor::scalar(self.epsilon));
+        let shifted = graph.add("shift", Add, &[mean, epsilon])?;
+        let root = graph.add("root", Sqrt, &[shifted])?;
+        let y = graph.add("normed", Div, &[x, root])?;
+        scale.map_or(Ok(y), |scale| graph.add("scaled", Mul, &[y, scale]))
     }
 }
 

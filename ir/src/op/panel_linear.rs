@@ -7,10 +7,14 @@ use super::{
 use crate::graph::{Graph, GraphError, ValueId};
 use crate::{DType, Fact, Tensor};
 
+/// Columns of a block where all blocks of a row have one scale.
+const BYTES_BLOCK: usize = 32;
+
 /// `Linear` of the weight that `UnpackPanels` makes. Inputs: x `[.., k]`, data, row scales, of int4 block scales, bias `[n]`
 /// if `bias`, residual `[.., n]` if `residual`.
 ///
-/// For ONNX Runtime int8 is a product of bytes, whose sums are exact, and int4 a `MatMulNBits` of rounded activations.
+/// For ONNX Runtime's CPU provider int8 is a product of bytes, whose sums are exact, and int4 a `MatMulNBits` of rounded
+/// activations. For its CUDA provider both are `MatMulNBits`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PanelLinear {
     /// What is done with the weight.
@@ -66,10 +70,17 @@ impl PanelLinear {
                 let product = self.integer_product(&mut graph, x, *data, *row_scales)?;
                 self.linear.finish(&mut graph, product, rest, flavour)?
             }
-            (Flavour::OrtCpu, PanelFormat::Int4 { block }, [data, row_scales, block_scales])
-                if is_fitting =>
+            (Flavour::Cuda, PanelFormat::Int8, [data, row_scales]) if is_fitting => {
+                let product = self.byte_blocks_product(&mut graph, x, *data, *row_scales)?;
+                self.linear.finish(&mut graph, product, rest, flavour)?
+            }
+            (_, PanelFormat::Int4 { block }, [data, row_scales, block_scales])
+                if is_fitting && flavour.has_contrib() =>
             {
-                let x = self.linear.rounding.define(&mut graph, x)?;
+                let x = match flavour.rounds_activations() {
+                    true => self.linear.rounding.define(&mut graph, x)?,
+                    false => x,
+                };
                 let (weight, scales) = self.weight.blocks_of_nibbles(
                     &mut graph,
                     *data,
@@ -77,7 +88,8 @@ impl PanelLinear {
                     *block_scales,
                     block,
                 )?;
-                let product = MatMulNBits { block, n: self.weight.n, k: self.weight.k };
+                let UnpackPanels { n, k, .. } = self.weight;
+                let product = MatMulNBits { bits: 4, block, n, k };
                 let product = graph.add("product", product, &[x, weight, scales])?;
                 self.linear.finish(&mut graph, product, rest, flavour)?
             }
@@ -88,6 +100,20 @@ impl PanelLinear {
         };
         graph.output("y", y);
         Ok(graph)
+    }
+
+    /// x Wᵀ with W in blocks of bytes that share the scale of their row.
+    fn byte_blocks_product(
+        &self,
+        graph: &mut Graph,
+        x: ValueId,
+        data: ValueId,
+        row_scales: ValueId,
+    ) -> Result<ValueId, GraphError> {
+        let (weight, scales) = self.weight.blocks_of_bytes(graph, data, row_scales, BYTES_BLOCK)?;
+        let UnpackPanels { n, k, .. } = self.weight;
+        let product = MatMulNBits { bits: 8, block: BYTES_BLOCK, n, k };
+        graph.add("product", product, &[x, weight, scales])
     }
 
     /// x Wᵀ with both sides as bytes around 128, which no processor's product of bytes saturates.

@@ -23,8 +23,8 @@ pub use inputs::Inputs;
 pub use pack::{Fit, output_sqnr_db, sqnr_db};
 
 use super::{
-    Add, Attribute, Attributes, Cast, Concat, Flavour, Floor, Mul, OnnxForm, OpError, Operator,
-    Reshape, Rounding, Slice, Split, Sub, Transpose, expect_inputs, input_error,
+    Add, Attribute, Attributes, Cast, Concat, Expand, Flavour, Floor, Mul, OnnxForm, OpError,
+    Operator, Reshape, Rounding, Slice, Split, Sub, Transpose, expect_inputs, input_error,
 };
 use crate::graph::{Graph, GraphError, ValueId};
 use crate::{DType, Dim, Fact, Tensor};
@@ -231,6 +231,38 @@ impl UnpackPanels {
         let columns = body.turned("columns", levels, &[1, 0])?;
         let scales = body.shaped("row_scale_list", row_scales, &[rows])?;
         Ok((columns, body.cut_rows("whole_row_scales", scales, (rows, self.n))?))
+    }
+
+    /// Appends the bytes u8 [n, blocks, block] of a weight of int8, 128 more than its levels, and the scales f32
+    /// [n · blocks] of its blocks, alike in a row.
+    pub(super) fn blocks_of_bytes(
+        &self,
+        graph: &mut Graph,
+        data: ValueId,
+        row_scales: ValueId,
+        block: usize,
+    ) -> Result<(ValueId, ValueId), GraphError> {
+        let (rows, cols) = (self.n_panels() * PANEL_ROWS, self.k.next_multiple_of(4));
+        let n_blocks = self.k.div_ceil(block);
+        let mut body = self.body_in(graph);
+        let levels = body.grouped_rows(data, cols)?;
+        let mut levels = body.cut(levels, (rows, self.n), (cols, self.k))?;
+        let n_missing = n_blocks * block - self.k;
+        if n_missing > 0 {
+            let zero = body.graph.literal(Tensor::scalar(0.0));
+            let shape = vec![Dim::from(self.n), Dim::from(n_missing)];
+            let padding = body.graph.add("padding", Expand { shape }, &[zero])?;
+            levels = body.graph.add("whole_blocks", Concat { axis: 1 }, &[levels, padding])?;
+        }
+        let middle = body.graph.literal(Tensor::scalar(128.0));
+        let bytes = body.graph.add("shifted", Add, &[levels, middle])?;
+        let bytes = body.graph.add("weight_bytes", Cast { dtype: DType::U8 }, &[bytes])?;
+        let bytes = body.shaped("byte_blocks", bytes, &[self.n, n_blocks, block])?;
+        let scales = body.shaped("row_scale_column", row_scales, &[rows, 1])?;
+        let scales = body.cut_rows("whole_row_scales", scales, (rows, self.n))?;
+        let shape = vec![Dim::from(self.n), Dim::from(n_blocks)];
+        let scales = body.graph.add("block_scales", Expand { shape }, &[scales])?;
+        Ok((bytes, body.shaped("scale_list", scales, &[self.n * n_blocks])?))
     }
 
     /// Appends the bytes u8 [n, blocks, block / 2] of a weight of int4, each with two columns that follow each other, the

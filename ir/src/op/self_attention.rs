@@ -7,12 +7,15 @@
 
 use super::attention::scaled;
 use super::{
-    Add, Attribute, Attributes, Cast, Concat, Cos, Flavour, LessOrEqual, MatMul, Mul, Neg, OpError,
-    Operator, Reshape, Sin, Slice, Softmax, Sub, Transpose, Where, expect_fact, expect_inputs,
-    expect_rank, input_error,
+    Add, Attribute, Attributes, BiasedAttention, Cast, Concat, Cos, Flavour, LessOrEqual, MatMul,
+    Mul, Neg, OpError, Operator, Reshape, ScaledDotProductAttention, Sin, Slice, Softmax, Sub,
+    Transpose, Where, expect_fact, expect_inputs, expect_rank, input_error,
 };
 use crate::graph::{Graph, GraphError, ValueId};
 use crate::{DType, Dim, Fact, Tensor};
+
+/// What hides a key when it is added to its score, in every type.
+pub(super) const HIDDEN: f32 = -65504.0;
 
 /// How positions enter self-attention.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -156,13 +159,13 @@ impl Operator for SelfAttention {
         Ok(vec![row(self.n_heads), cache(&total_len), cache(&total_len)])
     }
 
-    fn body(&self, inputs: &[Fact], _flavour: Flavour) -> Option<Result<Graph, GraphError>> {
-        Some(self.definition(inputs))
+    fn body(&self, inputs: &[Fact], flavour: Flavour) -> Option<Result<Graph, GraphError>> {
+        Some(self.definition(inputs, flavour))
     }
 }
 
 impl SelfAttention {
-    fn definition(&self, inputs: &[Fact]) -> Result<Graph, GraphError> {
+    fn definition(&self, inputs: &[Fact], flavour: Flavour) -> Result<Graph, GraphError> {
         let mut graph = Graph::new("SelfAttention");
         let g = &mut graph;
         let names = ["q", "k", "v", "past_k", "past_v", "positions", "key_positions"];
@@ -178,22 +181,78 @@ impl SelfAttention {
         }
         let present_k = g.add("present_k", Concat { axis: 1 }, &[past_k, k])?;
         let present_v = g.add("present_v", Concat { axis: 1 }, &[past_v, v])?;
-        let q = scaled(g, q, self.scale)?;
-        let mut scores = self.scores(g, q, present_k)?;
-        let (row, column) = relative(g, positions, key_positions)?;
-        if let Position::Alibi { bias_max } = self.position {
-            let bias = self.alibi(g, row, column, bias_max)?;
-            scores = g.add("biased", Add, &[scores, bias])?;
-        }
-        let visible = g.add("visible", LessOrEqual, &[column, row])?;
-        let lowest = g.literal(Tensor::scalar(f32::MIN));
-        let masked = g.add("masked", Where, &[visible, scores, lowest])?;
-        let weights = g.add("weights", Softmax, &[masked])?;
-        let y = self.mix(g, weights, present_v, &inputs[0])?;
+        let places = relative(g, positions, key_positions)?;
+        let y = match flavour {
+            Flavour::Cuda if !self.is_grouped() => {
+                let bias = self.bias(g, places)?;
+                let q = self.joined(g, q, &inputs[0])?;
+                let [q, k, v] = batch_of_one(g, [q, present_k, present_v])?;
+                let op = BiasedAttention { n_heads: self.n_heads, scale: self.scale };
+                let mixed = g.add("attention", op, &[q, k, v, bias])?;
+                g.add("joined", Reshape { shape: inputs[0].shape.clone() }, &[mixed])?
+            }
+            Flavour::Trt10_15 => {
+                let bias = self.bias(g, places)?;
+                let shape = g.fact(q).shape.clone();
+                let [q, k, v] = batch_of_one(g, [q, present_k, present_v])?;
+                let op = ScaledDotProductAttention { scale: self.scale };
+                let mixed = g.add("attention", op, &[q, k, v, bias])?;
+                let mixed = g.add("mixed", Reshape { shape }, &[mixed])?;
+                self.joined(g, mixed, &inputs[0])?
+            }
+            _ => self.in_steps(g, [q, present_k, present_v], places, &inputs[0])?,
+        };
         graph.output("y", y);
         graph.output("present_k", present_k);
         graph.output("present_v", present_v);
         Ok(graph)
+    }
+
+    /// Mixed values [m, h·d], step by step.
+    fn in_steps(
+        &self,
+        graph: &mut Graph,
+        [q, k, v]: [ValueId; 3],
+        (row, column): (ValueId, ValueId),
+        out: &Fact,
+    ) -> Result<ValueId, GraphError> {
+        let q = scaled(graph, q, self.scale)?;
+        let mut scores = self.scores(graph, q, k)?;
+        if let Position::Alibi { bias_max } = self.position {
+            let bias = self.alibi(graph, row, column, bias_max)?;
+            scores = graph.add("biased", Add, &[scores, bias])?;
+        }
+        let visible = graph.add("visible", LessOrEqual, &[column, row])?;
+        let lowest = graph.literal(Tensor::scalar(f32::MIN));
+        let masked = graph.add("masked", Where, &[visible, scores, lowest])?;
+        let weights = graph.add("weights", Softmax, &[masked])?;
+        self.mix(graph, weights, v, out)
+    }
+
+    /// What is added to the scores, [1, h or 1, m, p + m]: positions, and what hides later keys.
+    fn bias(
+        &self,
+        graph: &mut Graph,
+        (row, column): (ValueId, ValueId),
+    ) -> Result<ValueId, GraphError> {
+        let visible = graph.add("visible", LessOrEqual, &[column, row])?;
+        let (heads, bias) = match self.position {
+            Position::Alibi { bias_max } => {
+                (self.n_heads, self.alibi(graph, row, column, bias_max)?)
+            }
+            _ => (1, graph.literal(Tensor::scalar(0.0))),
+        };
+        let lowest = graph.literal(Tensor::scalar(HIDDEN));
+        let bias = graph.add("bias", Where, &[visible, bias, lowest])?;
+        let fact = graph.fact(visible);
+        let shape = [&[Dim::from(1), Dim::from(heads)], &fact.shape[..]].concat();
+        graph.add("bias_by_head", Reshape { shape }, &[bias])
+    }
+
+    /// [h, m, d] → [m, h·d].
+    fn joined(&self, graph: &mut Graph, x: ValueId, out: &Fact) -> Result<ValueId, GraphError> {
+        let rows = graph.add("rows", Transpose { permutation: vec![1, 0, 2] }, &[x])?;
+        graph.add("joined", Reshape { shape: out.shape.clone() }, &[rows])
     }
 
     /// [m, n·d] → [n, m, d].
@@ -283,8 +342,7 @@ impl SelfAttention {
                 vec![Dim::from(self.n_heads), out.shape[0].clone(), Dim::from(self.head_dim)];
             mixed = graph.add("ungrouped", Reshape { shape }, &[mixed])?;
         }
-        let rows = graph.add("rows", Transpose { permutation: vec![1, 0, 2] }, &[mixed])?;
-        graph.add("joined", Reshape { shape: out.shape.clone() }, &[rows])
+        self.joined(graph, mixed, out)
     }
 
     /// x · cos + rotate_half(x) · sin over the first `n_dims` of each head.
@@ -313,6 +371,19 @@ impl SelfAttention {
         let rest = part(graph, "rest", n_dims, self.head_dim)?;
         graph.add(&format!("{name}.joined"), Concat { axis: 2 }, &[rotated, rest])
     }
+}
+
+/// Each with a batch of one before its axes.
+pub(super) fn batch_of_one<const N: usize>(
+    graph: &mut Graph,
+    values: [ValueId; N],
+) -> Result<[ValueId; N], GraphError> {
+    let mut batches = values;
+    for value in &mut batches {
+        let shape = [&[Dim::from(1)], &graph.fact(*value).shape[..]].concat();
+        *value = graph.add("batch", Reshape { shape }, &[*value])?;
+    }
+    Ok(batches)
 }
 
 /// cos and sin of position · frequency, each [m, n_dims] (the two halves are equal).

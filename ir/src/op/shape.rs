@@ -87,7 +87,7 @@ impl Cast {
 }
 
 fn node(op_type: &'static str, attributes: Attributes, extra: Vec<OnnxInput>) -> OnnxForm {
-    OnnxForm::Node { domain: "", op_type, attributes, extra_inputs: extra }
+    OnnxForm::Node { domain: "", op_type, attributes, extra_inputs: extra, absent: &[] }
 }
 
 fn known(shape: &[Dim]) -> Result<Vec<usize>, OpError> {
@@ -302,8 +302,12 @@ impl Operator for Cast {
             (Tensor::Bool(x), DType::I64) => Tensor::I64(x.mapv(i64::from).into_shared()),
             (Tensor::F16(x), DType::F32) => Tensor::F32(x.mapv(f16::to_f32).into_shared()),
             (Tensor::BF16(x), DType::F32) => Tensor::F32(x.mapv(bf16::to_f32).into_shared()),
+            (Tensor::BF16(x), DType::F16) => {
+                Tensor::F16(x.mapv(|v| f16::from_f32(v.to_f32())).into_shared())
+            }
             (Tensor::I8(x), DType::F32) => Tensor::F32(x.mapv(f32::from).into_shared()),
             (Tensor::U8(x), DType::F32) => Tensor::F32(x.mapv(f32::from).into_shared()),
+            (Tensor::F32(x), DType::F16) => Tensor::F16(x.mapv(f16::from_f32).into_shared()),
             (Tensor::F32(x), DType::BF16) => Tensor::BF16(x.mapv(bf16::from_f32).into_shared()),
             (Tensor::F32(x), DType::U8) => Tensor::U8(x.mapv(|v| v as u8).into_shared()),
             (same, dtype) if same.dtype() == dtype => same.clone(),

@@ -59,6 +59,7 @@ impl Operator for Softmax {
             op_type: "Softmax",
             attributes: Attributes::none().with("axis", Attribute::Int(-1)),
             extra_inputs: Vec::new(),
+            absent: &[],
         }
     }
 
@@ -145,6 +146,7 @@ fn reduction(op_type: &'static str) -> OnnxForm {
             .with("axes", Attribute::Ints(vec![-1]))
             .with("keepdims", Attribute::Int(1)),
         extra_inputs: Vec::new(),
+        absent: &[],
     }
 }
 

@@ -239,6 +239,26 @@ pub(crate) fn standard_cases() -> Vec<Case> {
             LayerNormalization { epsilon: 1e-5 },
             &[X, ("scale", Positive, "8"), ("bias", Noise, "8")],
         ),
+        case("rms", RmsNormalization { epsilon: 1e-5 }, &[X, ("scale", Positive, "8")]),
+        case(
+            "heads",
+            ScaledDotProductAttention { scale: 0.4 },
+            &[
+                ("q", Noise, "1, 4, text_len, 8"),
+                ("k", Noise, "1, 2, past_len + text_len, 8"),
+                ("v", Noise, "1, 2, past_len + text_len, 8"),
+                ("bias", Noise, "1, 4, text_len, past_len + text_len"),
+            ],
+        ),
+        case(
+            "heads.plain",
+            ScaledDotProductAttention { scale: 0.4 },
+            &[
+                ("q", Noise, "n_media, 2, text_len, 8"),
+                ("k", Noise, "n_media, 2, past_len + text_len, 8"),
+                ("v", Noise, "n_media, 2, past_len + text_len, 8"),
+            ],
+        ),
         case("norm.plain", LayerNormalization { epsilon: 1e-5 }, &[X, ("scale", Weight, "8")]),
     ]
 }
@@ -262,11 +282,30 @@ pub(crate) fn contrib_cases() -> Vec<Case> {
         ),
         case(
             "nibbles",
-            MatMulNBits { block: 16, n: 5, k: 40 },
+            MatMulNBits { bits: 4, block: 16, n: 5, k: 40 },
             &[
                 ("x", Noise, "text_len, 40"),
                 ("weight", U8Weight, "5, 3, 8"),
                 ("scales", Weight, "15"),
+            ],
+        ),
+        case(
+            "blocks_of_bytes",
+            MatMulNBits { bits: 8, block: 16, n: 5, k: 40 },
+            &[
+                ("x", Noise, "text_len, 40"),
+                ("weight", U8Weight, "5, 3, 16"),
+                ("scales", Scale, "15"),
+            ],
+        ),
+        case(
+            "biased_attention",
+            BiasedAttention { n_heads: 2, scale: 0.4 },
+            &[
+                ("q", Noise, "1, text_len, 8"),
+                ("k", Noise, "1, 2, past_len + text_len, 4"),
+                ("v", Noise, "1, 2, past_len + text_len, 4"),
+                ("bias", Noise, "1, 1, text_len, past_len + text_len"),
             ],
         ),
         case("ms_gelu", Gelu, &[X]),
