@@ -27,6 +27,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
+use flamingo_ir::op::Flavour;
 use flamingo_runtime::{
     KvFormat, Model, OpenOptions, VisualCache, VisualCacheOptions, bytes_from_text, env,
 };
@@ -84,6 +85,10 @@ struct Opening {
     /// Execution provider of `--backend ort`
     #[arg(long, value_name = "NAME", default_value = "cpu", value_parser = ["cpu", "cuda", "tensorrt"])]
     ep: String,
+    /// Graphs that `--backend ort` runs [default: ort-cpu, cuda or trt-10.3 by execution provider]; those of a GPU run on
+    /// the CPU, too, slowly
+    #[arg(long, value_name = "FLAVOUR", value_parser = Flavour::ALL.map(Flavour::name))]
+    flavour: Option<String>,
     /// ONNX Runtime's shared library [default: ORT_DYLIB_PATH, then known places]
     #[arg(long, value_name = "FILE")]
     ort_lib: Option<PathBuf>,
@@ -100,10 +105,21 @@ struct Opening {
 }
 
 impl Opening {
+    /// The flavour of the graphs that are run, if `--backend ort` runs them.
+    fn flavour(&self) -> Option<Flavour> {
+        let name = self.flavour.as_deref().unwrap_or(match self.ep.as_str() {
+            "cuda" => "cuda",
+            "tensorrt" => "trt-10.3",
+            _ => "ort-cpu",
+        });
+        (self.backend == "ort").then(|| Flavour::from_name(name)).flatten()
+    }
+
     fn options(&self) -> OpenOptions {
         OpenOptions {
             backend: Some(self.backend.clone()),
             execution_provider: Some(self.ep.clone()),
+            flavour: self.flavour.clone(),
             ort_library: self.ort_lib.clone(),
             n_threads: self.threads,
             kv_format: self.kv.as_deref().and_then(KvFormat::from_name),

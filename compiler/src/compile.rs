@@ -40,6 +40,8 @@ pub struct CompileOptions {
     pub max_images: usize,
     /// How weights are stored.
     pub scheme: Scheme,
+    /// Flavours of graphs beside [`CPU_FLAVOURS`], which point to the same weights.
+    pub flavours: Vec<Flavour>,
     /// What int8 and int4 are calibrated on; ignored for f32.
     pub calibrate: CalibrateOn,
     /// Where what calibration saw is kept, to be read the next time.
@@ -142,7 +144,7 @@ pub enum Progress<'a> {
     Prompts(usize, usize),
 }
 
-/// The flavours of an artifact for the CPU.
+/// The flavours of every artifact: what the native engine reads, and what ONNX Runtime's CPU provider runs.
 pub const CPU_FLAVOURS: [Flavour; 2] = [Flavour::Portable, Flavour::OrtCpu];
 
 /// Compiles a source into an artifact. The same source and options give the same bytes.
@@ -334,7 +336,7 @@ fn stage(
     let mut files = vec![written.file];
     let mut entries = Vec::new();
     for (index, (stage, graph)) in [("media", &media), ("decoder", &decoder)].iter().enumerate() {
-        for flavour in CPU_FLAVOURS {
+        for flavour in CPU_FLAVOURS.into_iter().chain(options.flavours.iter().copied()) {
             let (entry, file) =
                 write_graph(staging.path(), stage, flavour, graph, plan.layout(index))?;
             entries.push(entry);

@@ -8,7 +8,9 @@ use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use flamingo_ir::onnx::{MAX_INLINE_BYTES, WeightEntry, WeightLayout, write_onnx};
+use flamingo_ir::onnx::{
+    MAX_INLINE_BYTES, WeightEntry, WeightLayout, graph_of_flavour, write_onnx,
+};
 use flamingo_ir::op::{Fit, Flavour, Inputs, Op, PanelFormat, output_sqnr_db, sqnr_db};
 use flamingo_ir::{Constant, DType, Fact, Graph, NodeId, Tensor, ValueId, Verified, Weights, fold};
 use flamingo_models::manifest::{FileEntry, GraphEntry, TensorEntry};
@@ -537,11 +539,12 @@ pub fn write_graph(
     let bytes =
         write_onnx(graph, flavour, layout).with_context(|| format!("cannot write `{path}`"))?;
     let file = write_file(folder, &path, &bytes)?;
+    let written = graph_of_flavour(graph, flavour, layout)?;
     let describe = |ends: &[(String, ValueId)]| -> Vec<TensorEntry> {
         let entry = |(name, id): &(String, ValueId)| TensorEntry {
             name: name.clone(),
-            dtype: graph.fact(*id).dtype.to_string(),
-            shape: graph.fact(*id).shape.iter().map(ToString::to_string).collect(),
+            dtype: written.fact(*id).dtype.to_string(),
+            shape: written.fact(*id).shape.iter().map(ToString::to_string).collect(),
         };
         ends.iter().map(entry).collect()
     };
@@ -549,8 +552,8 @@ pub fn write_graph(
         stage: stage.to_owned(),
         flavour: flavour.name().to_owned(),
         path,
-        inputs: describe(graph.inputs()),
-        outputs: describe(graph.outputs()),
+        inputs: describe(written.inputs()),
+        outputs: describe(written.outputs()),
     };
     Ok((entry, file))
 }

@@ -54,6 +54,7 @@ impl Original {
             .tempdir_in(parent.unwrap_or(Path::new(".")))
             .context("cannot make a temporary folder beside the output")?;
         let f32 = CompileOptions {
+            flavours: Vec::new(),
             output: folder.path().join("f32.flamingo"),
             scheme: Scheme::default(),
             calibrate: CalibrateOn::Nothing,

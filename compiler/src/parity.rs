@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
+use flamingo_ir::op::Flavour;
 use flamingo_ir::{Graph, Tensor, evaluate_with};
 use flamingo_models::config::ModelConfig;
 use flamingo_models::{Graphs, Source, media_time};
@@ -288,15 +289,24 @@ impl Parity {
     }
 }
 
-/// Compares an artifact with its source on seeded cases.
-pub fn check(model: &Model, source: &Source, seed: u64) -> Result<Parity> {
+/// Compares an artifact with its source on seeded cases. `flavour`: that of the graphs which the model runs, if it runs
+/// files.
+pub fn check(
+    model: &Model,
+    source: &Source,
+    seed: u64,
+    flavour: Option<Flavour>,
+) -> Result<Parity> {
     let config = &model.manifest().config;
     ensure!(
         *config == source.config,
         "the artifact was compiled from another model than the source\n\nhint: compile it again"
     );
     let graphs = source.graphs()?;
-    let kl_bound = kl_bound(&model.manifest().precision);
+    let mut precision = model.manifest().precision.clone();
+    let half = flavour.and_then(Flavour::half);
+    precision.extend(half.map(|half| ("arithmetic".to_owned(), half.to_string())));
+    let kl_bound = kl_bound(&precision);
     let mut comparisons = Vec::new();
     let (mut all_found, mut all_expected) = (Vec::new(), Vec::new());
     for case in cases(config, seed) {

@@ -468,6 +468,7 @@ mod tests {
         assert!(int8_needs.token < f32_needs.token, "caches are f16 beside rounded weights");
         let scratch = tempfile::tempdir().unwrap();
         let options = crate::compile::CompileOptions {
+            flavours: Vec::new(),
             source: folder.into(),
             output: scratch.path().join("a.flamingo"),
             overwrite: false,

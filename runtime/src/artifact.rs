@@ -106,9 +106,16 @@ impl Artifact {
     /// # Errors
     /// If the artifact has no such graph.
     pub fn graph_path(&self, stage: &str, flavour: &str) -> Result<PathBuf, ArtifactError> {
-        let missing = || ArtifactError::Manifest {
-            path: self.path.join("manifest.json"),
-            reason: format!("no {stage} graph of flavour `{flavour}`"),
+        let missing = || {
+            let of_stage = self.manifest.graphs.iter().filter(|graph| graph.stage == stage);
+            let found: Vec<&str> = of_stage.map(|graph| graph.flavour.as_str()).collect();
+            ArtifactError::Manifest {
+                path: self.path.join("manifest.json"),
+                reason: format!(
+                    "expected a {stage} graph of flavour `{flavour}`, found {}; compile for it with `--target`",
+                    found.join(", ")
+                ),
+            }
         };
         let path = self.manifest.graph(stage, flavour).map(|graph| graph.path.as_str());
         path.filter(|path| inside(path)).map(|path| self.path.join(path)).ok_or_else(missing)

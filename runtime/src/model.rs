@@ -94,6 +94,8 @@ pub struct OpenOptions {
     pub backend: Option<String>,
     /// Execution provider of `ort`: `cpu` (default), `cuda`, `tensorrt`.
     pub execution_provider: Option<String>,
+    /// Flavour of the graphs that `ort` runs; default: the execution provider's own.
+    pub flavour: Option<String>,
     /// ONNX Runtime's shared library.
     pub ort_library: Option<PathBuf>,
     /// Threads; default: one for each physical core.
@@ -145,7 +147,8 @@ impl Model {
         };
         let Artifact { path, manifest } = artifact;
         let provider = options.execution_provider.as_deref().unwrap_or("cpu");
-        let arithmetic = format!("{} {provider}", backend.arithmetic());
+        let flavour = options.flavour.as_deref().unwrap_or_default();
+        let arithmetic = format!("{} {provider}{flavour}", backend.arithmetic());
         let fingerprint = Fingerprint::new(&manifest, &arithmetic);
         let encoder = tokenizer.as_ref().map(|tokenizer| encoder(tokenizer, &manifest.config));
         let chunk_ids = ChunkIds::new(encoder.as_ref());
@@ -388,7 +391,7 @@ fn open_backend(artifact: &Artifact, options: &OpenOptions) -> Result<Box<dyn Ba
     }
 }
 
-/// Opens the graphs made for ONNX Runtime's CPU provider, or the portable ones.
+/// Opens the graphs made for the execution provider, or those asked for.
 #[cfg(feature = "ort")]
 fn open_ort(artifact: &Artifact, options: &OpenOptions) -> Result<Box<dyn Backend>, RunError> {
     use crate::ort::{ExecutionProvider, OrtBackend, OrtOptions};
@@ -399,15 +402,12 @@ fn open_ort(artifact: &Artifact, options: &OpenOptions) -> Result<Box<dyn Backen
         hint: "choose cpu, cuda or tensorrt",
     };
     let execution_provider = ExecutionProvider::from_name(name).ok_or_else(no_provider)?;
-    let graph = |stage| {
-        let own = artifact.graph_path(stage, "ort-cpu");
-        match execution_provider {
-            ExecutionProvider::Cpu => own.or_else(|_| artifact.graph_path(stage, "portable")),
-            ExecutionProvider::Cuda | ExecutionProvider::TensorRt => {
-                artifact.graph_path(stage, "portable")
-            }
-        }
-    };
+    let flavour = options.flavour.as_deref().unwrap_or(match execution_provider {
+        ExecutionProvider::Cpu => "ort-cpu",
+        ExecutionProvider::Cuda => "cuda",
+        ExecutionProvider::TensorRt => "trt-10.3",
+    });
+    let graph = |stage| artifact.graph_path(stage, flavour);
     let library = options.ort_library.clone();
     let options = OrtOptions { library, n_threads: options.n_threads, execution_provider };
     Ok(Box::new(OrtBackend::open(&graph("media")?, &graph("decoder")?, &options)?))

@@ -30,7 +30,7 @@ pub(crate) enum Stage {
 
 /// An input of a graph, row-major.
 pub(crate) enum Input<'a, T> {
-    /// f32 numbers.
+    /// Numbers, which the engine hands on in the type that the graph takes.
     Numbers {
         /// Shape.
         shape: Vec<usize>,
@@ -58,8 +58,8 @@ pub(crate) trait Engine: Send + Sync + 'static {
         inputs: &[Input<'_, Self::Tensor>],
     ) -> Result<Vec<Self::Tensor>, BackendError>;
 
-    /// The f32 numbers of a tensor, row-major.
-    fn numbers<'a>(&self, tensor: &'a Self::Tensor) -> Result<&'a [f32], BackendError>;
+    /// The numbers of a tensor, row-major.
+    fn numbers<'a>(&self, tensor: &'a Self::Tensor) -> Result<Cow<'a, [f32]>, BackendError>;
 }
 
 /// Reads one of an artifact's ONNX files, which also shows that it is of our own form.
@@ -116,6 +116,7 @@ struct MediaBlock {
 struct Cache {
     n_kv_heads: usize,
     head_dim: usize,
+    element_bytes: usize,
     /// Place among the decoder's outputs.
     output: usize,
 }
@@ -218,7 +219,7 @@ fn decoder_input(
         let output = output.ok_or_else(|| wrong(&format!("an output `{present}`")))?;
         let cache = cache_of(fact, decoder.fact(decoder.outputs()[output].1), output);
         caches.push(cache.ok_or_else(|| {
-            wrong("f32[heads, past_len, head_dim], and the output longer by `text_len`")
+            wrong("f32 or f16[heads, past_len, head_dim], and the output longer by `text_len`")
         })?);
         return Ok(DecoderInput::Past(caches.len() - 1));
     }
@@ -236,12 +237,13 @@ fn decoder_input(
 fn cache_of(past: &Fact, present: &Fact, output: usize) -> Option<Cache> {
     let [n_kv_heads, past_len, head_dim] = &past.shape[..] else { return None };
     let total_len = Dim::symbol("past_len") + Dim::symbol("text_len");
-    let expected = Fact::f32([n_kv_heads.clone(), total_len, head_dim.clone()]);
-    if past.dtype != DType::F32 || past_len.as_symbol() != Some("past_len") || *present != expected
-    {
+    let expected = Fact::new(past.dtype, [n_kv_heads.clone(), total_len, head_dim.clone()]);
+    let is_float = matches!(past.dtype, DType::F32 | DType::F16);
+    if !is_float || past_len.as_symbol() != Some("past_len") || *present != expected {
         return None;
     }
-    Some(Cache { n_kv_heads: n_kv_heads.known()?, head_dim: head_dim.known()?, output })
+    let (n_kv_heads, head_dim) = (n_kv_heads.known()?, head_dim.known()?);
+    Some(Cache { n_kv_heads, head_dim, element_bytes: past.dtype.size(), output })
 }
 
 fn logits(decoder: &Graph) -> Result<(usize, usize), BackendError> {
@@ -371,7 +373,7 @@ impl<E: Engine> Shared<E> {
         let read = |(output, size): (&E::Tensor, &Dim)| {
             let size =
                 size.evaluate(&bindings).map_err(|reason| outputs_differ::<E>("sizes", &reason))?;
-            Ok(self.numbers(output, size)?.to_vec())
+            Ok(self.numbers(output, size)?.into_owned())
         };
         let data: Result<Vec<Vec<f32>>, BackendError> =
             outputs.iter().zip(sizes).map(read).collect();
@@ -379,7 +381,7 @@ impl<E: Engine> Shared<E> {
     }
 
     /// The numbers of an output, of which there must be `n`.
-    fn numbers<'a>(&self, output: &'a E::Tensor, n: usize) -> Result<&'a [f32], BackendError> {
+    fn numbers<'a>(&self, output: &'a E::Tensor, n: usize) -> Result<Cow<'a, [f32]>, BackendError> {
         let data = self.engine.numbers(output)?;
         match data.len() == n {
             true => Ok(data),
@@ -459,8 +461,8 @@ impl<E: Engine + 'static> Sequence for OnnxSequence<E> {
 
     fn kv_bytes(&self) -> usize {
         let caches = self.shared.signature.decoder_inputs.caches.iter().take(self.kept.len());
-        let elements = caches.map(|cache| cache.n_kv_heads * self.kept_len * cache.head_dim);
-        elements.sum::<usize>() * size_of::<f32>()
+        let token = |cache: &Cache| cache.n_kv_heads * cache.head_dim * cache.element_bytes;
+        caches.map(|cache| token(cache) * self.kept_len).sum()
     }
 
     fn as_any_mut(&mut self) -> &mut dyn Any {

@@ -12,12 +12,14 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use flamingo_ir::Graph;
+use flamingo_ir::{DType, Graph};
+use half::f16;
+use half::slice::HalfFloatSliceExt;
 use ort::environment::Environment;
 use ort::ep::{CUDA, ExecutionProviderDispatch, TensorRT};
 use ort::session::builder::SessionBuilder;
 use ort::session::{Session, SessionInputValue};
-use ort::value::{DynValue, TensorRef};
+use ort::value::{DynValue, Tensor, TensorRef};
 
 use crate::backend::{Backend, BackendError, Media, Sequence};
 use crate::onnx_graph::{Engine, Input, OnnxBackend, Stage, read_model};
@@ -155,7 +157,7 @@ struct OrtEngine {
 /// One graph as a session.
 struct OrtStage {
     place: String,
-    inputs: Vec<String>,
+    inputs: Vec<(String, DType)>,
     outputs: Vec<String>,
     session: Mutex<Session>,
 }
@@ -175,11 +177,11 @@ impl OrtStage {
             hint: "run `flamingoc doctor`, or pass `--ep cpu`",
         });
         let session = session?.commit_from_file(path).map_err(|error| refused(&place, error))?;
-        let names = |values: &[(String, _)]| values.iter().map(|(name, _)| name.clone()).collect();
+        let inputs = graph.inputs().iter();
         let stage = OrtStage {
             place,
-            inputs: names(graph.inputs()),
-            outputs: names(graph.outputs()),
+            inputs: inputs.map(|(name, id)| (name.clone(), graph.fact(*id).dtype)).collect(),
+            outputs: graph.outputs().iter().map(|(name, _)| name.clone()).collect(),
             session: Mutex::new(session),
         };
         stage.check_names()?;
@@ -190,11 +192,12 @@ impl OrtStage {
     fn check_names(&self) -> Result<(), BackendError> {
         let session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
         let mut missing = Vec::new();
+        let inputs: Vec<&String> = self.inputs.iter().map(|(name, _)| name).collect();
         for (kind, expected, found) in [
-            ("input", &self.inputs, session.inputs()),
-            ("output", &self.outputs, session.outputs()),
+            ("input", inputs, session.inputs()),
+            ("output", self.outputs.iter().collect(), session.outputs()),
         ] {
-            let absent = expected.iter().filter(|name| found.iter().all(|f| f.name() != *name));
+            let absent = expected.iter().filter(|name| found.iter().all(|f| f.name() != **name));
             missing.extend(absent.map(|name| format!("{kind} `{name}`")));
         }
         match missing.is_empty() {
@@ -209,7 +212,9 @@ impl OrtStage {
             .inputs
             .iter()
             .zip(inputs)
-            .map(|(name, input)| Ok((Cow::Borrowed(name.as_str()), value_from_input(input)?)))
+            .map(|((name, dtype), input)| {
+                Ok((Cow::Borrowed(name.as_str()), value_from_input(input, *dtype)?))
+            })
             .collect();
         let values = values.map_err(failed)?;
         let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
@@ -239,11 +244,17 @@ fn builder(environment: &Environment, options: &OrtOptions) -> Result<SessionBui
     }
 }
 
-/// A view of an input; nothing is copied.
+/// A view of an input; only f32 that the graph takes as f16 is copied.
 fn value_from_input<'a>(
     input: &'a Input<'_, DynValue>,
+    dtype: DType,
 ) -> Result<SessionInputValue<'a>, ort::Error> {
     Ok(match input {
+        Input::Numbers { shape, data } if dtype == DType::F16 => {
+            let mut halves = vec![f16::ZERO; data.len()];
+            halves.convert_from_f32_slice(data);
+            Tensor::from_array((shape.as_slice(), halves))?.into()
+        }
         Input::Numbers { shape, data } => {
             TensorRef::from_array_view((shape.as_slice(), data.as_ref()))?.into()
         }
@@ -279,9 +290,12 @@ impl Engine for OrtEngine {
         }
     }
 
-    fn numbers<'a>(&self, tensor: &'a DynValue) -> Result<&'a [f32], BackendError> {
+    fn numbers<'a>(&self, tensor: &'a DynValue) -> Result<Cow<'a, [f32]>, BackendError> {
+        if let Ok((_, halves)) = tensor.try_extract_tensor::<f16>() {
+            return Ok(Cow::Owned(halves.to_f32_vec()));
+        }
         let data = tensor.try_extract_tensor::<f32>();
-        data.map(|(_, data)| data).map_err(|error| refused("outputs", error))
+        data.map(|(_, data)| Cow::Borrowed(data)).map_err(|error| refused("outputs", error))
     }
 }
 

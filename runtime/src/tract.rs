@@ -8,6 +8,7 @@
 //! runs on one thread, and copies the weights into memory.
 #![forbid(unsafe_code)]
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
@@ -181,10 +182,11 @@ impl Engine for TractEngine {
         }
     }
 
-    fn numbers<'a>(&self, tensor: &'a TValue) -> Result<&'a [f32], BackendError> {
+    fn numbers<'a>(&self, tensor: &'a TValue) -> Result<Cow<'a, [f32]>, BackendError> {
         let view =
             tensor.to_plain_array_view::<f32>().map_err(|error| refused("outputs", &error))?;
         let data = view.to_slice();
+        let data = data.map(Cow::Borrowed);
         data.ok_or_else(|| failed("outputs", "expected contiguous numbers, found others".into()))
     }
 }

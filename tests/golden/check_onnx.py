@@ -6,7 +6,7 @@ that every external tensor lies inside the file it names, at a multiple of 64 by
 bytes as its shape says. Prints one JSON object: file to problem, `null` where there is none. Exit
 status 1 if any file has a problem.
 
-The `onnx` package knows no `com.microsoft` operators; those that the `ort-cpu` flavour uses are
+The `onnx` package knows no `com.microsoft` operators; those that the flavours `ort-cpu` and `cuda` use are
 registered here after ONNX Runtime's `docs/ContribOperators.md`, with their shape rules.
 """
 
@@ -19,20 +19,26 @@ import onnx
 from onnx.defs import OpSchema
 
 ALIGNMENT = 64
-TYPES = {"T": "tensor(float)", "B": "tensor(uint8)"}
+TYPES = {"T": ["tensor(float)", "tensor(float16)"], "B": ["tensor(uint8)"]}
 
 
-def declare(name, inputs, attributes, infer, bytes_inputs=()):
+def declare(name, inputs, attributes, infer, bytes_inputs=(), optional=()):
     """Registers a `com.microsoft` operator with one output of floats. `bytes_inputs` are inputs of bytes."""
     kinds = {name: "B" if name in bytes_inputs else "T" for name in inputs}
-    parameters = [OpSchema.FormalParameter(name, kind) for name, kind in kinds.items()]
+    options = OpSchema.FormalParameterOption
+    parameters = [
+        OpSchema.FormalParameter(
+            name, kind, param_option=options.Optional if name in optional else options.Single
+        )
+        for name, kind in kinds.items()
+    ]
     schema = OpSchema(
         name,
         "com.microsoft",
         1,
         inputs=parameters,
         outputs=[OpSchema.FormalParameter("output", "T")],
-        type_constraints=[(kind, [TYPES[kind]], "") for kind in sorted({"T", *kinds.values()})],
+        type_constraints=[(kind, TYPES[kind], "") for kind in sorted({"T", *kinds.values()})],
         attributes=attributes,
     )
     schema.set_type_and_shape_inference_function(infer)
@@ -53,7 +59,9 @@ def dims(context, index):
 
 def set_output(context, output_dims):
     output = onnx.TypeProto()
-    output.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    floats = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16}
+    given = context.get_input_type(0).tensor_type.elem_type
+    output.tensor_type.elem_type = given if given in floats else onnx.TensorProto.FLOAT
     output.tensor_type.shape.dim.extend(output_dims)
     context.set_output_type(0, output)
 
@@ -78,10 +86,11 @@ def infer_bytes_matmul(context):
 
 def infer_nibbles_matmul(context):
     """x [.., rows, K] times W, of which [N, blocks, bytes of a block] are stored, transposed."""
-    k, n, block = (context.get_attribute(name).i for name in ["K", "N", "block_size"])
+    names = ["K", "N", "block_size", "bits"]
+    k, n, block, bits = (context.get_attribute(name).i for name in names)
     a, b, scales = (dims(context, index) for index in range(3))
     n_blocks = -(-k // block)
-    expected = [n, n_blocks, block // 2]
+    expected = [n, n_blocks, block * bits // 8]
     if len(a) < 2 or a[-1].dim_value != k or [d.dim_value for d in b] != expected:
         raise ValueError(f"MatMulNBits: {a} and {b}, expected {expected}")
     if [d.dim_value for d in scales] != [n * n_blocks]:
@@ -92,11 +101,11 @@ def infer_nibbles_matmul(context):
 
 
 def infer_attention(context):
-    """query [batch, queries, width], value [batch, keys, value width]."""
+    """query [batch, queries, width]; value [batch, keys, value width], or [batch, heads, keys, head width]."""
     query, value = dims(context, 0), dims(context, 2)
-    if len(query) != 3 or len(value) != 3:
-        raise ValueError(f"MultiHeadAttention: expected rank 3, got {len(query)} and {len(value)}")
-    set_output(context, [query[0], query[1], value[2]])
+    if len(query) != 3 or len(value) not in (3, 4):
+        raise ValueError(f"MultiHeadAttention: query of rank {len(query)}, value of {len(value)}")
+    set_output(context, [query[0], query[1], value[2] if len(value) == 3 else query[2]])
 
 
 def declare_contrib_operators():
@@ -126,9 +135,10 @@ def declare_contrib_operators():
     )
     declare(
         "MultiHeadAttention",
-        ["query", "key", "value"],
+        ["query", "key", "value", "bias", "key_padding_mask", "attention_bias"],
         [attribute("num_heads", "INT", required=True), attribute("scale", "FLOAT")],
         infer_attention,
+        optional=["bias", "key_padding_mask", "attention_bias"],
     )
 
 

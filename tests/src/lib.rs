@@ -5,10 +5,11 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use flamingo_ir::Tensor;
+use flamingo_ir::op::Flavour;
 use flamingo_models::checkpoint::Checkpoint;
 use flamingo_runtime::OpenOptions;
 use flamingoc::compile::{CalibrateOn, CompileOptions, compile};
-use flamingoc::scheme::Scheme;
+use flamingoc::scheme::{Precision, Scheme};
 
 /// Folders below `tests/golden` that hold a checkpoint with goldens, sorted.
 pub fn golden_folders() -> Vec<PathBuf> {
@@ -41,9 +42,23 @@ pub fn compiled_as(source: &Path, scheme: Scheme) -> (tempfile::TempDir, PathBuf
     (scratch, artifact)
 }
 
+/// The same with graphs of every flavour.
+pub fn compiled_for_all(source: &Path, precision: Precision) -> (tempfile::TempDir, PathBuf) {
+    let scratch = tempfile::tempdir().expect("a temporary folder");
+    let artifact = scratch.path().join("model.flamingo");
+    let options = CompileOptions {
+        flavours: Flavour::ALL.into_iter().filter(|flavour| flavour.half().is_some()).collect(),
+        ..compile_options(source, &artifact, precision.into())
+    };
+    compile(&options, &mut |_| {})
+        .unwrap_or_else(|error| panic!("{}: {error:#}", source.display()));
+    (scratch, artifact)
+}
+
 /// How tests compile `source` to `output`: rounded to nearest and not judged.
 pub fn compile_options(source: &Path, output: &Path, scheme: Scheme) -> CompileOptions {
     CompileOptions {
+        flavours: Vec::new(),
         source: source.to_owned(),
         output: output.to_owned(),
         overwrite: false,

@@ -5,7 +5,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use flamingo_tests::{compiled, compiled_as, golden_folders, tiny_scenes};
+use flamingo_ir::op::Flavour;
+use flamingo_tests::{compiled, compiled_for_all, golden_folders, tiny_scenes};
 use flamingoc::scheme::Precision;
 use serde_json::{Map, Value};
 
@@ -36,9 +37,10 @@ fn graphs(artifact: &Path) -> Vec<PathBuf> {
 #[test]
 fn every_graph_passes_the_checker() {
     let folders = golden_folders();
-    let artifacts: Vec<_> = folders.iter().map(|folder| compiled(folder)).collect();
+    let artifacts: Vec<_> =
+        folders.iter().map(|folder| compiled_for_all(folder, Precision::F32)).collect();
     let files: Vec<PathBuf> = artifacts.iter().flat_map(|(_, path)| graphs(path)).collect();
-    assert_eq!(files.len(), 4 * folders.len(), "two graphs of two flavours each");
+    assert_eq!(files.len(), 2 * Flavour::ALL.len() * folders.len(), "two graphs of each flavour");
     for (file, problem) in findings(&files) {
         assert!(problem.is_null(), "{file}: {problem}");
     }
@@ -47,9 +49,9 @@ fn every_graph_passes_the_checker() {
 #[test]
 fn graphs_of_every_precision_pass_the_checker() {
     let precisions = [Precision::F16, Precision::Bf16, Precision::Int8, Precision::Int4];
-    let artifacts = precisions.map(|precision| compiled_as(&tiny_scenes(), precision.into()));
+    let artifacts = precisions.map(|precision| compiled_for_all(&tiny_scenes(), precision));
     let files: Vec<PathBuf> = artifacts.iter().flat_map(|(_, path)| graphs(path)).collect();
-    assert_eq!(files.len(), 4 * precisions.len());
+    assert_eq!(files.len(), 2 * Flavour::ALL.len() * precisions.len());
     for (file, problem) in findings(&files) {
         assert!(problem.is_null(), "{file}: {problem}");
     }

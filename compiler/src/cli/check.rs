@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::Args;
+use flamingo_ir::op::Flavour;
 use flamingo_models::Source;
 use flamingo_models::manifest::Manifest;
 use flamingo_runtime::Model;
@@ -20,7 +21,8 @@ use crate::parity::{Comparison, Divergence, F32_BOUND, MIN_COSINE, Parity, check
 /// Runs seeded random prompts through the artifact and through the reference evaluation of
 /// the source's own arithmetic, and writes the result into the artifact's report.json.
 /// Exit status 1 if a bound does not hold: of f32 weights on every number, of others on the
-/// mean KL divergence of the next token (f16 1e-4, bf16 1e-3, int8 0.01, int4 0.05).
+/// mean KL divergence of the next token (f16 1e-4, bf16 1e-3, int8 0.01, int4 0.05). Graphs for a GPU
+/// (`--backend ort --flavour cuda`) compute in f16, whatever their weights are.
 #[derive(Args)]
 #[command(after_help = "Example:
   flamingoc check demo.flamingo --against models/demo/recipe.toml")]
@@ -47,12 +49,13 @@ impl Check {
     pub(super) fn run(self, output: &mut Output) -> Result<Outcome> {
         let model = Model::open(&self.artifact, &self.opening.options())?;
         let source = Source::open(&self.against)?;
-        let found = check(&model, &source, self.seed)?;
+        let found = check(&model, &source, self.seed, self.opening.flavour())?;
         drop(model);
         let pass = found.pass();
         let verdict = if pass { "pass" } else { "fail" };
         let parity = json!({
             "backend": self.opening.backend,
+            "flavour": self.opening.flavour().map(Flavour::name),
             "seed": self.seed,
             "bound": F32_BOUND,
             "min_cosine": MIN_COSINE,

@@ -1,10 +1,11 @@
 //! `flamingoc compile`.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
-use flamingo_ir::op::PanelFormat;
+use flamingo_ir::op::{Flavour, PanelFormat};
 use flamingo_models::Source;
 use flamingo_runtime::Artifact;
 use serde_json::json;
@@ -71,7 +72,8 @@ pub(super) struct Compile {
     /// largest magnitude still fits; repeatable
     #[arg(long, value_name = "NAME=FORMAT", value_parser = layer)]
     layer: Vec<(String, Choice)>,
-    /// What the artifact is for; this version targets the CPU
+    /// What the artifact is for, beside the CPU: graphs in f16 for ONNX Runtime's CUDA provider, or for TensorRT 10.3 and
+    /// 10.15; repeatable, all share one weight file
     #[arg(long, value_enum, default_value = "cpu")]
     target: Vec<Target>,
     /// Most tokens of a sequence [default: what the language model was made for]
@@ -94,11 +96,21 @@ pub(super) struct Compile {
     json: bool,
 }
 
-#[derive(Clone, Copy, PartialEq, ValueEnum)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 enum Target {
     Cpu,
     Cuda,
     Tensorrt,
+}
+
+impl Target {
+    fn flavours(self) -> &'static [Flavour] {
+        match self {
+            Target::Cpu => &[],
+            Target::Cuda => &[Flavour::Cuda],
+            Target::Tensorrt => &[Flavour::Trt10_3, Flavour::Trt10_15],
+        }
+    }
 }
 
 /// The plan of what was written, which `--auto-mixed` may have stored finer than was asked.
@@ -212,7 +224,9 @@ impl Compile {
         self.refuse_what_is_not_there()?;
         let precision = self.precision(output)?;
         let dump = self.dump_after.clone().map(|pass| (pass, self.dump_dir.clone()));
+        let targets: BTreeSet<Target> = self.target.iter().copied().collect();
         let options = CompileOptions {
+            flavours: targets.iter().flat_map(|target| target.flavours()).copied().collect(),
             output: self.output.clone().unwrap_or_else(|| default_output(&self.source)),
             source: self.source.clone(),
             overwrite: self.overwrite,
@@ -315,9 +329,6 @@ impl Compile {
                 "`--int4-block`: `--precision {precision}` has no blocks\n\n\
                  hint: pass `--precision int4`, or leave the option out"
             );
-        }
-        if self.target.iter().any(|target| *target != Target::Cpu) {
-            bail!("`--target`: this version targets the CPU only\n\nhint: leave the option out");
         }
         if let Some(pass) = &self.dump_after {
             let known: Vec<&str> = ["source"].into_iter().chain(pass_names()).collect();

@@ -73,6 +73,7 @@ impl Demo {
         let artifact = self.output.clone().unwrap_or_else(|| scratch.path().join("demo.flamingo"));
         let started = Instant::now();
         let options = CompileOptions {
+            flavours: Vec::new(),
             source: folder.join("recipe.toml"),
             output: artifact.clone(),
             overwrite: true,

@@ -65,7 +65,12 @@ impl Planner<'_> {
             | Op::Sigmoid(_)
             | Op::Tanh(_)
             | Op::Relu(_) => Err(no_kernel("`Activate`")),
-            Op::Softmax(_) | Op::MultiHeadAttention(_) | Op::Transpose(_) => {
+            Op::RmsNormalization(_) => Err(no_kernel("`RmsNorm`")),
+            Op::Softmax(_)
+            | Op::MultiHeadAttention(_)
+            | Op::BiasedAttention(_)
+            | Op::ScaledDotProductAttention(_)
+            | Op::Transpose(_) => {
                 Err(no_kernel("`Attention`, `SelfAttention` or `CrossAttention`"))
             }
             Op::Expand(_) => Err(no_kernel("`ExpandBatch`")),
