@@ -2,13 +2,14 @@
 //!
 //! [`compile::compile`] is the pipeline; [`passes`] are what it does to graphs; [`parity`] compares
 //! an artifact with its source; [`mod@bench`] times one; [`plan`] predicts one on a device; [`device`] reads what a
-//! device has; [`cli`] is the command line.
+//! device has; [`coverage`] tells which provider of ONNX Runtime would run what; [`cli`] is the command line.
 #![forbid(unsafe_code)]
 
 pub mod bench;
 pub mod calibrate;
 pub mod cli;
 pub mod compile;
+pub mod coverage;
 pub mod device;
 pub mod emit;
 pub mod eval;

@@ -1,4 +1,4 @@
-//! ONNX form of graphs: [`write_onnx`] and [`read_onnx`].
+//! ONNX form of graphs: [`write_onnx`] and [`read_onnx`]; [`list_nodes`] lists what any file has.
 //!
 //! A file holds one stage's runtime part. Values known at build time are initializers that
 //! point into one file of weights; each function op is a node of domain `flamingo` whose
@@ -6,6 +6,7 @@
 
 mod function;
 mod inline;
+mod listing;
 mod lower;
 mod message;
 mod name;
@@ -21,6 +22,7 @@ use std::collections::BTreeMap;
 
 pub use inline::inline_functions;
 use inline::panel_linears;
+pub use listing::{ListedInput, ListedNode, ListedValue, Listing, list_nodes};
 pub use read::read_onnx;
 pub use write::{graph_of_flavour, write_onnx};
 

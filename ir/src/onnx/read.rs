@@ -44,7 +44,8 @@ pub fn read_onnx(bytes: &[u8], limits: &ReadLimits) -> Result<ReadModel, OnnxErr
     Ok(ReadModel { graph: verify(graph)?, flavour, location, weights })
 }
 
-fn malformed(
+/// A file that does not have the form of ours.
+pub(super) fn malformed(
     place: impl std::fmt::Display,
     expected: impl std::fmt::Display,
     found: impl std::fmt::Display,
@@ -250,7 +251,8 @@ fn n_bytes(dtype: DType, shape: &[usize]) -> Option<u64> {
     u64::try_from(n).ok()
 }
 
-fn shape_of(tensor: &TensorProto, limits: &ReadLimits) -> Result<Vec<usize>, OnnxError> {
+/// The shape of an initializer, within `limits`.
+pub(super) fn shape_of(tensor: &TensorProto, limits: &ReadLimits) -> Result<Vec<usize>, OnnxError> {
     let place = || format!("initializer \"{}\"", tensor.name());
     if tensor.dims.len() > limits.max_rank {
         return Err(malformed(
