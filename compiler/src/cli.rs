@@ -6,6 +6,7 @@ mod bench;
 mod chat;
 mod check;
 mod compile;
+mod coverage;
 mod demo;
 mod device;
 mod doctor;
@@ -85,6 +86,9 @@ struct Opening {
     /// Execution provider of `--backend ort`
     #[arg(long, value_name = "NAME", default_value = "cpu", value_parser = ["cpu", "cuda", "tensorrt"])]
     ep: String,
+    /// Make it an error if a node would run on the CPU beside `--ep cuda` or `--ep tensorrt`
+    #[arg(long)]
+    strict_ep: bool,
     /// Graphs that `--backend ort` runs [default: ort-cpu, cuda or trt-10.3 by execution provider]; those of a GPU run on
     /// the CPU, too, slowly
     #[arg(long, value_name = "FLAVOUR", value_parser = Flavour::ALL.map(Flavour::name))]
@@ -120,6 +124,7 @@ impl Opening {
             backend: Some(self.backend.clone()),
             execution_provider: Some(self.ep.clone()),
             flavour: self.flavour.clone(),
+            strict_provider: self.strict_ep,
             ort_library: self.ort_lib.clone(),
             n_threads: self.threads,
             kv_format: self.kv.as_deref().and_then(KvFormat::from_name),

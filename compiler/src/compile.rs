@@ -8,12 +8,15 @@ use anyhow::{Context, Result, bail};
 use flamingo_ir::op::{Flavour, Op, PanelFormat};
 use flamingo_ir::{Graph, Verified};
 use flamingo_models::manifest::{
-    FileEntry, Limits, Manifest, Provenance, SCHEMA_VERSION, WEIGHT_LAYOUT,
+    FileEntry, GraphEntry, Limits, Manifest, Provenance, SCHEMA_VERSION, WEIGHT_LAYOUT,
 };
+use flamingo_models::profile::Profiles;
 use flamingo_models::{Source, tokenizer_json};
+use flamingo_runtime::PREFILL_TOKENS;
 use serde::{Deserialize, Serialize};
 
 use crate::calibrate::Calibration;
+use crate::coverage::report::{reports_page, stage_reports, targets_of};
 use crate::emit::{
     Fits, Fitted, LayerStorage, Staging, WeightPlan, WrittenWeights, hash_file, outlier_ratio,
     write_file, write_graph,
@@ -343,6 +346,7 @@ fn stage(
             files.push(file);
         }
     }
+    files.extend(device_files(staging.path(), &entries, limits, &options.flavours)?);
     if let Some(tokenizer) = &source.tokenizer {
         let bytes = tokenizer_json(tokenizer, &source.config.tokens)?;
         files.push(write_file(staging.path(), "tokenizer.json", &bytes)?);
@@ -368,6 +372,37 @@ fn stage(
     let mut staged = Staged { staging, manifest, report, title };
     staged.write()?;
     Ok(staged)
+}
+
+/// What is known of devices before the copy: where each node would run, and the sizes that TensorRT builds engines for.
+fn device_files(
+    folder: &Path,
+    graphs: &[GraphEntry],
+    limits: &Limits,
+    flavours: &[Flavour],
+) -> Result<Vec<FileEntry>> {
+    let mut reports = Vec::new();
+    let mut files = Vec::new();
+    for flavour in flavours.iter().copied() {
+        for target in targets_of(flavour) {
+            reports.extend(stage_reports(folder, graphs, limits, target, flavour)?);
+        }
+        if flavour != Flavour::Cuda {
+            let of =
+                |stage| graphs.iter().find(|g| g.stage == stage && g.flavour == flavour.name());
+            let (media, decoder) = of("media").zip(of("decoder")).context("graphs of a flavour")?;
+            let profiles = Profiles::new(media, decoder, limits, PREFILL_TOKENS);
+            let profiles = pretty_json(&profiles.map_err(anyhow::Error::msg)?)?;
+            let path = format!("device/{}.profiles.json", flavour.name());
+            files.push(write_file(folder, &path, &profiles)?);
+        }
+    }
+    if !reports.is_empty() {
+        let page = reports_page("where each node would run", &reports)?;
+        files.push(write_file(folder, "device/coverage.html", &page)?);
+        files.push(write_file(folder, "device/coverage.json", &pretty_json(&reports)?)?);
+    }
+    Ok(files)
 }
 
 /// Layers that were chosen by name must be there.

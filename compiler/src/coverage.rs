@@ -20,6 +20,7 @@ pub mod memory;
 pub mod page;
 pub mod partition;
 pub mod placement;
+pub mod report;
 pub mod signatures;
 
 #[cfg(test)]

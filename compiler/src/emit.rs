@@ -606,6 +606,7 @@ impl Staging {
             .with_context(|| format!("cannot create `{}`", parent.display()))?;
         let folder = tempfile::Builder::new().prefix(".flamingoc-").tempdir_in(parent)?;
         fs::create_dir(folder.path().join("graphs"))?;
+        fs::create_dir(folder.path().join("device"))?;
         Ok(Staging { folder, target: target.to_owned() })
     }
 
@@ -616,7 +617,8 @@ impl Staging {
 
     /// Puts the folder in place. What was there goes only then, and only if it is an artifact.
     pub fn finish(self) -> Result<()> {
-        for folder in [self.folder.path().join("graphs"), self.folder.path().to_owned()] {
+        let root = self.folder.path();
+        for folder in [root.join("graphs"), root.join("device"), root.to_owned()] {
             File::open(&folder)?.sync_all()?;
         }
         refuse_other_than_artifact(&self.target)?;

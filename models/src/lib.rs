@@ -18,6 +18,7 @@ pub mod image_spec;
 pub mod manifest;
 pub mod map;
 mod media_time;
+pub mod profile;
 mod source;
 mod tokenizer;
 

@@ -8,10 +8,12 @@ use std::sync::Arc;
 
 use flamingo_ir::onnx::{OnnxError, ReadLimits, WeightPlace, read_onnx};
 use flamingo_ir::{DType, Verified};
-use flamingo_models::manifest::{FileEntry, Manifest, SCHEMA_VERSION};
+use flamingo_models::manifest::{FileEntry, GraphEntry, Manifest, SCHEMA_VERSION};
 use flamingo_models::map::MappedFile;
+use flamingo_models::profile::Profiles;
 
 use crate::backend::WeightBytes;
+use crate::session::PREFILL_TOKENS;
 
 /// Largest manifest that is read, in bytes.
 const MAX_MANIFEST_BYTES: u64 = 16 << 20;
@@ -106,6 +108,11 @@ impl Artifact {
     /// # Errors
     /// If the artifact has no such graph.
     pub fn graph_path(&self, stage: &str, flavour: &str) -> Result<PathBuf, ArtifactError> {
+        self.graph(stage, flavour).map(|graph| self.path.join(&graph.path))
+    }
+
+    /// A graph as the manifest describes it; its path is inside the artifact.
+    fn graph(&self, stage: &str, flavour: &str) -> Result<&GraphEntry, ArtifactError> {
         let missing = || {
             let of_stage = self.manifest.graphs.iter().filter(|graph| graph.stage == stage);
             let found: Vec<&str> = of_stage.map(|graph| graph.flavour.as_str()).collect();
@@ -117,8 +124,19 @@ impl Artifact {
                 ),
             }
         };
-        let path = self.manifest.graph(stage, flavour).map(|graph| graph.path.as_str());
-        path.filter(|path| inside(path)).map(|path| self.path.join(path)).ok_or_else(missing)
+        let graph = self.manifest.graph(stage, flavour);
+        graph.filter(|graph| inside(&graph.path)).ok_or_else(missing)
+    }
+
+    /// The sizes for which TensorRT builds engines of a flavour's graphs.
+    ///
+    /// # Errors
+    /// If the artifact has no such graphs, or a symbol that this version does not know.
+    pub fn profiles(&self, flavour: &str) -> Result<Profiles, ArtifactError> {
+        let (media, decoder) = (self.graph("media", flavour)?, self.graph("decoder", flavour)?);
+        let profiles = Profiles::new(media, decoder, &self.manifest.limits, PREFILL_TOKENS);
+        let path = || self.path.join("manifest.json");
+        profiles.map_err(|reason| ArtifactError::Manifest { path: path(), reason })
     }
 
     /// Reads the media and the decoder graph, and maps the weights they share.

@@ -25,6 +25,10 @@ use crate::session::{Medium, Session};
 use crate::video::VideoError;
 use crate::visual_cache::{Fingerprint, VisualCache};
 
+/// Folder of an artifact in which TensorRT keeps its engines.
+#[cfg(feature = "ort")]
+const ENGINES: &str = "device/engines";
+
 /// Most bytes of keys and values that prompts that begin alike share.
 const PREFIX_BYTES: usize = 256 << 20;
 
@@ -96,6 +100,8 @@ pub struct OpenOptions {
     pub execution_provider: Option<String>,
     /// Flavour of the graphs that `ort` runs; default: the execution provider's own.
     pub flavour: Option<String>,
+    /// Whether it is an error if a node would run on the CPU beside an execution provider of a GPU.
+    pub strict_provider: bool,
     /// ONNX Runtime's shared library.
     pub ort_library: Option<PathBuf>,
     /// Threads; default: one for each physical core.
@@ -408,8 +414,19 @@ fn open_ort(artifact: &Artifact, options: &OpenOptions) -> Result<Box<dyn Backen
         ExecutionProvider::TensorRt => "trt-10.3",
     });
     let graph = |stage| artifact.graph_path(stage, flavour);
-    let library = options.ort_library.clone();
-    let options = OrtOptions { library, n_threads: options.n_threads, execution_provider };
+    let (mut profiles, mut engine_cache) = (None, None);
+    if execution_provider == ExecutionProvider::TensorRt {
+        profiles = Some(artifact.profiles(flavour)?);
+        engine_cache = Some(artifact.path.join(ENGINES));
+    }
+    let options = OrtOptions {
+        library: options.ort_library.clone(),
+        n_threads: options.n_threads,
+        execution_provider,
+        profiles,
+        engine_cache,
+        strict: options.strict_provider,
+    };
     Ok(Box::new(OrtBackend::open(&graph("media")?, &graph("decoder")?, &options)?))
 }
 

@@ -7,12 +7,14 @@
 mod library;
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use flamingo_ir::{DType, Graph};
+use flamingo_models::profile::{Profile, Profiles, shapes_text};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use ort::environment::Environment;
@@ -25,6 +27,9 @@ use crate::backend::{Backend, BackendError, Media, Sequence};
 use crate::onnx_graph::{Engine, Input, OnnxBackend, Stage, read_model};
 
 pub use library::LIBRARY_VARIABLE;
+
+/// Shapes of inputs in a profile.
+type Shapes = BTreeMap<String, Vec<usize>>;
 
 /// Name on the command line.
 const NAME: &str = "ort";
@@ -64,13 +69,40 @@ impl ExecutionProvider {
     /// What registers it; nothing for the CPU, which is always there. A registration that fails
     /// is an error. The device is always named: without it, a machine without one is found out
     /// only when a session is made.
-    fn dispatch(self) -> Option<ExecutionProviderDispatch> {
-        let provider = match self {
-            ExecutionProvider::Cpu => return None,
-            ExecutionProvider::Cuda => CUDA::default().with_device_id(0).build(),
-            ExecutionProvider::TensorRt => TensorRT::default().with_device_id(0).build(),
-        };
-        Some(provider.error_on_failure())
+    fn dispatch(
+        self,
+        profiles: &[Profile],
+        options: &OrtOptions,
+    ) -> Vec<ExecutionProviderDispatch> {
+        let cuda = || CUDA::default().with_device_id(0).build().error_on_failure();
+        match self {
+            ExecutionProvider::Cpu => Vec::new(),
+            ExecutionProvider::Cuda => vec![cuda()],
+            // What TensorRT cannot take, CUDA does.
+            ExecutionProvider::TensorRt => {
+                vec![tensor_rt(profiles, options).build().error_on_failure(), cuda()]
+            }
+        }
+    }
+}
+
+/// TensorRT with engines for these sizes, kept from one start to the next. The graph says what is f16.
+fn tensor_rt(profiles: &[Profile], options: &OrtOptions) -> TensorRT {
+    let mut provider = TensorRT::default().with_device_id(0).with_layer_norm_fp32_fallback(true);
+    if !profiles.is_empty() {
+        let shapes = |of: fn(&Profile) -> &Shapes| shapes_text(profiles.iter().map(of));
+        provider = provider
+            .with_profile_min_shapes(shapes(|profile| &profile.min))
+            .with_profile_opt_shapes(shapes(|profile| &profile.opt))
+            .with_profile_max_shapes(shapes(|profile| &profile.max));
+    }
+    match &options.engine_cache {
+        None => provider,
+        Some(folder) => provider
+            .with_engine_cache(true)
+            .with_engine_cache_path(folder.display())
+            .with_timing_cache(true)
+            .with_timing_cache_path(folder.display()),
     }
 }
 
@@ -85,6 +117,12 @@ pub struct OrtOptions {
     pub n_threads: Option<NonZeroUsize>,
     /// What executes the nodes.
     pub execution_provider: ExecutionProvider,
+    /// The sizes for which TensorRT builds engines; it takes none that it was not told.
+    pub profiles: Option<Profiles>,
+    /// Where TensorRT keeps its engines; none: it builds them at every start.
+    pub engine_cache: Option<PathBuf>,
+    /// Whether it is an error if a node would run on the CPU beside a GPU.
+    pub strict: bool,
 }
 
 /// Runs the ONNX files of an artifact with ONNX Runtime.
@@ -115,8 +153,8 @@ impl OrtBackend {
         let (media, decoder) = (read_model(NAME, media_onnx)?, read_model(NAME, decoder_onnx)?);
         let environment = library::load(options.library.as_deref())?;
         let engine = OrtEngine {
-            media: OrtStage::new(&environment, media_onnx, &media.graph, options)?,
-            decoder: OrtStage::new(&environment, decoder_onnx, &decoder.graph, options)?,
+            media: OrtStage::new(&environment, "media", media_onnx, &media.graph, options)?,
+            decoder: OrtStage::new(&environment, "decoder", decoder_onnx, &decoder.graph, options)?,
         };
         Ok(OrtBackend {
             inner: OnnxBackend::new(&media.graph, &decoder.graph, engine)?,
@@ -165,17 +203,20 @@ struct OrtStage {
 impl OrtStage {
     fn new(
         environment: &Environment,
+        stage: &str,
         path: &Path,
         graph: &Graph,
         options: &OrtOptions,
     ) -> Result<OrtStage, BackendError> {
         let place = path.display().to_string();
-        let session = builder(environment, options).map_err(|reason| BackendError::Engine {
-            engine: NAME,
-            place: format!("execution provider {}", options.execution_provider.name()),
-            reason,
-            hint: "run `flamingoc doctor`, or pass `--ep cpu`",
-        });
+        let profiles = options.profiles.as_ref().map_or(&[][..], |profiles| profiles.of(stage));
+        let session =
+            builder(environment, profiles, options).map_err(|reason| BackendError::Engine {
+                engine: NAME,
+                place: format!("execution provider {}", options.execution_provider.name()),
+                reason,
+                hint: "run `flamingoc doctor`, or pass `--ep cpu`",
+            });
         let session = session?.commit_from_file(path).map_err(|error| refused(&place, error))?;
         let inputs = graph.inputs().iter();
         let stage = OrtStage {
@@ -229,19 +270,25 @@ impl OrtStage {
 
 /// A session's options. Plans of memory are off: they are kept for each set of sizes, and every
 /// step has other sizes.
-fn builder(environment: &Environment, options: &OrtOptions) -> Result<SessionBuilder, String> {
+fn builder(
+    environment: &Environment,
+    profiles: &[Profile],
+    options: &OrtOptions,
+) -> Result<SessionBuilder, String> {
+    let text = |error: ort::Error<SessionBuilder>| error.to_string();
     let builder = Session::builder(environment).map_err(|error| error.to_string())?;
-    let mut builder = builder.with_memory_pattern(false).map_err(|error| error.to_string())?;
+    let mut builder = builder.with_memory_pattern(false).map_err(text)?;
     if let Some(n_threads) = options.n_threads {
-        let threaded = builder.with_intra_threads(n_threads.get());
-        builder = threaded.map_err(|error| error.to_string())?;
+        builder = builder.with_intra_threads(n_threads.get()).map_err(text)?;
     }
-    match options.execution_provider.dispatch() {
-        None => Ok(builder),
-        Some(provider) => {
-            builder.with_execution_providers([provider]).map_err(|error| error.to_string())
-        }
+    let providers = options.execution_provider.dispatch(profiles, options);
+    if providers.is_empty() {
+        return Ok(builder);
     }
+    if options.strict {
+        builder = builder.with_disable_cpu_fallback().map_err(text)?;
+    }
+    builder.with_execution_providers(providers).map_err(text)
 }
 
 /// A view of an input; only f32 that the graph takes as f16 is copied.
@@ -316,7 +363,7 @@ pub fn report(library: Option<&Path>) -> (String, Vec<(&'static str, String)>) {
     let providers = [ExecutionProvider::Cpu, ExecutionProvider::Cuda, ExecutionProvider::TensorRt];
     let state = |execution_provider: ExecutionProvider| {
         let options = OrtOptions { execution_provider, ..OrtOptions::default() };
-        match builder(&environment, &options) {
+        match builder(&environment, &[], &options) {
             Ok(_) => "available".to_owned(),
             Err(reason) => format!("not available: {reason}"),
         }

@@ -9,16 +9,13 @@
 #![forbid(unsafe_code)]
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
-use flamingo_ir::onnx::{
-    Functions, ReadModel, WeightEntry, WeightLayout, WriteOptions, write_onnx,
-};
+use flamingo_ir::Graph;
+use flamingo_ir::onnx::ReadModel;
 use flamingo_ir::op::Flavour;
-use flamingo_ir::{Constant, Graph};
 use tract_onnx::prelude::{
     Framework, InferenceModelExt, IntoRunnable, IntoTValue, TValue, TVec, Tensor, TractError,
     TypedRunnableModel,
@@ -92,7 +89,8 @@ impl TractStage {
     fn new(path: &Path, model: &ReadModel) -> Result<TractStage, BackendError> {
         let place = path.display().to_string();
         let refused = |error: TractError| refused(&place, &error);
-        let bytes = inlined(model).map_err(|reason| failed(&place, reason))?;
+        let bytes = model.inlined(Flavour::Portable);
+        let bytes = bytes.map_err(|error| failed(&place, error.to_string()))?;
         let folder = path.parent().and_then(Path::to_str).ok_or_else(|| {
             failed(&place, "expected a folder with a name in UTF-8, found another".into())
         })?;
@@ -115,21 +113,6 @@ impl TractStage {
         let outputs = self.plan.run(values.map_err(refused)?).map_err(refused)?;
         Ok(outputs.into_vec())
     }
-}
-
-/// The graph as an ONNX model without functions, of standard operators only.
-fn inlined(model: &ReadModel) -> Result<Vec<u8>, String> {
-    let mut entries = BTreeMap::new();
-    for (id, value) in model.graph.values() {
-        let Some(Constant::Weight(name)) = &value.constant else { continue };
-        let place =
-            model.weights.get(name).ok_or_else(|| format!("no place of weight `{name}`"))?;
-        let entry = WeightEntry { name: name.clone(), offset: place.offset, length: place.length };
-        entries.insert(id, entry);
-    }
-    let layout = WeightLayout { location: model.location.clone(), entries };
-    let options = WriteOptions { flavour: Flavour::Portable, functions: Functions::Inline };
-    write_onnx(&model.graph, options, &layout).map_err(|error| error.to_string())
 }
 
 /// Checks that tract found the inputs and outputs of the graph, in its order.

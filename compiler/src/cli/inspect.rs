@@ -5,15 +5,18 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::Args;
+use flamingo_ir::op::Flavour;
 use flamingo_models::Source;
 use flamingo_models::manifest::Limits;
 use flamingo_runtime::Artifact;
 use serde_json::json;
 
 use super::Outcome;
+use super::coverage;
 use super::device::{DevicePlan, device_parser};
 use super::output::{Output, bytes};
 use crate::compile::{Quantisation, Report};
+use crate::coverage::TARGETS;
 use crate::emit::LayerStorage;
 use crate::passes::runtime_ops;
 use crate::plan::Model;
@@ -25,6 +28,7 @@ use crate::plan::devices::Device;
   flamingoc inspect demo.flamingo
   flamingoc inspect demo.flamingo --graph decoder
   flamingoc inspect demo.flamingo --device orin-nano-8
+  flamingoc inspect demo.flamingo --coverage tensorrt-10.3
   flamingoc inspect models/demo/recipe.toml")]
 pub(super) struct Inspect {
     /// Artifact, recipe or checkpoint folder
@@ -35,6 +39,16 @@ pub(super) struct Inspect {
     /// What an artifact takes on this device, and how long: a prediction
     #[arg(long, value_name = "NAME", value_parser = device_parser(), conflicts_with = "graph")]
     device: Option<&'static Device>,
+    /// Which execution provider would run each node of an artifact there, found without a GPU
+    #[arg(long, value_name = "TARGET", value_parser = TARGETS.map(|(name, _)| name),
+          conflicts_with_all = ["graph", "device"])]
+    coverage: Option<String>,
+    /// Graphs that `--coverage` looks at [default: those that are compiled for the target]
+    #[arg(long, value_name = "FLAVOUR", value_parser = Flavour::ALL.map(Flavour::name), requires = "coverage")]
+    flavour: Option<String>,
+    /// Write what `--coverage` finds as a page, too
+    #[arg(long, value_name = "FILE", requires = "coverage")]
+    html: Option<PathBuf>,
     /// Print as JSON
     #[arg(long)]
     json: bool,
@@ -51,6 +65,10 @@ impl Inspect {
 
     fn artifact(&self, output: &mut Output) -> Result<()> {
         let artifact = Artifact::open(&self.path, false)?;
+        if let Some(target) = &self.coverage {
+            let (flavour, html) = (self.flavour.as_deref(), self.html.as_deref());
+            return coverage::show(&artifact, target, flavour, html, self.json, output);
+        }
         let graphs = artifact.load()?;
         if let Some(stage) = &self.graph {
             let graph = if stage == "media" { &graphs.media } else { &graphs.decoder };
@@ -115,6 +133,12 @@ impl Inspect {
     }
 
     fn source(&self, output: &mut Output) -> Result<()> {
+        if self.coverage.is_some() {
+            bail!(
+                "`--coverage`: `{}` is not an artifact\n\nhint: compile it first, with `--target`",
+                self.path.display()
+            );
+        }
         if let Some(device) = self.device {
             bail!(
                 "`--device`: `{}` is not an artifact\n\n\

@@ -13,7 +13,10 @@ use super::proto::tensor_proto::DataLocation;
 use super::proto::tensor_shape_proto::dimension;
 use super::proto::{GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, type_proto};
 use super::write::{is_inside, model_from_graph};
-use super::{OnnxError, ReadLimits, ReadModel, WeightPlace, message, scan};
+use super::{
+    Functions, OnnxError, ReadLimits, ReadModel, WeightEntry, WeightLayout, WeightPlace,
+    WriteOptions, message, scan, write_onnx,
+};
 use crate::graph::{Constant, Graph, ValueId};
 use crate::op::Flavour;
 use crate::{DType, Dim, Fact, Tensor, verify};
@@ -54,6 +57,24 @@ pub(super) fn malformed(
         place: place.to_string(),
         expected: expected.to_string(),
         found: found.to_string(),
+    }
+}
+
+impl ReadModel {
+    /// The same graph as a file without functions, in another flavour if it is of f32.
+    ///
+    /// # Errors
+    /// A graph that cannot be written so.
+    pub fn inlined(&self, flavour: Flavour) -> Result<Vec<u8>, OnnxError> {
+        let mut entries = BTreeMap::new();
+        for (id, value) in self.graph.values() {
+            let Some(Constant::Weight(name)) = &value.constant else { continue };
+            let missing = || OnnxError::MissingWeights(vec![name.clone()]);
+            let WeightPlace { offset, length, .. } = *self.weights.get(name).ok_or_else(missing)?;
+            entries.insert(id, WeightEntry { name: name.clone(), offset, length });
+        }
+        let layout = WeightLayout { location: self.location.clone(), entries };
+        write_onnx(&self.graph, WriteOptions { flavour, functions: Functions::Inline }, &layout)
     }
 }
 
