@@ -10,6 +10,7 @@ mod coverage;
 mod demo;
 mod device;
 mod doctor;
+mod engine;
 mod eval;
 mod inspect;
 mod output;
@@ -68,6 +69,7 @@ enum Verb {
     Bench(bench::Bench),
     Synth(synth::Synth),
     Doctor(doctor::Doctor),
+    Engine(engine::Engine),
 }
 
 /// How a verb ended, if not with an error.
@@ -223,6 +225,7 @@ fn dispatch(verb: Verb, output: &mut Output) -> Result<Outcome> {
         Verb::Bench(bench) => bench.run(output),
         Verb::Synth(synth) => synth.run(output),
         Verb::Doctor(doctor) => doctor.run(output),
+        Verb::Engine(engine) => engine.run(output),
     }
 }
 

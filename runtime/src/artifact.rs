@@ -13,6 +13,7 @@ use flamingo_models::map::MappedFile;
 use flamingo_models::profile::Profiles;
 
 use crate::backend::WeightBytes;
+use crate::engines::{BuiltWith, gpu, hash_of};
 use crate::session::PREFILL_TOKENS;
 
 /// Largest manifest that is read, in bytes.
@@ -137,6 +138,25 @@ impl Artifact {
         let profiles = Profiles::new(media, decoder, &self.manifest.limits, PREFILL_TOKENS);
         let path = || self.path.join("manifest.json");
         profiles.map_err(|reason| ArtifactError::Manifest { path: path(), reason })
+    }
+
+    /// What engines of a flavour's graphs depend on, as far as artifact and machine tell.
+    ///
+    /// # Errors
+    /// If the artifact has no such graphs, or they cannot be read.
+    pub fn built_with(&self, flavour: &str) -> Result<BuiltWith, ArtifactError> {
+        let files = [self.graph_path("media", flavour)?, self.graph_path("decoder", flavour)?];
+        let profiles = format!("{:?}", self.profiles(flavour)?);
+        let graphs = hash_of(&[&files[0], &files[1]], &profiles).map_err(|source| {
+            ArtifactError::Io { path: files[0].clone(), source, hint: "copy the artifact again" }
+        })?;
+        Ok(BuiltWith {
+            flavour: flavour.to_owned(),
+            graphs,
+            tensorrt: None,
+            gpu: gpu(Path::new("/")),
+            provider: None,
+        })
     }
 
     /// Reads the media and the decoder graph, and maps the weights they share.

@@ -23,6 +23,7 @@ pub mod backend;
 mod bank;
 mod beam;
 mod contract;
+pub mod engines;
 pub mod env;
 pub mod image;
 mod lru;

@@ -25,10 +25,6 @@ use crate::session::{Medium, Session};
 use crate::video::VideoError;
 use crate::visual_cache::{Fingerprint, VisualCache};
 
-/// Folder of an artifact in which TensorRT keeps its engines.
-#[cfg(feature = "ort")]
-const ENGINES: &str = "device/engines";
-
 /// Most bytes of keys and values that prompts that begin alike share.
 const PREFIX_BYTES: usize = 256 << 20;
 
@@ -102,6 +98,9 @@ pub struct OpenOptions {
     pub flavour: Option<String>,
     /// Whether it is an error if a node would run on the CPU beside an execution provider of a GPU.
     pub strict_provider: bool,
+    /// Whether TensorRT may build engines of this artifact anew, which takes minutes; else engines that do not fit are an
+    /// error.
+    pub build_engines: bool,
     /// ONNX Runtime's shared library.
     pub ort_library: Option<PathBuf>,
     /// Threads; default: one for each physical core.
@@ -400,7 +399,8 @@ fn open_backend(artifact: &Artifact, options: &OpenOptions) -> Result<Box<dyn Ba
 /// Opens the graphs made for the execution provider, or those asked for.
 #[cfg(feature = "ort")]
 fn open_ort(artifact: &Artifact, options: &OpenOptions) -> Result<Box<dyn Backend>, RunError> {
-    use crate::ort::{ExecutionProvider, OrtBackend, OrtOptions};
+    use crate::engines::Engines;
+    use crate::ort::{EnginePlan, ExecutionProvider, OrtBackend, OrtOptions};
     let name = options.execution_provider.as_deref().unwrap_or("cpu");
     let no_provider = || RunError::NoBackend {
         name: format!("ort, execution provider {name}"),
@@ -414,17 +414,21 @@ fn open_ort(artifact: &Artifact, options: &OpenOptions) -> Result<Box<dyn Backen
         ExecutionProvider::TensorRt => "trt-10.3",
     });
     let graph = |stage| artifact.graph_path(stage, flavour);
-    let (mut profiles, mut engine_cache) = (None, None);
+    let (mut profiles, mut engines) = (None, None);
     if execution_provider == ExecutionProvider::TensorRt {
         profiles = Some(artifact.profiles(flavour)?);
-        engine_cache = Some(artifact.path.join(ENGINES));
+        engines = Some(EnginePlan {
+            engines: Engines::of(&artifact.path),
+            built_with: artifact.built_with(flavour)?,
+            build: options.build_engines,
+        });
     }
     let options = OrtOptions {
         library: options.ort_library.clone(),
         n_threads: options.n_threads,
         execution_provider,
         profiles,
-        engine_cache,
+        engines,
         strict: options.strict_provider,
     };
     Ok(Box::new(OrtBackend::open(&graph("media")?, &graph("decoder")?, &options)?))

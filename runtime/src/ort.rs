@@ -24,6 +24,7 @@ use ort::session::{Session, SessionInputValue};
 use ort::value::{DynValue, Tensor, TensorRef};
 
 use crate::backend::{Backend, BackendError, Media, Sequence};
+use crate::engines::{BuiltWith, Engines, hash_of, loaded_tensorrt};
 use crate::onnx_graph::{Engine, Input, OnnxBackend, Stage, read_model};
 
 pub use library::LIBRARY_VARIABLE;
@@ -96,14 +97,67 @@ fn tensor_rt(profiles: &[Profile], options: &OrtOptions) -> TensorRT {
             .with_profile_opt_shapes(shapes(|profile| &profile.opt))
             .with_profile_max_shapes(shapes(|profile| &profile.max));
     }
-    match &options.engine_cache {
+    match &options.engines {
         None => provider,
-        Some(folder) => provider
-            .with_engine_cache(true)
-            .with_engine_cache_path(folder.display())
-            .with_timing_cache(true)
-            .with_timing_cache_path(folder.display()),
+        Some(plan) => {
+            let folder = plan.engines.folder().display();
+            provider
+                .with_engine_cache(true)
+                .with_engine_cache_path(&folder)
+                .with_timing_cache(true)
+                .with_timing_cache_path(&folder)
+        }
     }
+}
+
+/// Where TensorRT keeps its engines, and whether it may build some.
+#[derive(Clone, Debug)]
+pub struct EnginePlan {
+    /// Those of the artifact.
+    pub engines: Engines,
+    /// What they depend on but for what the process has loaded.
+    pub built_with: BuiltWith,
+    /// Whether to build all anew, which takes minutes; else engines that do not fit are an error.
+    pub build: bool,
+}
+
+impl EnginePlan {
+    /// The plan with what is loaded, once a session of the provider was begun.
+    fn of_this_process(&self, library: Option<&Path>) -> EnginePlan {
+        let mut plan = self.clone();
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+        plan.built_with.tensorrt = loaded_tensorrt(&maps);
+        plan.built_with.provider = provider_hash(library);
+        plan
+    }
+
+    /// Before sessions are made: there are engines that fit, or none and they may be built.
+    fn begin(&self) -> Result<(), BackendError> {
+        let place = || self.engines.folder().display().to_string();
+        if self.build {
+            return self.engines.begin().map_err(|error| BackendError::Engine {
+                engine: NAME,
+                place: place(),
+                reason: error.to_string(),
+                hint: "make the artifact's folder writable",
+            });
+        }
+        match &self.engines.problems(&self.built_with)[..] {
+            [] => Ok(()),
+            problems => Err(BackendError::Engine {
+                engine: NAME,
+                place: place(),
+                reason: format!("no engines that fit: {}", problems.join("; ")),
+                hint: "run `flamingoc engine build ARTIFACT` on this device, which takes minutes",
+            }),
+        }
+    }
+}
+
+/// Hash of the TensorRT provider beside the library that is used, or would be.
+pub fn provider_hash(library: Option<&Path>) -> Option<String> {
+    let file = library_folder(library)?.join("libonnxruntime_providers_tensorrt.so");
+    hash_of(&[&file], "").ok()
 }
 
 /// How ONNX Runtime is used.
@@ -120,7 +174,7 @@ pub struct OrtOptions {
     /// The sizes for which TensorRT builds engines; it takes none that it was not told.
     pub profiles: Option<Profiles>,
     /// Where TensorRT keeps its engines; none: it builds them at every start.
-    pub engine_cache: Option<PathBuf>,
+    pub engines: Option<EnginePlan>,
     /// Whether it is an error if a node would run on the CPU beside a GPU.
     pub strict: bool,
 }
@@ -152,10 +206,22 @@ impl OrtBackend {
     ) -> Result<OrtBackend, BackendError> {
         let (media, decoder) = (read_model(NAME, media_onnx)?, read_model(NAME, decoder_onnx)?);
         let environment = library::load(options.library.as_deref())?;
+        let mut plan = None;
+        if let Some(given) = &options.engines {
+            // A provider that cannot be had is told before its engines are asked for.
+            builder(&environment, &[], options).map_err(|reason| no_provider(options, reason))?;
+            let given = given.of_this_process(options.library.as_deref());
+            given.begin()?;
+            plan = Some(given);
+        }
         let engine = OrtEngine {
             media: OrtStage::new(&environment, "media", media_onnx, &media.graph, options)?,
             decoder: OrtStage::new(&environment, "decoder", decoder_onnx, &decoder.graph, options)?,
         };
+        if let Some(plan) = plan.filter(|plan| plan.build) {
+            let place = plan.engines.folder().display().to_string();
+            plan.engines.finish(&plan.built_with).map_err(|error| refused(&place, error))?;
+        }
         Ok(OrtBackend {
             inner: OnnxBackend::new(&media.graph, &decoder.graph, engine)?,
             execution_provider: options.execution_provider,
@@ -310,6 +376,15 @@ fn value_from_input<'a>(
         }
         Input::Kept(value) => (*value).into(),
     })
+}
+
+fn no_provider(options: &OrtOptions, reason: String) -> BackendError {
+    BackendError::Engine {
+        engine: NAME,
+        place: format!("execution provider {}", options.execution_provider.name()),
+        reason,
+        hint: "run `flamingoc doctor`, or pass `--ep cpu`",
+    }
 }
 
 fn refused(place: &str, reason: impl fmt::Display) -> BackendError {

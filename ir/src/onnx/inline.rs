@@ -213,20 +213,22 @@ impl Inliner {
         {
             return Ok(vec![self.cast(name, *x, half)?]);
         }
-        let computed = |id: &&ValueId| !self.constants.contains(id);
-        let any =
-            |dtype: DType| inputs.iter().filter(computed).any(|id| dtype_of(self, id) == dtype);
+        let has = |dtype: DType| inputs.iter().any(|id| dtype_of(self, id) == dtype);
+        let is_computed = |id: &&ValueId| !self.constants.contains(id);
+        let computes =
+            |dtype: DType| inputs.iter().filter(is_computed).any(|id| dtype_of(self, id) == dtype);
         let dtype = match op.width() {
             _ if self.is_wide => Some(DType::F32),
             Some(Width::Half) => Some(half),
             Some(Width::Wide) => Some(DType::F32),
             Some(Width::WideForTensorRt) if !self.flavour.has_contrib() => Some(DType::F32),
-            Some(Width::OfInputs | Width::WideForTensorRt) if any(DType::F32) => Some(DType::F32),
-            Some(Width::OfInputs | Width::WideForTensorRt) if any(half) => Some(half),
-            Some(Width::OfInputs | Width::WideForTensorRt) => None,
+            Some(Width::OfInputs | Width::WideForTensorRt) if computes(DType::F32) => {
+                Some(DType::F32)
+            }
+            Some(Width::OfInputs | Width::WideForTensorRt) => has(half).then_some(half),
             None => match &op {
                 Op::Gather(_) => Some(half),
-                Op::Concat(_) if any(half) => Some(half),
+                Op::Concat(_) => has(half).then_some(half),
                 _ => None,
             },
         };
