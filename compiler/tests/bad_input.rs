@@ -487,7 +487,7 @@ fn manifests_that_are_wrong() {
         refused(&graph, &["manifest.json", "graph", "hint: "]);
     }
     let graphs = |manifest: &mut Value| manifest["graphs"] = json!([]);
-    refused(&graphs, &["manifest.json", "no media graph", "portable", "hint: "]);
+    refused(&graphs, &["manifest.json", "media graph", "portable", "found none", "hint: "]);
 }
 
 #[test]
@@ -876,7 +876,7 @@ fn options_out_of_range() {
     compile("int4-block", "32", &["`--int4-block`", "hint: "]);
     compile("int4-block", "48", &["--int4-block", "32 or 128"]);
     compile("precision", "f8", &["--precision", "int8"]);
-    compile("target", "tensorrt", &["`--target`", "hint: "]);
+    compile("target", "vulkan", &["--target", "tensorrt"]);
     compile("max-context", "0", &["`--max-context 0`", "hint: "]);
     compile("max-context", "-1", &["--max-context"]);
     compile("max-images", "many", &["--max-images"]);

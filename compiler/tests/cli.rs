@@ -10,6 +10,8 @@ mod common;
 mod device;
 #[path = "cli/doctor.rs"]
 mod doctor;
+#[path = "cli/gpu.rs"]
+mod gpu;
 #[path = "cli/talk.rs"]
 mod talk;
 

@@ -116,7 +116,10 @@ impl Artifact {
     fn graph(&self, stage: &str, flavour: &str) -> Result<&GraphEntry, ArtifactError> {
         let missing = || {
             let of_stage = self.manifest.graphs.iter().filter(|graph| graph.stage == stage);
-            let found: Vec<&str> = of_stage.map(|graph| graph.flavour.as_str()).collect();
+            let mut found: Vec<&str> = of_stage.map(|graph| graph.flavour.as_str()).collect();
+            if found.is_empty() {
+                found.push("none");
+            }
             ArtifactError::Manifest {
                 path: self.path.join("manifest.json"),
                 reason: format!(

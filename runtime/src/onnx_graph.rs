@@ -58,6 +58,14 @@ pub(crate) trait Engine: Send + Sync + 'static {
         inputs: &[Input<'_, Self::Tensor>],
     ) -> Result<Vec<Self::Tensor>, BackendError>;
 
+    /// The `place`-th input of a graph as a tensor of the engine, to be given again and again.
+    fn keep(
+        &self,
+        stage: Stage,
+        place: usize,
+        input: &Input<'_, Self::Tensor>,
+    ) -> Result<Self::Tensor, BackendError>;
+
     /// The numbers of a tensor, row-major.
     fn numbers<'a>(&self, tensor: &'a Self::Tensor) -> Result<Cow<'a, [f32]>, BackendError>;
 }
@@ -346,7 +354,14 @@ impl<E: Engine> Backend for OnnxBackend<E> {
 
     fn new_sequence(&self, max_context: usize) -> Result<Box<dyn Sequence>, BackendError> {
         let shared = Arc::clone(&self.shared);
-        Ok(Box::new(OnnxSequence { shared, max_context, len: 0, kept: Vec::new(), kept_len: 0 }))
+        Ok(Box::new(OnnxSequence {
+            shared,
+            max_context,
+            len: 0,
+            kept: Vec::new(),
+            kept_len: 0,
+            media: None,
+        }))
     }
 }
 
@@ -409,6 +424,14 @@ struct OnnxSequence<E: Engine> {
     kept: Vec<Arc<E::Tensor>>,
     /// Tokens in `kept`: `len`, or more since the sequence was cut.
     kept_len: usize,
+    /// Keys and values of the media that the last step saw.
+    media: Option<Arc<KeptMedia<E>>>,
+}
+
+/// Keys and values of media as the engine's tensors, in the order of the decoder's inputs.
+struct KeptMedia<E: Engine> {
+    media: Vec<Arc<Media>>,
+    tensors: Vec<E::Tensor>,
 }
 
 impl<E: Engine + 'static> Sequence for OnnxSequence<E> {
@@ -426,12 +449,12 @@ impl<E: Engine + 'static> Sequence for OnnxSequence<E> {
         signature.check_media(step.media)?;
         let values = Values::new(step, self.len, self.max_context)?;
         signature.check_tables(&values)?;
-        let inputs: Result<Vec<_>, BackendError> = signature
-            .decoder_inputs
-            .roles
-            .iter()
-            .map(|(_, role)| self.input(*role, &values))
-            .collect();
+        let media = self.kept_media(&values.media)?;
+        let mut media_tensors = media.tensors.iter();
+        let mut input =
+            |(_, role): &(String, DecoderInput)| self.input(*role, &values, &mut media_tensors);
+        let inputs: Result<Vec<_>, BackendError> =
+            signature.decoder_inputs.roles.iter().map(&mut input).collect();
         let mut outputs = self.shared.engine.run(Stage::Decoder, &inputs?)?;
         let (place, width) = signature.logits;
         let n_rows = values.logit_rows.len();
@@ -442,6 +465,7 @@ impl<E: Engine + 'static> Sequence for OnnxSequence<E> {
         self.kept = caches.filter_map(|c| kept[c.output].take().map(Arc::new)).collect();
         self.len += step.input_ids.len();
         self.kept_len = self.len;
+        self.media = Some(media);
         Ok(logits)
     }
 
@@ -456,6 +480,7 @@ impl<E: Engine + 'static> Sequence for OnnxSequence<E> {
             len: self.len,
             kept: self.kept.clone(),
             kept_len: self.kept_len,
+            media: self.media.clone(),
         })
     }
 
@@ -471,10 +496,12 @@ impl<E: Engine + 'static> Sequence for OnnxSequence<E> {
 }
 
 impl<E: Engine> OnnxSequence<E> {
+    /// What a role is given; keys and values of media are the next of `media`.
     fn input<'a>(
         &'a self,
         role: DecoderInput,
-        values: &Values<'a>,
+        values: &Values<'_>,
+        media: &mut std::slice::Iter<'a, E::Tensor>,
     ) -> Result<Input<'a, E::Tensor>, BackendError> {
         let indices = |values: &Vec<i64>| Ok(Input::Indices(values.clone()));
         match role {
@@ -484,9 +511,31 @@ impl<E: Engine> OnnxSequence<E> {
             DecoderInput::MediaTime => indices(&values.media_time),
             DecoderInput::MediaIndex => indices(&values.media_index),
             DecoderInput::LogitRows => indices(&values.logit_rows),
-            DecoderInput::Media(block) => Ok(block.stack(&values.media)),
+            DecoderInput::Media(_) => {
+                let missing = || outputs_differ::<E>("keys and values of the media", "none");
+                media.next().map(Input::Kept).ok_or_else(missing)
+            }
             DecoderInput::Past(place) => self.past(place),
         }
+    }
+
+    /// Keys and values of a step's media: those of the last step if it saw the same.
+    fn kept_media(&self, media: &[&Arc<Media>]) -> Result<Arc<KeptMedia<E>>, BackendError> {
+        if let Some(kept) = &self.media
+            && kept.media.len() == media.len()
+            && kept.media.iter().zip(media).all(|(kept, medium)| Arc::ptr_eq(kept, medium))
+        {
+            return Ok(Arc::clone(kept));
+        }
+        let roles = self.shared.signature.decoder_inputs.roles.iter().enumerate();
+        let mut tensors = Vec::new();
+        for (place, (_, role)) in roles {
+            if let DecoderInput::Media(block) = role {
+                let input = block.stack(media);
+                tensors.push(self.shared.engine.keep(Stage::Decoder, place, &input)?);
+            }
+        }
+        Ok(Arc::new(KeptMedia { media: media.iter().map(|m| Arc::clone(m)).collect(), tensors }))
     }
 
     /// Keys or values of the tokens so far: as they came, or cut.
@@ -515,7 +564,7 @@ impl MediaBlock {
 
     /// What the step's media have of this block, one after the other; one medium of zeros if it
     /// has none, because engines do not take all sizes of 0.
-    fn stack<'a, T>(&self, media: &[&'a Media]) -> Input<'a, T> {
+    fn stack<'a, T>(&self, media: &[&'a Arc<Media>]) -> Input<'a, T> {
         let of_media = media.first().map_or(1, |media| media.n_latents);
         let n_latents = self.n_latents.unwrap_or(of_media);
         let data = match media {
@@ -535,7 +584,7 @@ struct Values<'a> {
     media_time: Vec<i64>,
     media_index: Vec<i64>,
     logit_rows: Vec<i64>,
-    media: Vec<&'a Media>,
+    media: Vec<&'a Arc<Media>>,
 }
 
 impl<'a> Values<'a> {
@@ -546,7 +595,7 @@ impl<'a> Values<'a> {
         used.sort_unstable();
         used.dedup();
         let medium = |time: &u32| step.media.get(usize::try_from(*time).ok()?.checked_sub(1)?);
-        let media: Vec<&Media> = used.iter().filter_map(medium).map(Arc::as_ref).collect();
+        let media: Vec<&Arc<Media>> = used.iter().filter_map(medium).collect();
         check_latents(&media)?;
         let renumbered = |time: &u32| used.binary_search(time).map_or(0, |place| place + 1);
         // Engines differ on results of no rows: one row is always computed.
@@ -564,7 +613,7 @@ impl<'a> Values<'a> {
 }
 
 /// The media of a step are one tensor: they must be equally long.
-fn check_latents(media: &[&Media]) -> Result<(), BackendError> {
+fn check_latents(media: &[&Arc<Media>]) -> Result<(), BackendError> {
     let n_latents = media.first().map_or(0, |media| media.n_latents);
     match media.iter().find(|media| media.n_latents != n_latents) {
         None => Ok(()),

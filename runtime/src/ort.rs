@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod library;
+mod provider;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -19,9 +20,10 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 use ort::environment::Environment;
 use ort::ep::{CUDA, ExecutionProviderDispatch, TensorRT};
+use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::builder::SessionBuilder;
-use ort::session::{Session, SessionInputValue};
-use ort::value::{DynValue, Tensor, TensorRef};
+use ort::session::{IoBinding, Session};
+use ort::value::{DynTensorValueType, DynValue, Tensor};
 
 use crate::backend::{Backend, BackendError, Media, Sequence};
 use crate::engines::{BuiltWith, Engines, hash_of, loaded_tensorrt};
@@ -55,6 +57,14 @@ impl ExecutionProvider {
             "cuda" => Some(ExecutionProvider::Cuda),
             "tensorrt" => Some(ExecutionProvider::TensorRt),
             _ => None,
+        }
+    }
+
+    /// Where it computes.
+    fn device(self) -> AllocationDevice<'static> {
+        match self {
+            ExecutionProvider::Cpu => AllocationDevice::CPU,
+            ExecutionProvider::Cuda | ExecutionProvider::TensorRt => AllocationDevice::CUDA,
         }
     }
 
@@ -258,12 +268,29 @@ struct OrtEngine {
     decoder: OrtStage,
 }
 
+impl OrtEngine {
+    fn stage(&self, stage: Stage) -> &OrtStage {
+        match stage {
+            Stage::Media => &self.media,
+            Stage::Decoder => &self.decoder,
+        }
+    }
+}
+
 /// One graph as a session.
 struct OrtStage {
     place: String,
     inputs: Vec<(String, DType)>,
     outputs: Vec<String>,
-    session: Mutex<Session>,
+    /// Where keys and values stay from step to step.
+    device: AllocationDevice<'static>,
+    session: Mutex<Bound>,
+}
+
+/// A session and what its inputs and outputs are bound to.
+struct Bound {
+    session: Session,
+    binding: IoBinding,
 }
 
 impl OrtStage {
@@ -284,12 +311,14 @@ impl OrtStage {
                 hint: "run `flamingoc doctor`, or pass `--ep cpu`",
             });
         let session = session?.commit_from_file(path).map_err(|error| refused(&place, error))?;
+        let binding = session.create_binding().map_err(|error| refused(&place, error))?;
         let inputs = graph.inputs().iter();
         let stage = OrtStage {
             place,
             inputs: inputs.map(|(name, id)| (name.clone(), graph.fact(*id).dtype)).collect(),
             outputs: graph.outputs().iter().map(|(name, _)| name.clone()).collect(),
-            session: Mutex::new(session),
+            device: options.execution_provider.device(),
+            session: Mutex::new(Bound { session, binding }),
         };
         stage.check_names()?;
         Ok(stage)
@@ -297,7 +326,8 @@ impl OrtStage {
 
     /// Checks that the session takes and gives what the graph does.
     fn check_names(&self) -> Result<(), BackendError> {
-        let session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
+        let bound = self.session.lock().unwrap_or_else(PoisonError::into_inner);
+        let session = &bound.session;
         let mut missing = Vec::new();
         let inputs: Vec<&String> = self.inputs.iter().map(|(name, _)| name).collect();
         for (kind, expected, found) in [
@@ -313,25 +343,61 @@ impl OrtStage {
         }
     }
 
+    /// Runs the graph with bound inputs and outputs: keys and values of tokens stay where the provider computes, what is
+    /// read here comes to the CPU.
     fn run(&self, inputs: &[Input<'_, DynValue>]) -> Result<Vec<DynValue>, BackendError> {
         let failed = |error: ort::Error| refused(&self.place, error);
-        let values: Result<Vec<(Cow<'_, str>, SessionInputValue<'_>)>, ort::Error> = self
-            .inputs
-            .iter()
-            .zip(inputs)
-            .map(|((name, dtype), input)| {
-                Ok((Cow::Borrowed(name.as_str()), value_from_input(input, *dtype)?))
-            })
-            .collect();
-        let values = values.map_err(failed)?;
-        let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut outputs = session.run(values).map_err(failed)?;
+        let mut bound = self.session.lock().unwrap_or_else(PoisonError::into_inner);
+        let Bound { session, binding } = &mut *bound;
+        binding.clear();
+        for ((name, dtype), input) in self.inputs.iter().zip(inputs) {
+            match input {
+                Input::Kept(value) => binding.bind_input(name, value),
+                input => value_from_input(input, *dtype)
+                    .and_then(|value| binding.bind_input(name, &value)),
+            }
+            .map_err(failed)?;
+        }
+        for name in &self.outputs {
+            let device = match name.starts_with("present_") {
+                true => self.device.clone(),
+                false => AllocationDevice::CPU,
+            };
+            let memory = memory_of(device).map_err(failed)?;
+            binding.bind_output_to_device(name, &memory).map_err(failed)?;
+        }
+        let mut outputs = session.run_binding(binding).map_err(failed)?;
         let take = |name: &String| {
             let missing = || refused(&self.place, format!("no output `{name}`"));
             outputs.remove(name).ok_or_else(missing)
         };
         self.outputs.iter().map(take).collect()
     }
+
+    /// An input where the provider computes.
+    fn keep(&self, place: usize, input: &Input<'_, DynValue>) -> Result<DynValue, BackendError> {
+        let dtype = self.inputs.get(place).map_or(DType::F32, |(_, dtype)| *dtype);
+        let failed = |error: ort::Error| refused(&self.place, error);
+        let value = value_from_input(input, dtype).map_err(failed)?;
+        if self.device.as_str() == AllocationDevice::CPU.as_str() {
+            return Ok(value);
+        }
+        let tensor = value.view().downcast::<DynTensorValueType>().map_err(failed)?;
+        tensor.to(self.device.clone(), 0).map(|tensor| tensor.into_dyn()).map_err(failed)
+    }
+}
+
+/// A copy in the CPU's memory of a tensor that is elsewhere.
+fn on_cpu(tensor: &DynValue) -> Result<Option<DynValue>, ort::Error> {
+    let tensor = tensor.view().downcast::<DynTensorValueType>()?;
+    match tensor.memory_info().is_cpu_accessible() {
+        true => Ok(None),
+        false => tensor.to(AllocationDevice::CPU, 0).map(|tensor| Some(tensor.into_dyn())),
+    }
+}
+
+fn memory_of(device: AllocationDevice<'_>) -> Result<MemoryInfo<'static>, ort::Error> {
+    MemoryInfo::new(device, 0, AllocatorType::Device, MemoryType::Default)
 }
 
 /// A session's options. Plans of memory are off: they are kept for each set of sizes, and every
@@ -357,34 +423,24 @@ fn builder(
     builder.with_execution_providers(providers).map_err(text)
 }
 
-/// A view of an input; only f32 that the graph takes as f16 is copied.
-fn value_from_input<'a>(
-    input: &'a Input<'_, DynValue>,
-    dtype: DType,
-) -> Result<SessionInputValue<'a>, ort::Error> {
+/// An input as a tensor of the type that the graph takes.
+fn value_from_input(input: &Input<'_, DynValue>, dtype: DType) -> Result<DynValue, ort::Error> {
     Ok(match input {
         Input::Numbers { shape, data } if dtype == DType::F16 => {
             let mut halves = vec![f16::ZERO; data.len()];
             halves.convert_from_f32_slice(data);
-            Tensor::from_array((shape.as_slice(), halves))?.into()
+            Tensor::from_array((shape.as_slice(), halves))?.into_dyn()
         }
         Input::Numbers { shape, data } => {
-            TensorRef::from_array_view((shape.as_slice(), data.as_ref()))?.into()
+            Tensor::from_array((shape.as_slice(), data.to_vec()))?.into_dyn()
         }
-        Input::Indices(values) => {
-            TensorRef::from_array_view(([values.len()], values.as_slice()))?.into()
-        }
-        Input::Kept(value) => (*value).into(),
+        Input::Indices(values) => Tensor::from_array(([values.len()], values.clone()))?.into_dyn(),
+        Input::Kept(_) => return Err(ort::Error::new("a tensor that is kept already")),
     })
 }
 
 fn no_provider(options: &OrtOptions, reason: String) -> BackendError {
-    BackendError::Engine {
-        engine: NAME,
-        place: format!("execution provider {}", options.execution_provider.name()),
-        reason,
-        hint: "run `flamingoc doctor`, or pass `--ep cpu`",
-    }
+    provider::unavailable(options.execution_provider, &reason)
 }
 
 fn refused(place: &str, reason: impl fmt::Display) -> BackendError {
@@ -406,13 +462,23 @@ impl Engine for OrtEngine {
         stage: Stage,
         inputs: &[Input<'_, DynValue>],
     ) -> Result<Vec<DynValue>, BackendError> {
-        match stage {
-            Stage::Media => self.media.run(inputs),
-            Stage::Decoder => self.decoder.run(inputs),
-        }
+        self.stage(stage).run(inputs)
+    }
+
+    fn keep(
+        &self,
+        stage: Stage,
+        place: usize,
+        input: &Input<'_, DynValue>,
+    ) -> Result<DynValue, BackendError> {
+        self.stage(stage).keep(place, input)
     }
 
     fn numbers<'a>(&self, tensor: &'a DynValue) -> Result<Cow<'a, [f32]>, BackendError> {
+        let here = on_cpu(tensor).map_err(|error| refused("outputs", error))?;
+        if let Some(here) = here {
+            return self.numbers(&here).map(|data| Cow::Owned(data.into_owned()));
+        }
         if let Ok((_, halves)) = tensor.try_extract_tensor::<f16>() {
             return Ok(Cow::Owned(halves.to_f32_vec()));
         }

@@ -165,6 +165,15 @@ impl Engine for TractEngine {
         }
     }
 
+    fn keep(
+        &self,
+        _stage: Stage,
+        _place: usize,
+        input: &Input<'_, TValue>,
+    ) -> Result<TValue, BackendError> {
+        value_from_input(input).map_err(|error| refused("inputs", &error))
+    }
+
     fn numbers<'a>(&self, tensor: &'a TValue) -> Result<Cow<'a, [f32]>, BackendError> {
         let view =
             tensor.to_plain_array_view::<f32>().map_err(|error| refused("outputs", &error))?;

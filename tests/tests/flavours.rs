@@ -9,10 +9,12 @@ use std::sync::Arc;
 use flamingo_ir::DType;
 use flamingo_ir::onnx::{ReadLimits, read_onnx};
 use flamingo_ir::op::Flavour;
+use flamingo_models::profile::is_dynamic;
 use flamingo_runtime::backend::Media;
-use flamingo_runtime::{GenerateOptions, KvFormat, Model, OpenOptions};
+use flamingo_runtime::{Artifact, GenerateOptions, KvFormat, Model, OpenOptions};
 use flamingo_tests::{Golden, compiled_for_all, golden_folders, opening, tiny_scenes};
 use flamingoc::calibrate::bundled;
+use flamingoc::coverage::report::{stage_reports, targets_of};
 use flamingoc::gate::judge;
 use flamingoc::parity::{compare, divergence, kl_bound};
 use flamingoc::scheme::Precision;
@@ -108,6 +110,53 @@ fn steps_give_what_prefill_gives() {
         }
     }
     assert!(n_cases >= 6, "{n_cases}");
+}
+
+/// Kernel tables know every operator and type of every family's graphs, TensorRT takes each stage whole, and every
+/// dynamic input has the shapes that its engines are for.
+#[test]
+fn tables_cover_every_family_and_profiles_every_dynamic_input() {
+    for (folder, precision) in golden_folders().into_iter().map(|f| (f, Precision::F32)).chain([
+        (tiny_scenes(), Precision::F16),
+        (tiny_scenes(), Precision::Int8),
+        (tiny_scenes(), Precision::Int4),
+    ]) {
+        let (_scratch, artifact) = compiled_for_all(&folder, precision);
+        let artifact = Artifact::open(&artifact, false).unwrap();
+        let (path, manifest) = (&artifact.path, &artifact.manifest);
+        for flavour in FLAVOURS {
+            for target in targets_of(flavour) {
+                let place = format!("{} {} on {target}", folder.display(), precision.name());
+                let reports =
+                    stage_reports(path, &manifest.graphs, &manifest.limits, target, flavour);
+                for report in reports.unwrap() {
+                    let coverage = &report.coverage;
+                    assert!(coverage.is_full(), "{place}: {:?}", coverage.fallbacks);
+                    assert!(coverage.nodes.len() > 50, "{place}");
+                    if flavour != Flavour::Cuda {
+                        assert_eq!(coverage.partitions.len(), 1, "{place}");
+                    }
+                }
+            }
+            let profiles = artifact.profiles(flavour.name()).unwrap();
+            for stage in ["media", "decoder"] {
+                let graph = manifest.graph(stage, flavour.name()).unwrap();
+                let dynamic: Vec<&str> = graph
+                    .inputs
+                    .iter()
+                    .filter(|i| is_dynamic(i))
+                    .map(|i| i.name.as_str())
+                    .collect();
+                assert!(!dynamic.is_empty());
+                for profile in profiles.of(stage) {
+                    for shapes in [&profile.min, &profile.opt, &profile.max] {
+                        let named: BTreeSet<&str> = shapes.keys().map(String::as_str).collect();
+                        assert_eq!(named, dynamic.iter().copied().collect(), "{stage}");
+                    }
+                }
+            }
+        }
+    }
 }
 
 /// What a graph of a flavour may not have: functions, operators of other domains, products in f32.

@@ -15,9 +15,14 @@ const ORT_LIB_VARIABLE: &str = "FLAMINGO_TEST_ORT_LIB";
 /// The variable through which the tests find a Python with `onnx` and `numpy`.
 const PYTHON_VARIABLE: &str = "FLAMINGO_TEST_PYTHON";
 
+/// The variable through which the tests find an ONNX Runtime library with providers for GPUs.
+const ORT_GPU_LIB_VARIABLE: &str = "FLAMINGO_TEST_ORT_GPU_LIB";
+
 /// Where the things that the tests need lie.
 pub(crate) struct TestDeps {
     ort_lib: PathBuf,
+    /// None on machines whose wheels were not tried.
+    ort_gpu_lib: Option<PathBuf>,
     python: PythonWithPackages,
 }
 
@@ -34,6 +39,9 @@ impl TestDeps {
             (ORT_LIB_VARIABLE, self.ort_lib.clone().into_os_string()),
             (PYTHON_VARIABLE, self.python.interpreter.clone().into_os_string()),
         ];
+        if let Some(library) = &self.ort_gpu_lib {
+            variables.push((ORT_GPU_LIB_VARIABLE, library.clone().into_os_string()));
+        }
         if let Some(packages) = &self.python.packages {
             variables.push(("PYTHONPATH", packages.clone().into_os_string()));
         }
@@ -53,7 +61,14 @@ pub(crate) fn install(root: &Path) -> Result<TestDeps> {
     let deps_dir = root.join("target").join("test-deps");
     fs::create_dir_all(&deps_dir).with_context(|| format!("create `{}`", deps_dir.display()))?;
     Ok(TestDeps {
-        ort_lib: install_ort_lib(root, &deps_dir)?,
+        ort_lib: install_ort_lib(root, &deps_dir, "onnxruntime", ORT_LIB_VARIABLE)?,
+        ort_gpu_lib: match std::env::consts::ARCH {
+            "x86_64" => {
+                let name = "onnxruntime-gpu";
+                Some(install_ort_lib(root, &deps_dir, name, ORT_GPU_LIB_VARIABLE)?)
+            }
+            _ => None,
+        },
         python: install_python(root, &deps_dir)?,
     })
 }
@@ -91,18 +106,18 @@ fn install_python(root: &Path, deps_dir: &Path) -> Result<PythonWithPackages> {
 }
 
 /// Unpacks the pinned wheel beside its final place and keeps its libraries only.
-fn install_ort_lib(root: &Path, deps_dir: &Path) -> Result<PathBuf> {
-    if let Some(given) = std::env::var_os(ORT_LIB_VARIABLE) {
+fn install_ort_lib(root: &Path, deps_dir: &Path, name: &str, variable: &str) -> Result<PathBuf> {
+    if let Some(given) = std::env::var_os(variable) {
         return Ok(given.into());
     }
-    let requirements = root.join("xtask").join("onnxruntime.txt");
-    let stamp = Stamp::new(deps_dir, "onnxruntime", &requirements)?;
-    let ort_dir = deps_dir.join("onnxruntime");
+    let requirements = root.join("xtask").join(format!("{name}.txt"));
+    let stamp = Stamp::new(deps_dir, name, &requirements)?;
+    let ort_dir = deps_dir.join(name);
     let ort_lib = ort_dir.join("libonnxruntime.so");
     if stamp.is_current() && ort_lib.is_file() {
         return Ok(ort_lib);
     }
-    let wheel_dir = deps_dir.join("onnxruntime-wheel");
+    let wheel_dir = deps_dir.join(format!("{name}-wheel"));
     remove_dir(&wheel_dir)?;
     remove_dir(&ort_dir)?;
     let mut pip = pip_install(Path::new("python3"));

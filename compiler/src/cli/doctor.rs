@@ -11,6 +11,7 @@ use flamingo_runtime::machine::{Machine, features, instruction_sets};
 use serde_json::json;
 
 use super::Outcome;
+use super::engine::EngineState;
 use super::output::Output;
 use crate::device::jetson::tegrastats::TegraStats;
 use crate::device::jetson::{self, Jetson};
@@ -25,6 +26,7 @@ use crate::device::root::Root;
 #[derive(Args)]
 #[command(after_help = "Examples:
   flamingoc doctor --json
+  flamingoc doctor --engines demo.flamingo
   flamingoc doctor --root copy-of-device --ort-lib copy-of-device/opt/ort")]
 pub(super) struct Doctor {
     /// ONNX Runtime's shared library [default: ORT_DYLIB_PATH, then known places]
@@ -33,6 +35,9 @@ pub(super) struct Doctor {
     /// Folder with a device's files, in place of `/`: for Jetson and provider libraries
     #[arg(long, value_name = "DIR", default_value = "/", hide_default_value = true)]
     root: PathBuf,
+    /// Artifact whose TensorRT engines are looked at: whether they would be used here, and if not, why
+    #[arg(long, value_name = "ARTIFACT")]
+    engines: Option<PathBuf>,
     /// Log of `tegrastats`, whose last line is shown
     #[arg(long, value_name = "FILE")]
     tegrastats: Option<PathBuf>,
@@ -47,6 +52,10 @@ impl Doctor {
         let machine = Machine::measure(None)?;
         let (ort, execution_providers) = ort_report(self.ort_lib.as_deref());
         let libraries = Libraries::read(&self, &device);
+        let engines = match &self.engines {
+            Some(artifact) => Some(EngineState::read(artifact, self.ort_lib.as_deref())?),
+            None => None,
+        };
         if self.json {
             let flags = |flags: Vec<(&'static str, bool)>| -> BTreeMap<&str, bool> {
                 flags.into_iter().collect()
@@ -61,6 +70,7 @@ impl Doctor {
                 "execution_providers": execution_providers, "tract": cfg!(feature = "tract"),
                 "jetson": device.jetson, "tegrastats": device.tegrastats,
                 "provider_libraries": libraries.providers,
+                "engines": engines,
             }))?;
             return Ok(Outcome::Ok);
         }
@@ -71,6 +81,9 @@ impl Doctor {
             output.line(&format!("  {name:<15} {state}"))?;
         }
         libraries.lines(&device).iter().try_for_each(|line| output.line(line))?;
+        if let Some(engines) = engines {
+            output.line(&format!("engines           {}", engines.line()))?;
+        }
         let tract =
             if cfg!(feature = "tract") { "built in" } else { "not built in (`--features tract`)" };
         output.line(&format!("tract             {tract}"))?;

@@ -8,6 +8,7 @@ use clap::{Args, Subcommand};
 use flamingo_ir::op::Flavour;
 use flamingo_runtime::engines::{BuiltWith, EngineFile, Engines};
 use flamingo_runtime::{Artifact, Model, OpenOptions};
+use serde::Serialize;
 use serde_json::json;
 
 use super::Outcome;
@@ -134,13 +135,8 @@ impl Place {
         }
     }
 
-    /// The engines, and what new ones would be built with, as far as this machine's files tell.
     fn engines(&self) -> Result<(Engines, BuiltWith)> {
-        let artifact = Artifact::open(&self.artifact, false)?;
-        let mut now = artifact.built_with(&self.flavour)?;
-        now.tensorrt = jetson::versions::tensorrt(&Root::own()).map(|version| version.version);
-        now.provider = provider_hash(self.ort_lib.as_deref());
-        Ok((Engines::of(&self.artifact), now))
+        engines(&self.artifact, &self.flavour, self.ort_lib.as_deref())
     }
 
     fn weight_bytes(&self, artifact: &Artifact) -> Result<u64> {
@@ -150,6 +146,51 @@ impl Place {
         let reports =
             stage_reports(&artifact.path, &manifest.graphs, &manifest.limits, target, flavour)?;
         Ok(reports.iter().map(|report| report.memory.initializer_bytes).sum())
+    }
+}
+
+/// The engines, and what new ones would be built with, as far as this machine's files tell.
+fn engines(path: &Path, flavour: &str, ort_lib: Option<&Path>) -> Result<(Engines, BuiltWith)> {
+    let mut now = Artifact::open(path, false)?.built_with(flavour)?;
+    now.tensorrt = jetson::versions::tensorrt(&Root::own()).map(|version| version.version);
+    now.provider = provider_hash(ort_lib);
+    Ok((Engines::of(path), now))
+}
+
+/// The engines of an artifact, and whether they would be used here.
+#[derive(Serialize)]
+pub(super) struct EngineState {
+    folder: PathBuf,
+    files: Vec<EngineFile>,
+    built_with: Option<BuiltWith>,
+    here: BuiltWith,
+    problems: Vec<String>,
+}
+
+impl EngineState {
+    /// Of the flavour that engines were built of, else of the default one.
+    pub(super) fn read(artifact: &Path, ort_lib: Option<&Path>) -> Result<EngineState> {
+        let built_with = Engines::of(artifact).built_with();
+        let flavour = built_with.map_or_else(|| "trt-10.3".to_owned(), |record| record.flavour);
+        let (engines, here) = engines(artifact, &flavour, ort_lib)?;
+        EngineState::of(&engines, here)
+    }
+
+    fn of(engines: &Engines, here: BuiltWith) -> Result<EngineState> {
+        Ok(EngineState {
+            folder: engines.folder().to_owned(),
+            files: engines.files()?,
+            built_with: engines.built_with(),
+            problems: engines.problems(&here),
+            here,
+        })
+    }
+
+    pub(super) fn line(&self) -> String {
+        match &self.problems[..] {
+            [] => "they would be used here".to_owned(),
+            problems => format!("they would not be used here: {}", problems.join("; ")),
+        }
     }
 }
 

@@ -248,13 +248,13 @@ impl Inliner {
         if found == dtype || !(found == DType::F32 || is_half(found)) {
             return Ok(id);
         }
-        if let (Some(Constant::Literal(literal)), Some(half)) = (&value.constant, half_of(dtype)) {
-            if let Some(literal) = literal.as_f32() {
-                let literal = Tensor::F32(literal.mapv(half).into_shared());
-                let cast = Op::from(Cast { dtype }).evaluate(&[literal]);
-                let mut cast = cast.map_err(|error| self.out.broken(error.to_string()))?;
-                return Ok(self.literal(cast.remove(0)));
-            }
+        if let (Some(Constant::Literal(literal)), Some(half)) = (&value.constant, half_of(dtype))
+            && let Some(literal) = literal.as_f32()
+        {
+            let literal = Tensor::F32(literal.mapv(half).into_shared());
+            let cast = Op::from(Cast { dtype }).evaluate(&[literal]);
+            let mut cast = cast.map_err(|error| self.out.broken(error.to_string()))?;
+            return Ok(self.literal(cast.remove(0)));
         }
         let outputs = self.once(&format!("{name}/{dtype}"), Cast { dtype }.into(), &[id])?;
         Ok(outputs[0])

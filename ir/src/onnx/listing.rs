@@ -321,7 +321,7 @@ mod tests {
         let zeros = Tensor::f32(&[2], vec![0.0, 0.0]).unwrap();
         let external = message::external_tensor("w", DType::F32, &[2], ("weights.bin", 0, 8));
         ModelProto {
-            opset_import: message::opsets(["", "com.microsoft"]),
+            opset_import: message::opsets(Flavour::Portable, ["", "com.microsoft"]),
             graph: Some(GraphProto {
                 input: vec![message::value_info("x", &fact)],
                 output: vec![message::value_info(output, &fact)],

@@ -255,7 +255,7 @@ impl Operator for MatMulNBits {
                 8 => f32::from(bytes[at * self.block + col]) - 128.0,
                 _ => {
                     let byte = bytes[at * (self.block / 2) + col / 2];
-                    f32::from(if col % 2 == 0 { byte & 15 } else { byte >> 4 }) - 8.0
+                    f32::from(if col.is_multiple_of(2) { byte & 15 } else { byte >> 4 }) - 8.0
                 }
             };
             level * scales[at]

@@ -78,7 +78,7 @@ impl CrossAttention {
                 let k = self.heads(g, "k_heads", k, vec![1, 2, 0])?;
                 let q = scaled(g, q, self.scale)?;
                 let scores = g.add("scores", MatMul, &[q, k])?;
-                let by_media = [&[n_heads.clone()], &by_media[..]].concat();
+                let by_media = [std::slice::from_ref(&n_heads), &by_media].concat();
                 let scores = g.add("scores_by_media", Reshape { shape: by_media }, &[scores])?;
                 let lowest = g.literal(Tensor::scalar(f32::MIN));
                 let masked = g.add("masked", Where, &[own, scores, lowest])?;

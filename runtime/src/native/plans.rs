@@ -11,6 +11,7 @@ use super::plan::{CacheShape, Instruction, Plan, Role};
 use super::work::Tally;
 use super::{bindings, cut_at_tokens, encoder};
 use crate::backend::{BackendError, Media};
+use crate::contract::Contract;
 use crate::profile::Work;
 
 /// The stages of the native backend over graphs alone.
@@ -38,6 +39,7 @@ impl Plans {
     /// # Errors
     /// Those of [`NativeBackend::new`](super::NativeBackend::new) that do not come from weights.
     pub fn new(media: &Graph, decoder: &Graph) -> Result<Plans, BackendError> {
+        Contract::new(media, decoder)?;
         let [vision, media_kv] = cut_at_tokens(media)?;
         let vision = encoder::cut(&vision).map_or_else(|| vec![vision], Vec::from);
         let media: Vec<Plan> =
