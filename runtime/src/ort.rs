@@ -219,7 +219,7 @@ impl OrtBackend {
         let mut plan = None;
         if let Some(given) = &options.engines {
             // A provider that cannot be had is told before its engines are asked for.
-            builder(&environment, &[], options).map_err(|reason| no_provider(options, reason))?;
+            builder(&environment, &[], options).map_err(|reason| no_provider(options, &reason))?;
             let given = given.of_this_process(options.library.as_deref());
             given.begin()?;
             plan = Some(given);
@@ -303,14 +303,10 @@ impl OrtStage {
     ) -> Result<OrtStage, BackendError> {
         let place = path.display().to_string();
         let profiles = options.profiles.as_ref().map_or(&[][..], |profiles| profiles.of(stage));
-        let session =
-            builder(environment, profiles, options).map_err(|reason| BackendError::Engine {
-                engine: NAME,
-                place: format!("execution provider {}", options.execution_provider.name()),
-                reason,
-                hint: "run `flamingoc doctor`, or pass `--ep cpu`",
-            });
-        let session = session?.commit_from_file(path).map_err(|error| refused(&place, error))?;
+        let session = builder(environment, profiles, options)
+            .map_err(|reason| no_provider(options, &reason))?
+            .commit_from_file(path)
+            .map_err(|error| refused(&place, error))?;
         let binding = session.create_binding().map_err(|error| refused(&place, error))?;
         let inputs = graph.inputs().iter();
         let stage = OrtStage {
@@ -439,8 +435,8 @@ fn value_from_input(input: &Input<'_, DynValue>, dtype: DType) -> Result<DynValu
     })
 }
 
-fn no_provider(options: &OrtOptions, reason: String) -> BackendError {
-    provider::unavailable(options.execution_provider, &reason)
+fn no_provider(options: &OrtOptions, reason: &str) -> BackendError {
+    provider::unavailable(options.execution_provider, reason)
 }
 
 fn refused(place: &str, reason: impl fmt::Display) -> BackendError {
