@@ -20,6 +20,7 @@ mod media;
 mod norm;
 mod panel_linear;
 mod panels;
+mod rotary_embedding;
 mod rounding;
 mod scaled_dot_product_attention;
 mod self_attention;
@@ -50,6 +51,7 @@ pub use panel_linear::PanelLinear;
 pub use panels::{
     Fit, Inputs, PANEL_ROWS, PackPanels, PanelFormat, UnpackPanels, output_sqnr_db, sqnr_db,
 };
+pub use rotary_embedding::RotaryEmbedding;
 pub use rounding::Rounding;
 pub use scaled_dot_product_attention::ScaledDotProductAttention;
 pub use self_attention::{Position, SelfAttention, alibi_slopes, rotary_frequencies};
@@ -385,6 +387,8 @@ ops! {
     ScaledDotProductAttention,
     /// ONNX's normalisation by the root mean square.
     RmsNormalization,
+    /// ONNX's rotation by positions.
+    RotaryEmbedding,
     /// Weight → panels of 16 rows, at build time.
     PackPanels,
     /// Panels of 16 rows → weight.
@@ -484,6 +488,7 @@ impl Op {
             | Op::MultiHeadAttention(_)
             | Op::BiasedAttention(_)
             | Op::ScaledDotProductAttention(_)
+            | Op::RotaryEmbedding(_)
             | Op::Gelu(_)
             | Op::QuickGelu(_) => Width::Half,
             Op::Softmax(_)

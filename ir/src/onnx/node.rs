@@ -64,6 +64,7 @@ pub(super) fn op_from_node(
             .with("n", get("N")?)
             .with("k", get("K")?),
         "RMSNormalization" => own.with("epsilon", get("epsilon")?),
+        "RotaryEmbedding" => own.with("n_dims", get("rotary_embedding_dim")?),
         "Attention" => own.with("scale", get("scale")?),
         "MultiHeadAttention" => own.with("n_heads", get("num_heads")?).with("scale", get("scale")?),
         _ => own,

@@ -8,8 +8,8 @@
 use super::attention::scaled;
 use super::{
     Add, Attribute, Attributes, BiasedAttention, Cast, Concat, Cos, Flavour, LessOrEqual, MatMul,
-    Mul, Neg, OpError, Operator, Reshape, ScaledDotProductAttention, Sin, Slice, Softmax, Sub,
-    Transpose, Where, expect_fact, expect_inputs, expect_rank, input_error,
+    Mul, Neg, OpError, Operator, Reshape, RotaryEmbedding, ScaledDotProductAttention, Sin, Slice,
+    Softmax, Sub, Transpose, Where, expect_fact, expect_inputs, expect_rank, input_error,
 };
 use crate::graph::{Graph, GraphError, ValueId};
 use crate::{DType, Dim, Fact, Tensor};
@@ -176,8 +176,13 @@ impl SelfAttention {
         let v = self.heads(g, "v_heads", v, self.n_kv_heads)?;
         if let Position::Rotary { n_dims, theta } = self.position {
             let angles = rotary_angles(g, positions, n_dims, theta)?;
-            q = self.rotate(g, "q_rotated", q, angles, n_dims)?;
-            k = self.rotate(g, "k_rotated", k, angles, n_dims)?;
+            if flavour == Flavour::Trt10_15 {
+                [q, k] = rotate_by_head(g, [q, k], angles, n_dims)?;
+            } else {
+                let angles = both_halves(g, angles)?;
+                q = self.rotate(g, "q_rotated", q, angles, n_dims)?;
+                k = self.rotate(g, "k_rotated", k, angles, n_dims)?;
+            }
         }
         let present_k = g.add("present_k", Concat { axis: 1 }, &[past_k, k])?;
         let present_v = g.add("present_v", Concat { axis: 1 }, &[past_v, v])?;
@@ -386,7 +391,33 @@ pub(super) fn batch_of_one<const N: usize>(
     Ok(batches)
 }
 
-/// cos and sin of position · frequency, each [m, n_dims] (the two halves are equal).
+/// Values by head [n, m, d] rotated by cos and sin, [m, n_dims / 2] each.
+fn rotate_by_head(
+    graph: &mut Graph,
+    values: [ValueId; 2],
+    angles: [ValueId; 2],
+    n_dims: usize,
+) -> Result<[ValueId; 2], GraphError> {
+    let [cos, sin] = batch_of_one(graph, angles)?;
+    let mut rotated = batch_of_one(graph, values)?;
+    for (rotated, value) in rotated.iter_mut().zip(values) {
+        let shape = graph.fact(value).shape.clone();
+        let turned = graph.add("rotated", RotaryEmbedding { n_dims }, &[*rotated, cos, sin])?;
+        *rotated = graph.add("rotated_heads", Reshape { shape }, &[turned])?;
+    }
+    Ok(rotated)
+}
+
+/// cos and sin [m, n_dims / 2] twice, each [m, n_dims].
+fn both_halves(graph: &mut Graph, angles: [ValueId; 2]) -> Result<[ValueId; 2], GraphError> {
+    let mut both = angles;
+    for (both, name) in both.iter_mut().zip(["cos_twice", "sin_twice"]) {
+        *both = graph.add(name, Concat { axis: 1 }, &[*both, *both])?;
+    }
+    Ok(both)
+}
+
+/// cos and sin of position · frequency, each [m, n_dims / 2].
 fn rotary_angles(
     graph: &mut Graph,
     positions: ValueId,
@@ -400,8 +431,7 @@ fn rotary_angles(
     let frequencies = rotary_frequencies(n_dims, theta);
     let frequencies = graph.literal(Tensor::vector(frequencies));
     let angles = graph.add("angles", Mul, &[column, frequencies])?;
-    let both = graph.add("both_angles", Concat { axis: 1 }, &[angles, angles])?;
-    Ok([graph.add("cos", Cos, &[both])?, graph.add("sin", Sin, &[both])?])
+    Ok([graph.add("cos", Cos, &[angles])?, graph.add("sin", Sin, &[angles])?])
 }
 
 /// Query positions as a column [m, 1] and key positions as a row [1, p + m].

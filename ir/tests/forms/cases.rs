@@ -239,6 +239,15 @@ pub(crate) fn standard_cases() -> Vec<Case> {
             LayerNormalization { epsilon: 1e-5 },
             &[X, ("scale", Positive, "8"), ("bias", Noise, "8")],
         ),
+        case(
+            "rotary",
+            RotaryEmbedding { n_dims: 4 },
+            &[
+                ("x", Noise, "1, 2, text_len, 8"),
+                ("cos", Noise, "1, text_len, 2"),
+                ("sin", Noise, "1, text_len, 2"),
+            ],
+        ),
         case("rms", RmsNormalization { epsilon: 1e-5 }, &[X, ("scale", Positive, "8")]),
         case(
             "heads",

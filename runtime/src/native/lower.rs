@@ -70,6 +70,7 @@ impl Planner<'_> {
             | Op::MultiHeadAttention(_)
             | Op::BiasedAttention(_)
             | Op::ScaledDotProductAttention(_)
+            | Op::RotaryEmbedding(_)
             | Op::Transpose(_) => {
                 Err(no_kernel("`Attention`, `SelfAttention` or `CrossAttention`"))
             }
