@@ -17,6 +17,8 @@ use flamingo_models::manifest::{FileEntry, GraphEntry, TensorEntry};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use crate::scratch::{REPLACED, Scratch};
+
 /// Name of the weight file inside `graphs/`. ONNX readers refuse external data outside the
 /// model's folder, so the weights lie beside the graphs.
 pub const WEIGHTS: &str = "weights.safetensors";
@@ -587,7 +589,7 @@ pub fn hash_file(path: &Path) -> Result<FileEntry> {
 
 /// A folder that becomes `target` when it is whole, and leaves nothing otherwise.
 pub struct Staging {
-    folder: tempfile::TempDir,
+    folder: Scratch,
     target: PathBuf,
 }
 
@@ -604,7 +606,8 @@ impl Staging {
         let parent = parent_of(target);
         fs::create_dir_all(parent)
             .with_context(|| format!("cannot create `{}`", parent.display()))?;
-        let folder = tempfile::Builder::new().prefix(".flamingoc-").tempdir_in(parent)?;
+        let folder = Scratch::new(parent)
+            .with_context(|| format!("cannot write in `{}`", parent.display()))?;
         fs::create_dir(folder.path().join("graphs"))?;
         fs::create_dir(folder.path().join("device"))?;
         Ok(Staging { folder, target: target.to_owned() })
@@ -623,10 +626,10 @@ impl Staging {
         }
         refuse_other_than_artifact(&self.target)?;
         let parent = parent_of(&self.target);
-        let aside = tempfile::Builder::new().prefix(".flamingoc-").tempdir_in(parent)?;
+        let aside = Scratch::new(parent)?;
         let context = || format!("cannot put the artifact at `{}`", self.target.display());
         if self.target.exists() {
-            fs::rename(&self.target, aside.path().join("replaced")).with_context(context)?;
+            fs::rename(&self.target, aside.path().join(REPLACED)).with_context(context)?;
         }
         let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
         fs::set_permissions(self.folder.path(), mode)?;

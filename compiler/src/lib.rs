@@ -21,4 +21,5 @@ pub mod passes;
 pub mod plan;
 pub mod profile;
 pub mod scheme;
+pub mod scratch;
 pub mod synth;

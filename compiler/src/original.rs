@@ -15,6 +15,7 @@ use crate::eval::{EvalOptions, Score, eval, tasks};
 use crate::gate::{TaskScore, Verdict, judge};
 use crate::passes::packed_names;
 use crate::scheme::Scheme;
+use crate::scratch::Scratch;
 
 /// Bundled prompts to calibrate on, and after them to judge by; fewer of a large model, whose prompts are rich.
 const N_BUNDLED: (usize, usize) = (96, 32);
@@ -35,7 +36,7 @@ pub struct Original {
     /// What the tasks ask, and how often the original is right.
     tasks: Option<(EvalOptions, Vec<Score>)>,
     // Dropped after the model that lies in it.
-    _folder: tempfile::TempDir,
+    _folder: Scratch,
 }
 
 impl Original {
@@ -49,9 +50,7 @@ impl Original {
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Original> {
         let parent = options.output.parent().filter(|parent| !parent.as_os_str().is_empty());
-        let folder = tempfile::Builder::new()
-            .prefix(".flamingoc-")
-            .tempdir_in(parent.unwrap_or(Path::new(".")))
+        let folder = Scratch::new(parent.unwrap_or(Path::new(".")))
             .context("cannot make a temporary folder beside the output")?;
         let f32 = CompileOptions {
             flavours: Vec::new(),

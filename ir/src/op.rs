@@ -121,7 +121,8 @@ pub enum Flavour {
     Cuda,
     /// In f16 with norms and softmax in f32, for TensorRT 10.3 (JetPack 6.2): standard operators of opset 17.
     Trt10_3,
-    /// The same for TensorRT from 10.15 on: opset 23, attention and norms of the root mean square as one operator each.
+    /// The same for TensorRT from 10.15 on: opset 23, attention, rotary positions and norms of the root mean square as one
+    /// operator each.
     Trt10_15,
 }
 
