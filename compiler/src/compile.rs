@@ -398,7 +398,7 @@ fn device_files(
         }
     }
     if !reports.is_empty() {
-        let page = reports_page("where each node would run", &reports)?;
+        let page = reports_page("graphs for GPUs", &reports)?;
         files.push(write_file(folder, "device/coverage.html", &page)?);
         files.push(write_file(folder, "device/coverage.json", &pretty_json(&reports)?)?);
     }

@@ -121,12 +121,8 @@ fn is_symbol(dim: &str) -> bool {
 /// # Errors
 /// A plot that cannot be drawn.
 pub fn reports_page(title: &str, reports: &[StageReport]) -> Result<Vec<u8>> {
-    let names: Vec<String> = reports
-        .iter()
-        .map(|report| format!("{} on {}", report.stage, report.coverage.target))
-        .collect();
-    let stages = reports.iter().zip(&names).map(|(report, name)| StageCoverage {
-        name,
+    let stages = reports.iter().map(|report| StageCoverage {
+        name: &report.stage,
         coverage: &report.coverage,
         memory: &report.memory,
     });
