@@ -113,12 +113,8 @@ struct Opening {
 impl Opening {
     /// The flavour of the graphs that are run, if `--backend ort` runs them.
     fn flavour(&self) -> Option<Flavour> {
-        let name = self.flavour.as_deref().unwrap_or(match self.ep.as_str() {
-            "cuda" => "cuda",
-            "tensorrt" => "trt-10.3",
-            _ => "ort-cpu",
-        });
-        (self.backend == "ort").then(|| Flavour::from_name(name)).flatten()
+        let is_run = self.backend == "ort";
+        is_run.then(|| Flavour::from_name(self.options().ort_flavour())).flatten()
     }
 
     fn options(&self) -> OpenOptions {

@@ -8,9 +8,7 @@ use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use flamingo_ir::onnx::{
-    MAX_INLINE_BYTES, WeightEntry, WeightLayout, graph_of_flavour, write_onnx,
-};
+use flamingo_ir::onnx::{MAX_INLINE_BYTES, WeightEntry, WeightLayout, graph_of_flavour};
 use flamingo_ir::op::{Fit, Flavour, Inputs, Op, PanelFormat, output_sqnr_db, sqnr_db};
 use flamingo_ir::{Constant, DType, Fact, Graph, NodeId, Tensor, ValueId, Verified, Weights, fold};
 use flamingo_models::manifest::{FileEntry, GraphEntry, TensorEntry};
@@ -538,10 +536,10 @@ pub fn write_graph(
     layout: &WeightLayout,
 ) -> Result<(GraphEntry, FileEntry)> {
     let path = format!("graphs/{stage}.{}.onnx", flavour.name());
-    let bytes =
-        write_onnx(graph, flavour, layout).with_context(|| format!("cannot write `{path}`"))?;
+    let context = || format!("cannot write `{path}`");
+    let written = graph_of_flavour(graph, flavour, layout).with_context(context)?;
+    let bytes = flamingo_ir::onnx::write_graph(&written, flavour, layout).with_context(context)?;
     let file = write_file(folder, &path, &bytes)?;
-    let written = graph_of_flavour(graph, flavour, layout)?;
     let describe = |ends: &[(String, ValueId)]| -> Vec<TensorEntry> {
         let entry = |(name, id): &(String, ValueId)| TensorEntry {
             name: name.clone(),

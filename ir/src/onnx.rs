@@ -24,7 +24,7 @@ pub use inline::inline_functions;
 use inline::panel_linears;
 pub use listing::{ListedInput, ListedNode, ListedValue, Listing, list_nodes};
 pub use read::read_onnx;
-pub use write::{graph_of_flavour, write_onnx};
+pub use write::{graph_of_flavour, write_graph, write_onnx};
 
 use crate::op::Flavour;
 use crate::{DType, GraphError, ValueId, Verified};

@@ -118,6 +118,17 @@ pub struct OpenOptions {
     pub verify: bool,
 }
 
+impl OpenOptions {
+    /// Flavour of the graphs that `ort` runs: the one asked for, or the execution provider's own.
+    pub fn ort_flavour(&self) -> &str {
+        self.flavour.as_deref().unwrap_or(match self.execution_provider.as_deref() {
+            Some("cuda") => "cuda",
+            Some("tensorrt") => "trt-10.3",
+            _ => "ort-cpu",
+        })
+    }
+}
+
 /// An artifact ready to answer; clones are the same model.
 #[derive(Clone)]
 pub struct Model {
@@ -408,11 +419,7 @@ fn open_ort(artifact: &Artifact, options: &OpenOptions) -> Result<Box<dyn Backen
         hint: "choose cpu, cuda or tensorrt",
     };
     let execution_provider = ExecutionProvider::from_name(name).ok_or_else(no_provider)?;
-    let flavour = options.flavour.as_deref().unwrap_or(match execution_provider {
-        ExecutionProvider::Cpu => "ort-cpu",
-        ExecutionProvider::Cuda => "cuda",
-        ExecutionProvider::TensorRt => "trt-10.3",
-    });
+    let flavour = options.ort_flavour();
     let graph = |stage| artifact.graph_path(stage, flavour);
     let (mut profiles, mut engines) = (None, None);
     if execution_provider == ExecutionProvider::TensorRt {

@@ -34,22 +34,23 @@ pub fn compiled(source: &Path) -> (tempfile::TempDir, PathBuf) {
 
 /// Compiles `source` with weights stored as `scheme` says; else as [`compiled`].
 pub fn compiled_as(source: &Path, scheme: Scheme) -> (tempfile::TempDir, PathBuf) {
-    let scratch = tempfile::tempdir().expect("a temporary folder");
-    let artifact = scratch.path().join("model.flamingo");
-    let options = compile_options(source, &artifact, scheme);
-    compile(&options, &mut |_| {})
-        .unwrap_or_else(|error| panic!("{}: {error:#}", source.display()));
-    (scratch, artifact)
+    compiled_with(source, scheme, Vec::new())
 }
 
 /// The same with graphs of every flavour.
 pub fn compiled_for_all(source: &Path, precision: Precision) -> (tempfile::TempDir, PathBuf) {
+    let flavours = Flavour::ALL.into_iter().filter(|flavour| flavour.half().is_some());
+    compiled_with(source, precision.into(), flavours.collect())
+}
+
+fn compiled_with(
+    source: &Path,
+    scheme: Scheme,
+    flavours: Vec<Flavour>,
+) -> (tempfile::TempDir, PathBuf) {
     let scratch = tempfile::tempdir().expect("a temporary folder");
     let artifact = scratch.path().join("model.flamingo");
-    let options = CompileOptions {
-        flavours: Flavour::ALL.into_iter().filter(|flavour| flavour.half().is_some()).collect(),
-        ..compile_options(source, &artifact, precision.into())
-    };
+    let options = CompileOptions { flavours, ..compile_options(source, &artifact, scheme) };
     compile(&options, &mut |_| {})
         .unwrap_or_else(|error| panic!("{}: {error:#}", source.display()));
     (scratch, artifact)

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 use clap::{Args, Subcommand};
-use flamingo_ir::op::Flavour;
+use flamingo_models::manifest::FileEntry;
 use flamingo_runtime::engines::{BuiltWith, EngineFile, Engines};
 use flamingo_runtime::{Artifact, Model, OpenOptions};
 use serde::Serialize;
@@ -13,9 +13,9 @@ use serde_json::json;
 
 use super::Outcome;
 use super::output::{Output, bytes, count_bar};
-use crate::coverage::report::stage_reports;
 use crate::device::jetson;
 use crate::device::root::Root;
+use crate::emit::WEIGHTS;
 
 /// Build, list or remove the engines that TensorRT makes of an artifact on this device
 ///
@@ -76,11 +76,12 @@ impl Engine {
 impl Place {
     fn build(&self, output: &mut Output) -> Result<()> {
         let artifact = Artifact::open(&self.artifact, false)?;
-        let weights = self.weight_bytes(&artifact)?;
+        let is_weights = |file: &&FileEntry| file.path.ends_with(WEIGHTS);
+        let weights = artifact.manifest.files.iter().filter(is_weights).map(|file| file.bytes);
         output.note(&format!(
-            "building engines of {}: minutes, and about {} of memory (twice the weights in f16, estimated)",
+            "building engines of {}: minutes, and about {} of memory (twice the weight file, estimated)",
             self.flavour,
-            bytes(2 * weights)
+            bytes(weights.fold(0, u64::saturating_add).saturating_mul(2))
         ));
         let bar = count_bar().with_message("media and decoder");
         let start = Instant::now();
@@ -103,20 +104,12 @@ impl Place {
 
     fn list(&self, output: &mut Output) -> Result<()> {
         let (engines, now) = self.engines()?;
-        let (files, problems) = (engines.files()?, engines.problems(&now));
+        let state = EngineState::of(&engines, now)?;
         if self.json {
-            return output.json(&json!({
-                "folder": engines.folder(), "files": files, "built_with": engines.built_with(),
-                "here": now, "problems": problems,
-            }));
+            return output.json(&state);
         }
-        show(&files, output)?;
-        match &problems[..] {
-            [] => output.line("they would be used here"),
-            problems => {
-                output.line(&format!("they would not be used here: {}", problems.join("; ")))
-            }
-        }
+        show(&state.files, output)?;
+        output.line(&state.line())
     }
 
     fn prune(&self, all: bool, output: &mut Output) -> Result<()> {
@@ -137,15 +130,6 @@ impl Place {
 
     fn engines(&self) -> Result<(Engines, BuiltWith)> {
         engines(&self.artifact, &self.flavour, self.ort_lib.as_deref())
-    }
-
-    fn weight_bytes(&self, artifact: &Artifact) -> Result<u64> {
-        let manifest = &artifact.manifest;
-        let flavour = Flavour::from_name(&self.flavour).unwrap_or(Flavour::Trt10_3);
-        let target = "tensorrt-10.3";
-        let reports =
-            stage_reports(&artifact.path, &manifest.graphs, &manifest.limits, target, flavour)?;
-        Ok(reports.iter().map(|report| report.memory.initializer_bytes).sum())
     }
 }
 

@@ -41,10 +41,18 @@ pub fn write_onnx(
     weights: &WeightLayout,
 ) -> Result<Vec<u8>, OnnxError> {
     let options = options.into();
-    let runtime = graph_of_flavour(graph, options, weights)?;
+    write_graph(&graph_of_flavour(graph, options, weights)?, options, weights)
+}
+
+/// The same of what [`graph_of_flavour`] gave.
+pub fn write_graph(
+    runtime: &Graph,
+    options: impl Into<WriteOptions>,
+    weights: &WeightLayout,
+) -> Result<Vec<u8>, OnnxError> {
     let places = weights.entries.values().map(|e| (e.name.as_str(), (e.offset, e.length)));
     let weights = (weights.location.as_str(), &places.collect());
-    let model = model_from_graph(&runtime, options, weights, usize::MAX)?;
+    let model = model_from_graph(runtime, options.into(), weights, usize::MAX)?;
     Ok(message::bytes(&model))
 }
 

@@ -157,10 +157,7 @@ impl Linear {
         };
         let x = input(&mut graph, "x");
         let weight = input(&mut graph, "weight");
-        let x = match flavour.rounds_activations() {
-            true => self.rounding.define(&mut graph, x)?,
-            false => x,
-        };
+        let x = self.rounding.define(&mut graph, x, flavour)?;
         let product = match flavour.has_contrib() {
             true => graph.add("product", FusedMatMul, &[x, weight])?,
             false => {

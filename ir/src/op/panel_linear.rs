@@ -77,10 +77,7 @@ impl PanelLinear {
             (_, PanelFormat::Int4 { block }, [data, row_scales, block_scales])
                 if is_fitting && flavour.has_contrib() =>
             {
-                let x = match flavour.rounds_activations() {
-                    true => self.linear.rounding.define(&mut graph, x)?,
-                    false => x,
-                };
+                let x = self.linear.rounding.define(&mut graph, x, flavour)?;
                 let (weight, scales) = self.weight.blocks_of_nibbles(
                     &mut graph,
                     *data,

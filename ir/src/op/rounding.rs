@@ -1,6 +1,6 @@
 //! [`Rounding`]: what happens to activations before they meet a weight of low precision.
 
-use super::{Abs, Attribute, Attributes, Cast, Div, Max, Mul, OpError, ReduceMax, Round};
+use super::{Abs, Attribute, Attributes, Cast, Div, Flavour, Max, Mul, OpError, ReduceMax, Round};
 use crate::graph::{Graph, GraphError, ValueId};
 use crate::{DType, Tensor};
 
@@ -42,9 +42,15 @@ impl Rounding {
         Attribute::from(self.name())
     }
 
-    /// Appends the rounding of `x` [.., k], f32, to `graph`.
-    pub(crate) fn define(self, graph: &mut Graph, x: ValueId) -> Result<ValueId, GraphError> {
+    /// Appends the rounding of `x` [.., k], f32, to `graph`, if the flavour has it.
+    pub(crate) fn define(
+        self,
+        graph: &mut Graph,
+        x: ValueId,
+        flavour: Flavour,
+    ) -> Result<ValueId, GraphError> {
         match self {
+            _ if !flavour.rounds_activations() => Ok(x),
             Rounding::None => Ok(x),
             Rounding::Bf16 => {
                 let half = graph.add("x_bf16", Cast { dtype: DType::BF16 }, &[x])?;
@@ -82,7 +88,7 @@ mod tests {
     fn rounded(rounding: Rounding, x: Tensor) -> Vec<f32> {
         let mut graph = Graph::new("rounding");
         let input = graph.input("x", x.fact());
-        let y = rounding.define(&mut graph, input).unwrap();
+        let y = rounding.define(&mut graph, input, Flavour::Portable).unwrap();
         graph.output("y", y);
         crate::evaluate(&graph, &[x]).unwrap()[0].to_f32_vec().unwrap()
     }
