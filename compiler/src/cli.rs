@@ -98,6 +98,10 @@ struct Opening {
     /// ONNX Runtime's shared library [default: ORT_DYLIB_PATH, then known places]
     #[arg(long, value_name = "FILE")]
     ort_lib: Option<PathBuf>,
+    /// Where ONNX Runtime writes what it did, two Chrome traces PREFIX_media_DATE.json and PREFIX_decoder_DATE.json: each
+    /// node, the execution provider that ran it, its time
+    #[arg(long, value_name = "PREFIX")]
+    ort_trace: Option<PathBuf>,
     /// Threads [default: one for each physical core]
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
@@ -124,6 +128,7 @@ impl Opening {
             flavour: self.flavour.clone(),
             strict_provider: self.strict_ep,
             ort_library: self.ort_lib.clone(),
+            ort_trace: self.ort_trace.clone(),
             n_threads: self.threads,
             kv_format: self.kv.as_deref().and_then(KvFormat::from_name),
             verify: self.verify,

@@ -103,6 +103,9 @@ pub struct OpenOptions {
     pub build_engines: bool,
     /// ONNX Runtime's shared library.
     pub ort_library: Option<PathBuf>,
+    /// Where ONNX Runtime writes what it did: a Chrome trace of each graph, this and `_media_DATE.json` or
+    /// `_decoder_DATE.json`.
+    pub ort_trace: Option<PathBuf>,
     /// Threads; default: one for each physical core.
     pub n_threads: Option<NonZeroUsize>,
     /// How the native engine keeps keys and values, of text and of media; default: f32 for an artifact in f32, f16 for
@@ -437,6 +440,7 @@ fn open_ort(artifact: &Artifact, options: &OpenOptions) -> Result<Box<dyn Backen
         profiles,
         engines,
         strict: options.strict_provider,
+        trace: options.ort_trace.clone(),
     };
     Ok(Box::new(OrtBackend::open(&graph("media")?, &graph("decoder")?, &options)?))
 }

@@ -187,6 +187,8 @@ pub struct OrtOptions {
     pub engines: Option<EnginePlan>,
     /// Whether it is an error if a node would run on the CPU beside a GPU.
     pub strict: bool,
+    /// Where ONNX Runtime writes a Chrome trace of each graph when the session ends: this and `_STAGE_DATE.json`.
+    pub trace: Option<PathBuf>,
 }
 
 /// Runs the ONNX files of an artifact with ONNX Runtime.
@@ -303,8 +305,14 @@ impl OrtStage {
     ) -> Result<OrtStage, BackendError> {
         let place = path.display().to_string();
         let profiles = options.profiles.as_ref().map_or(&[][..], |profiles| profiles.of(stage));
-        let session = builder(environment, profiles, options)
-            .map_err(|reason| no_provider(options, &reason))?
+        let mut builder = builder(environment, profiles, options)
+            .map_err(|reason| no_provider(options, &reason))?;
+        if let Some(trace) = &options.trace {
+            let mut file = trace.clone().into_os_string();
+            file.push(format!("_{stage}"));
+            builder = builder.with_profiling(file).map_err(|error| refused(&place, error))?;
+        }
+        let session = builder
             .commit_from_file(path)
             .map_err(|error| refused(&place, error))?;
         let binding = session.create_binding().map_err(|error| refused(&place, error))?;

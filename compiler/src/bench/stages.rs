@@ -178,18 +178,24 @@ fn prefill<'m>(
     Ok(Case { stage: Stage::Prefill, images, context, run: Box::new(run) })
 }
 
-/// The context is prefilled once; each sample steps from its end and is forgotten.
+/// The context is prefilled once; each sample steps from its end and is forgotten: cut off where keys and values lie in
+/// blocks, a step of a fork where they are whole tensors, which would be copied to be cut.
 fn decode<'m>(
     model: &'m Model,
     prompt: &'m Prompt,
     media: Vec<Arc<Media>>,
 ) -> Result<Case<'m>, RunError> {
     let (images, context) = (media.len(), prompt.input_ids.len());
-    let mut sequence = model.backend().new_sequence(context + 1)?;
-    sequence.advance(&whole(prompt, &media, &[context - 1]))?;
+    let mut whole_context = model.backend().new_sequence(context + 1)?;
+    whole_context.advance(&whole(prompt, &media, &[context - 1]))?;
+    let mut sequence = whole_context.fork();
+    let cuts = model.backend().token_format().is_some();
     let seen = prompt.media_time.last().copied().unwrap_or(0);
     let run = move || {
-        sequence.truncate(context);
+        match cuts {
+            true => sequence.truncate(context),
+            false => sequence = whole_context.fork(),
+        }
         let step = Step {
             input_ids: &prompt.input_ids[context - 1..],
             media_time: &[seen],
