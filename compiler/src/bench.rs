@@ -122,6 +122,8 @@ pub struct Report {
     pub peak_rss_bytes: Option<u64>,
     /// Resident memory with all sequences and pictures at hand, mapped weights included.
     pub steady_rss_bytes: Option<u64>,
+    /// What the model has to say of how it is run: nodes that another execution provider runs.
+    pub warnings: Vec<String>,
     /// Memory of caches.
     pub cache_bytes: CacheBytes,
     /// How many times longer the first token takes without a bank, where asked for.
@@ -250,6 +252,7 @@ pub fn bench(
     Ok(Report {
         machine,
         backend: model.backend().name().to_owned(),
+        warnings: model.take_warnings(),
         few_shot_factor: factor(&results, Stage::FewShot, Stage::FewShotBank),
         results,
         peak_rss_bytes,

@@ -29,6 +29,11 @@ impl Fact {
         Fact::new(DType::I64, shape)
     }
 
+    /// The same with a batch of one before its axes.
+    pub fn batch_of_one(&self) -> Fact {
+        Fact { dtype: self.dtype, shape: [&[Dim::from(1)], &self.shape[..]].concat() }
+    }
+
     /// Number of dimensions.
     pub fn rank(&self) -> usize {
         self.shape.len()

@@ -316,6 +316,11 @@ impl Graph {
         self.sweep()
     }
 
+    /// Puts the nodes in the order of `place`, which must be one in which they can run.
+    pub(crate) fn sort_nodes(&mut self, place: impl FnMut(&Node) -> usize) {
+        self.nodes.sort_by_key(place);
+    }
+
     /// Drops unread nodes and sorts the rest so that each runs after what it reads.
     pub(crate) fn sweep(&mut self) -> Result<(), GraphError> {
         let producers = self.producers();

@@ -4,6 +4,7 @@
 //! point into one file of weights; each function op is a node of domain `flamingo` whose
 //! definition is stored in the file, so that any ONNX reader can execute it.
 
+mod cuda;
 mod function;
 mod inline;
 mod listing;

@@ -9,6 +9,7 @@ mod attention;
 mod attribute;
 mod broadcast;
 mod contrib;
+mod contrib_attention;
 mod cross_attention;
 mod elementwise;
 mod feed_forward;
@@ -25,16 +26,15 @@ mod rounding;
 mod scaled_dot_product_attention;
 mod self_attention;
 mod shape;
+mod skip_norm;
 mod softmax;
 
 use std::fmt;
 
 pub use attention::{Attention, ResamplerAttention};
 pub use attribute::{Attribute, Attributes};
-pub use contrib::{
-    BiasedAttention, FusedMatMul, Gelu, MatMulIntegerToFloat, MatMulNBits, MultiHeadAttention,
-    QuickGelu,
-};
+pub use contrib::{FusedMatMul, Gelu, MatMulIntegerToFloat, MatMulNBits, QuickGelu};
+pub use contrib_attention::{BiasedAttention, CachedAttention, MultiHeadAttention};
 pub use cross_attention::CrossAttention;
 pub use elementwise::{
     Abs, Add, And, Cos, Div, Equal, Erf, Floor, LessOrEqual, Max, Mul, Neg, Relu, Round, Sigmoid,
@@ -51,11 +51,12 @@ pub use panel_linear::PanelLinear;
 pub use panels::{
     Fit, Inputs, PANEL_ROWS, PackPanels, PanelFormat, UnpackPanels, output_sqnr_db, sqnr_db,
 };
-pub use rotary_embedding::RotaryEmbedding;
+pub use rotary_embedding::{RotaryEmbedding, RotaryEmbeddingOfRows};
 pub use rounding::Rounding;
 pub use scaled_dot_product_attention::ScaledDotProductAttention;
 pub use self_attention::{Position, SelfAttention, alibi_slopes, rotary_frequencies};
 pub use shape::{Cast, Concat, Expand, Reshape, Transpose};
+pub use skip_norm::SkipNormalization;
 pub use softmax::{ReduceMax, ReduceMean, Softmax};
 
 use crate::graph::{Graph, GraphError};
@@ -172,6 +173,11 @@ impl Flavour {
         matches!(self, Flavour::OrtCpu | Flavour::Cuda)
     }
 
+    /// Whether keys and values of tokens, past and present, have a batch axis of one: `[1, heads, len, dim]`.
+    pub fn caches_are_batches(self) -> bool {
+        self == Flavour::Cuda
+    }
+
     /// Whether activations are rounded as integer kernels round them; others only have rounded weights.
     pub(crate) fn rounds_activations(self) -> bool {
         self.half().is_none()
@@ -242,6 +248,11 @@ pub trait Operator: fmt::Debug {
     /// The definition in other ops for inputs of these facts; `None` for standard ops.
     fn body(&self, _inputs: &[Fact], _flavour: Flavour) -> Option<Result<Graph, GraphError>> {
         None
+    }
+
+    /// Places among ONNX's outputs that are left out.
+    fn absent_outputs(&self) -> &'static [usize] {
+        &[]
     }
 
     /// Whether the op is left to the device even where all its inputs are known before.
@@ -382,8 +393,14 @@ ops! {
     QuickGelu,
     /// com.microsoft: bidirectional attention.
     MultiHeadAttention,
-    /// com.microsoft: attention to keys and values by head, with a bias of the scores.
+    /// com.microsoft: attention with a bias of the scores.
     BiasedAttention,
+    /// com.microsoft: attention with a bias of the scores, after past keys and values.
+    CachedAttention,
+    /// com.microsoft: rotation by positions, of rows of heads.
+    RotaryEmbeddingOfRows,
+    /// com.microsoft: residual sum and its norm.
+    SkipNormalization,
     /// ONNX's attention by head, with a bias of the scores.
     ScaledDotProductAttention,
     /// ONNX's normalisation by the root mean square.
@@ -488,6 +505,9 @@ impl Op {
             | Op::MatMulNBits(_)
             | Op::MultiHeadAttention(_)
             | Op::BiasedAttention(_)
+            | Op::CachedAttention(_)
+            | Op::RotaryEmbeddingOfRows(_)
+            | Op::SkipNormalization(_)
             | Op::ScaledDotProductAttention(_)
             | Op::RotaryEmbedding(_)
             | Op::Gelu(_)

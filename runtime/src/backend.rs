@@ -197,6 +197,11 @@ pub trait Backend: Send + Sync {
         Ok(None)
     }
 
+    /// What the user is to know of how the engine runs the graphs; each is told once.
+    fn take_warnings(&self) -> Vec<String> {
+        Vec::new()
+    }
+
     /// What beside graphs and weights decides the bits of media: engine, instruction set, formats.
     fn arithmetic(&self) -> String {
         self.name().to_owned()

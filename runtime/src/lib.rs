@@ -15,7 +15,7 @@
 //! }
 //! # Ok::<(), flamingo_runtime::RunError>(())
 //! ```
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod answer;
 mod artifact;

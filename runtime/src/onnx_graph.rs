@@ -125,6 +125,8 @@ struct Cache {
     n_kv_heads: usize,
     head_dim: usize,
     element_bytes: usize,
+    /// Whether a batch axis of one stands before the others.
+    is_batch: bool,
     /// Place among the decoder's outputs.
     output: usize,
 }
@@ -227,7 +229,9 @@ fn decoder_input(
         let output = output.ok_or_else(|| wrong(&format!("an output `{present}`")))?;
         let cache = cache_of(fact, decoder.fact(decoder.outputs()[output].1), output);
         caches.push(cache.ok_or_else(|| {
-            wrong("f32 or f16[heads, past_len, head_dim], and the output longer by `text_len`")
+            wrong(
+                "f32 or f16[heads, past_len, head_dim], or a batch of one of them, and the output longer by `text_len`",
+            )
         })?);
         return Ok(DecoderInput::Past(caches.len() - 1));
     }
@@ -243,15 +247,22 @@ fn decoder_input(
 }
 
 fn cache_of(past: &Fact, present: &Fact, output: usize) -> Option<Cache> {
-    let [n_kv_heads, past_len, head_dim] = &past.shape[..] else { return None };
+    let (batch, [n_kv_heads, past_len, head_dim]) = past.shape.split_last_chunk()?;
+    let is_batch = batch.len() == 1;
+    if batch.iter().any(|size| *size != Dim::from(1)) || batch.len() > 1 {
+        return None;
+    }
     let total_len = Dim::symbol("past_len") + Dim::symbol("text_len");
-    let expected = Fact::new(past.dtype, [n_kv_heads.clone(), total_len, head_dim.clone()]);
+    let mut expected = Fact::new(past.dtype, [n_kv_heads.clone(), total_len, head_dim.clone()]);
+    if is_batch {
+        expected = expected.batch_of_one();
+    }
     let is_float = matches!(past.dtype, DType::F32 | DType::F16);
     if !is_float || past_len.as_symbol() != Some("past_len") || *present != expected {
         return None;
     }
     let (n_kv_heads, head_dim) = (n_kv_heads.known()?, head_dim.known()?);
-    Some(Cache { n_kv_heads, head_dim, element_bytes: past.dtype.size(), output })
+    Some(Cache { n_kv_heads, head_dim, element_bytes: past.dtype.size(), is_batch, output })
 }
 
 fn logits(decoder: &Graph) -> Result<(usize, usize), BackendError> {
@@ -419,7 +430,7 @@ struct OnnxSequence<E: Engine> {
     shared: Arc<Shared<E>>,
     max_context: usize,
     len: usize,
-    /// Keys and values in the order of [`DecoderInputs::caches`], [n_kv_heads, kept_len, head_dim];
+    /// Keys and values in the order of [`DecoderInputs::caches`], [n_kv_heads, kept_len, head_dim] or a batch of one;
     /// none before the first step. Forks share them: a step makes new ones.
     kept: Vec<Arc<E::Tensor>>,
     /// Tokens in `kept`: `len`, or more since the sequence was cut.
@@ -541,7 +552,10 @@ impl<E: Engine> OnnxSequence<E> {
     /// Keys or values of the tokens so far: as they came, or cut.
     fn past(&self, place: usize) -> Result<Input<'_, E::Tensor>, BackendError> {
         let cache = &self.shared.signature.decoder_inputs.caches[place];
-        let shape = vec![cache.n_kv_heads, self.len, cache.head_dim];
+        let mut shape = vec![cache.n_kv_heads, self.len, cache.head_dim];
+        if cache.is_batch {
+            shape.insert(0, 1);
+        }
         match self.kept.get(place) {
             Some(tensor) if self.len == self.kept_len => Ok(Input::Kept(tensor)),
             Some(tensor) if self.len > 0 => {

@@ -2,9 +2,9 @@
 //!
 //! ONNX Runtime is a shared library that is found when a backend is opened (see [`OrtOptions`]);
 //! nothing is linked or downloaded when this program is built. A process can use one library.
-#![forbid(unsafe_code)]
 
 mod library;
+mod placement;
 mod provider;
 
 use std::borrow::Cow;
@@ -37,6 +37,9 @@ type Shapes = BTreeMap<String, Vec<usize>>;
 /// Name on the command line.
 const NAME: &str = "ort";
 
+/// Most nodes that a message names.
+const NODES_NAMED: usize = 8;
+
 /// What executes the nodes of a graph.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum ExecutionProvider {
@@ -65,6 +68,15 @@ impl ExecutionProvider {
         match self {
             ExecutionProvider::Cpu => AllocationDevice::CPU,
             ExecutionProvider::Cuda | ExecutionProvider::TensorRt => AllocationDevice::CUDA,
+        }
+    }
+
+    /// ONNX Runtime's name of it.
+    fn onnx_runtime_name(self) -> &'static str {
+        match self {
+            ExecutionProvider::Cpu => "CPUExecutionProvider",
+            ExecutionProvider::Cuda => "CUDAExecutionProvider",
+            ExecutionProvider::TensorRt => "TensorrtExecutionProvider",
         }
     }
 
@@ -185,7 +197,8 @@ pub struct OrtOptions {
     pub profiles: Option<Profiles>,
     /// Where TensorRT keeps its engines; none: it builds them at every start.
     pub engines: Option<EnginePlan>,
-    /// Whether it is an error if a node would run on the CPU beside a GPU.
+    /// Whether it is an error, not a warning, if another provider would run a node. Nodes that compute target shapes do
+    /// not count: they always run on the CPU.
     pub strict: bool,
     /// Where ONNX Runtime writes a Chrome trace of each graph when the session ends: this and `_STAGE_DATE.json`.
     pub trace: Option<PathBuf>,
@@ -194,6 +207,7 @@ pub struct OrtOptions {
 /// Runs the ONNX files of an artifact with ONNX Runtime.
 pub struct OrtBackend {
     inner: OnnxBackend<OrtEngine>,
+    warnings: Mutex<Vec<String>>,
     execution_provider: ExecutionProvider,
 }
 
@@ -234,7 +248,9 @@ impl OrtBackend {
             let place = plan.engines.folder().display().to_string();
             plan.engines.finish(&plan.built_with).map_err(|error| refused(&place, error))?;
         }
+        let stages = [&engine.media, &engine.decoder];
         Ok(OrtBackend {
+            warnings: Mutex::new(stages.iter().filter_map(|stage| stage.warning.clone()).collect()),
             inner: OnnxBackend::new(&media.graph, &decoder.graph, engine)?,
             execution_provider: options.execution_provider,
         })
@@ -263,6 +279,10 @@ impl Backend for OrtBackend {
     fn new_sequence(&self, max_context: usize) -> Result<Box<dyn Sequence>, BackendError> {
         self.inner.new_sequence(max_context)
     }
+
+    fn take_warnings(&self) -> Vec<String> {
+        std::mem::take(&mut self.warnings.lock().unwrap_or_else(PoisonError::into_inner))
+    }
 }
 
 struct OrtEngine {
@@ -282,6 +302,8 @@ impl OrtEngine {
 /// One graph as a session.
 struct OrtStage {
     place: String,
+    /// Nodes that another provider runs, if there are any.
+    warning: Option<String>,
     inputs: Vec<(String, DType)>,
     outputs: Vec<String>,
     /// Where keys and values stay from step to step.
@@ -312,12 +334,20 @@ impl OrtStage {
             file.push(format!("_{stage}"));
             builder = builder.with_profiling(file).map_err(|error| refused(&place, error))?;
         }
-        let session = builder
-            .commit_from_file(path)
-            .map_err(|error| refused(&place, error))?;
+        let session = builder.commit_from_file(path).map_err(|error| refused(&place, error))?;
+        let elsewhere = elsewhere(&session, options).map_err(|error| refused(&place, error))?;
+        if let Some(reason) = elsewhere.as_ref().filter(|_| options.strict) {
+            return Err(BackendError::Engine {
+                engine: NAME,
+                place,
+                reason: reason.clone(),
+                hint: "leave out `--strict-ep`, or see what `flamingoc inspect --coverage` says",
+            });
+        }
         let binding = session.create_binding().map_err(|error| refused(&place, error))?;
         let inputs = graph.inputs().iter();
         let stage = OrtStage {
+            warning: elsewhere.map(|reason| format!("{place}: {reason}")),
             place,
             inputs: inputs.map(|(name, id)| (name.clone(), graph.fact(*id).dtype)).collect(),
             outputs: graph.outputs().iter().map(|(name, _)| name.clone()).collect(),
@@ -391,6 +421,29 @@ impl OrtStage {
     }
 }
 
+/// What is to be said of nodes that another provider than the one asked for runs.
+fn elsewhere(session: &Session, options: &OrtOptions) -> Result<Option<String>, ort::Error> {
+    let provider = options.execution_provider;
+    if provider == ExecutionProvider::Cpu {
+        return Ok(None);
+    }
+    let others: Vec<String> = placement::placements(session)?
+        .iter()
+        .filter(|placed| placed.provider != provider.onnx_runtime_name() && !placed.is_of_shape())
+        .map(|placed| format!("{} `{}` ({})", placed.op_type, placed.node, placed.provider))
+        .collect();
+    if others.is_empty() {
+        return Ok(None);
+    }
+    let more = match others.len().saturating_sub(NODES_NAMED) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    let named = others.iter().take(NODES_NAMED).cloned().collect::<Vec<_>>().join(", ");
+    let (name, n) = (provider.name(), others.len());
+    Ok(Some(format!("expected every node on {name}, found {n} elsewhere: {named}{more}")))
+}
+
 /// A copy in the CPU's memory of a tensor that is elsewhere.
 fn on_cpu(tensor: &DynValue) -> Result<Option<DynValue>, ort::Error> {
     let tensor = tensor.view().downcast::<DynTensorValueType>()?;
@@ -421,9 +474,8 @@ fn builder(
     if providers.is_empty() {
         return Ok(builder);
     }
-    if options.strict {
-        builder = builder.with_disable_cpu_fallback().map_err(text)?;
-    }
+    let (key, value) = placement::RECORD;
+    builder = builder.with_config_entry(key, value).map_err(text)?;
     builder.with_execution_providers(providers).map_err(text)
 }
 

@@ -52,10 +52,20 @@ const ALL: &[&str] = &[
 ];
 
 /// Where unsafe code may stand: files, and folders ending in `/`.
-const UNSAFE: [&str; 3] = ["kernels/src/arch/", "models/src/map.rs", "runtime/capi/src/ffi.rs"];
+const UNSAFE: [&str; 4] = [
+    "kernels/src/arch/",
+    "models/src/map.rs",
+    "runtime/capi/src/ffi.rs",
+    "runtime/src/ort/placement.rs",
+];
 
 /// Files that may lift the ban on unsafe code for a part of themselves.
-const LIFTS_BAN: [&str; 3] = ["kernels/src/lib.rs", "models/src/map.rs", "runtime/capi/src/lib.rs"];
+const LIFTS_BAN: [&str; 4] = [
+    "kernels/src/lib.rs",
+    "models/src/map.rs",
+    "runtime/capi/src/lib.rs",
+    "runtime/src/ort/placement.rs",
+];
 
 /// Crate roots with the ban on unsafe code they carry.
 const BANS: [(&str, &str); 10] = [
@@ -65,7 +75,7 @@ const BANS: [(&str, &str); 10] = [
     ("models/scenes/src/lib.rs", "#![forbid(unsafe_code)]"),
     ("models/data/src/lib.rs", "#![forbid(unsafe_code)]"),
     ("models/train/src/lib.rs", "#![forbid(unsafe_code)]"),
-    ("runtime/src/lib.rs", "#![forbid(unsafe_code)]"),
+    ("runtime/src/lib.rs", "#![deny(unsafe_code)]"),
     ("runtime/capi/src/lib.rs", "#![deny(unsafe_code)]"),
     ("compiler/src/lib.rs", "#![forbid(unsafe_code)]"),
     ("tests/src/lib.rs", "#![forbid(unsafe_code)]"),

@@ -79,7 +79,7 @@ impl Bench {
             bar.set_position(u64::try_from(done).unwrap_or(0));
         })?;
         bar.finish_and_clear();
-        warn_of_others(&report, output);
+        warn(&report, output);
         self.show_profiles(&report, output)?;
         match self.json {
             true => output.json(&report)?,
@@ -142,7 +142,10 @@ impl Bench {
 /// Cores of others from which on figures say little.
 const MUCH_OF_OTHERS: f64 = 0.3;
 
-fn warn_of_others(report: &Report, output: &mut Output) {
+fn warn(report: &Report, output: &mut Output) {
+    for warning in &report.warnings {
+        output.note(&format!("warning: {warning}"));
+    }
     let most = report.results.iter().filter_map(|result| result.others).fold(0.0, f64::max);
     if most > MUCH_OF_OTHERS {
         output.note(&format!(

@@ -48,6 +48,7 @@ pub(super) struct Check {
 impl Check {
     pub(super) fn run(self, output: &mut Output) -> Result<Outcome> {
         let model = Model::open(&self.artifact, &self.opening.options())?;
+        output.warnings(&model);
         let source = Source::open(&self.against)?;
         let found = check(&model, &source, self.seed, self.opening.flavour())?;
         drop(model);

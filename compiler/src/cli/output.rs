@@ -46,9 +46,9 @@ impl Output {
         self.note(&table(header, rows));
     }
 
-    /// What a model's caches have to say.
+    /// What a model's caches and its backend have to say.
     pub(super) fn warnings(&mut self, model: &Model) {
-        for warning in model.visual_cache().take_warnings() {
+        for warning in model.take_warnings() {
             self.note(&format!("warning: {warning}"));
         }
     }

@@ -49,6 +49,7 @@ pub(super) struct Trace {
 impl Trace {
     pub(super) fn run(self, output: &mut Output) -> Result<Outcome> {
         let model = Model::open(&self.artifact, &self.opening.options())?;
+        output.warnings(&model);
         let inputs = Inputs::read(&self.inputs, model.manifest().config.vision.image_size)?;
         let traced = trace(&model, &inputs, self.greedy)?;
         let named = traced.iter().map(|(name, array)| (*name, array));

@@ -2,8 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::cuda::fewer_nodes;
 use crate::graph::{Constant, Graph, GraphError, Node, ValueId};
-use crate::op::{Cast, Flavour, Linear, Op, PanelLinear, UnpackPanels, Width};
+use crate::op::{Cast, Flavour, Linear, Op, PanelLinear, Reshape, UnpackPanels, Width};
 use crate::verify::definition;
 use crate::{DType, Fact, Tensor};
 
@@ -58,6 +59,7 @@ fn inline(graph: &Graph, flavour: Flavour, which: Which) -> Result<Graph, GraphE
         results: BTreeMap::new(),
         panels: BTreeMap::new(),
     };
+    let caches_are_batches = flavour.caches_are_batches() && which == Which::All;
     let mut inputs = Vec::new();
     for (name, id) in graph.inputs() {
         let mut fact = graph.fact(*id).clone();
@@ -66,19 +68,32 @@ fn inline(graph: &Graph, flavour: Flavour, which: Which) -> Result<Graph, GraphE
         {
             fact.dtype = half;
         }
+        if caches_are_batches && name.starts_with("past_") {
+            let batch = inliner.out.input(name, fact.batch_of_one());
+            let rows = Reshape { shape: fact.shape }.into();
+            inputs.extend(inliner.once(&format!("{name}/rows"), rows, &[batch])?);
+            continue;
+        }
         inputs.push(inliner.out.input(name, fact));
     }
     let outputs = inliner.nodes(graph, &inputs, "")?;
     for ((name, given), id) in graph.outputs().iter().zip(outputs) {
         let is_f32 = graph.fact(*given).dtype == DType::F32;
-        let id = match inliner.half.filter(|_| is_f32) {
+        let mut id = match inliner.half.filter(|_| is_f32) {
             Some(half) if stays_on_device(name) => inliner.cast(name, id, half)?,
             Some(_) => inliner.cast(name, id, DType::F32)?,
             None => id,
         };
+        if caches_are_batches && name.starts_with("present_") {
+            let batch = Reshape { shape: inliner.out.fact(id).batch_of_one().shape }.into();
+            id = inliner.once(&format!("{name}/batch"), batch, &[id])?[0];
+        }
         inliner.out.output(name, id);
     }
-    Ok(inliner.out)
+    match inliner.half {
+        Some(half) if flavour == Flavour::Cuda => fewer_nodes(inliner.out, half),
+        _ => Ok(inliner.out),
+    }
 }
 
 struct Inliner {
@@ -164,7 +179,8 @@ impl Inliner {
         };
         if is_replaced {
             let body = definition(&node.op, facts, self.flavour)?;
-            let is_wide = std::mem::replace(&mut self.is_wide, matches!(node.op, Op::RmsNorm(_)));
+            let is_wide = matches!(node.op, Op::RmsNorm(_)) && !self.flavour.has_contrib();
+            let is_wide = std::mem::replace(&mut self.is_wide, is_wide);
             let outputs = self.nodes(&body, inputs, &format!("{name}/"))?;
             self.is_wide = is_wide;
             return match self.half {

@@ -64,7 +64,13 @@ pub(super) fn op_from_node(
             .with("n", get("N")?)
             .with("k", get("K")?),
         "RMSNormalization" => own.with("epsilon", get("epsilon")?),
-        "RotaryEmbedding" => own.with("n_dims", get("rotary_embedding_dim")?),
+        "SkipLayerNormalization" | "SkipSimplifiedLayerNormalization" => own
+            .with("epsilon", get("epsilon")?)
+            .with("simplified", kind.1 == "SkipSimplifiedLayerNormalization"),
+        "RotaryEmbedding" if kind.0.is_empty() => own.with("n_dims", get("rotary_embedding_dim")?),
+        "RotaryEmbedding" => {
+            own.with("n_heads", get("num_heads")?).with("n_dims", get("rotary_embedding_dim")?)
+        }
         "Attention" => own.with("scale", get("scale")?),
         "MultiHeadAttention" => own.with("n_heads", get("num_heads")?).with("scale", get("scale")?),
         _ => own,
@@ -72,6 +78,9 @@ pub(super) fn op_from_node(
     let name = match kind.1 {
         "Attention" => "ScaledDotProductAttention",
         "RMSNormalization" => "RmsNormalization",
+        "RotaryEmbedding" if !kind.0.is_empty() => "RotaryEmbeddingOfRows",
+        "SkipLayerNormalization" | "SkipSimplifiedLayerNormalization" => "SkipNormalization",
+        "MultiHeadAttention" if node.input.len() > 6 => "CachedAttention",
         "MultiHeadAttention" if node.input.len() > 3 => "BiasedAttention",
         name => name,
     };

@@ -216,10 +216,11 @@ impl<'a> Reader<'a> {
     /// Names the outputs, and compares what is inferred with what the file says.
     fn node_outputs(&mut self, node: &'a NodeProto, ids: Vec<ValueId>) -> Result<(), OnnxError> {
         let place = || format!("node \"{}\"", node.name());
-        if node.output.len() != ids.len() {
-            return Err(malformed(place(), format!("{} outputs", ids.len()), node.output.len()));
+        let outputs = || node.output.iter().filter(|name| !name.is_empty());
+        if outputs().count() != ids.len() {
+            return Err(malformed(place(), format!("{} outputs", ids.len()), outputs().count()));
         }
-        for (name, id) in node.output.iter().zip(ids) {
+        for (name, id) in outputs().zip(ids) {
             let fact = self.graph.fact(id);
             match self.declared.get(name.as_str()) {
                 Some(declared) if declared == fact => self.define(name, id)?,

@@ -205,7 +205,7 @@ impl Writer<'_> {
 
     fn node(&mut self, node: &Node, functions: &mut FunctionTable) -> Result<(), OnnxError> {
         let names = |ids: &[ValueId]| ids.iter().map(|id| self.written.names.of(*id)).collect();
-        let (mut inputs, outputs): (Vec<String>, Vec<String>) =
+        let (mut inputs, mut outputs): (Vec<String>, Vec<String>) =
             (names(&node.inputs), names(&node.outputs));
         let facts: Vec<Fact> = node.inputs.iter().map(|id| self.graph.fact(*id).clone()).collect();
         let function;
@@ -229,6 +229,9 @@ impl Writer<'_> {
                 ((FLAMINGO, function.as_str()), node.op.operator().attributes())
             }
         };
+        for place in node.op.operator().absent_outputs() {
+            outputs.insert((*place).min(outputs.len()), String::new());
+        }
         self.written.nodes.push(message::node(&node.name, kind, inputs, outputs, &attributes));
         Ok(())
     }

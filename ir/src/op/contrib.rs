@@ -4,15 +4,15 @@
 use ndarray::{ArcArray, Array2, IxDyn};
 
 use super::{
-    Attribute, Attributes, Flavour, MatMul, OnnxForm, OpError, Operator, Reshape,
-    ScaledDotProductAttention, Transpose, expect_fact, expect_inputs, expect_rank, input_error,
+    Attribute, Attributes, Flavour, MatMul, OnnxForm, OpError, Operator, Transpose, expect_fact,
+    expect_inputs, input_error,
 };
 use crate::graph::Graph;
-use crate::{DType, Dim, Fact, Tensor};
+use crate::{DType, Fact, Tensor};
 
 const DOMAIN: &str = "com.microsoft";
 
-fn contrib(op_type: &'static str, attributes: Attributes) -> OnnxForm {
+pub(super) fn contrib(op_type: &'static str, attributes: Attributes) -> OnnxForm {
     OnnxForm::Node { domain: DOMAIN, op_type, attributes, extra_inputs: Vec::new(), absent: &[] }
 }
 
@@ -47,25 +47,6 @@ pub struct Gelu;
 pub struct QuickGelu {
     /// Factor inside the logistic function.
     pub alpha: f32,
-}
-
-/// Bidirectional attention of q [b, s, h·d], k [b, t, h·d], v [b, t, h·d].
-#[derive(Debug, Clone, PartialEq)]
-pub struct MultiHeadAttention {
-    /// Heads.
-    pub n_heads: usize,
-    /// Factor of the scores.
-    pub scale: f32,
-}
-
-/// `MultiHeadAttention` of q [1, s, h·d] to keys and values by head [1, h, t, d], with a bias [1, h or 1, s, t] of the
-/// scores → [1, s, h·d].
-#[derive(Debug, Clone, PartialEq)]
-pub struct BiasedAttention {
-    /// Heads.
-    pub n_heads: usize,
-    /// Factor of the scores.
-    pub scale: f32,
 }
 
 impl FusedMatMul {
@@ -114,14 +95,6 @@ impl QuickGelu {
     pub(crate) fn parse(attributes: &Attributes) -> Result<QuickGelu, OpError> {
         attributes.expect_only(&["alpha"])?;
         Ok(QuickGelu { alpha: attributes.float("alpha")? })
-    }
-}
-
-impl MultiHeadAttention {
-    pub(crate) fn parse(attributes: &Attributes) -> Result<MultiHeadAttention, OpError> {
-        attributes.expect_only(&["n_heads", "scale"])?;
-        let n_heads = attributes.positive("n_heads")?;
-        Ok(MultiHeadAttention { n_heads, scale: attributes.float("scale")? })
     }
 }
 
@@ -265,7 +238,7 @@ impl Operator for MatMulNBits {
 }
 
 /// Evaluates a function of domain `flamingo` that means the same.
-fn same_as(op: &dyn Operator, inputs: &[Tensor]) -> Result<Vec<Tensor>, OpError> {
+pub(super) fn same_as(op: &dyn Operator, inputs: &[Tensor]) -> Result<Vec<Tensor>, OpError> {
     let facts: Vec<Fact> = inputs.iter().map(Tensor::fact).collect();
     let failed = |reason: String| OpError::Body { op: op.name(), reason };
     let body: Graph = op
@@ -319,106 +292,5 @@ impl Operator for QuickGelu {
         let x = inputs.first().and_then(Tensor::as_f32).ok_or_else(failed)?;
         let y = x.mapv(|x| x / (1.0 + (-self.alpha * x).exp()));
         Ok(vec![Tensor::F32(y.into_shared())])
-    }
-}
-
-impl MultiHeadAttention {
-    fn same(&self) -> super::Attention {
-        super::Attention { n_heads: self.n_heads, scale: self.scale }
-    }
-}
-
-impl Operator for MultiHeadAttention {
-    fn name(&self) -> &'static str {
-        "MultiHeadAttention"
-    }
-
-    fn attributes(&self) -> Attributes {
-        Attributes::none().with("n_heads", self.n_heads).with("scale", self.scale)
-    }
-
-    fn onnx_form(&self) -> OnnxForm {
-        let attributes =
-            Attributes::none().with("num_heads", self.n_heads).with("scale", self.scale);
-        contrib("MultiHeadAttention", attributes)
-    }
-
-    fn infer(&self, inputs: &[Fact]) -> Result<Vec<Fact>, OpError> {
-        self.same().infer(inputs)
-    }
-
-    fn evaluate(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>, OpError> {
-        same_as(&self.same(), inputs)
-    }
-}
-
-impl BiasedAttention {
-    pub(crate) fn parse(attributes: &Attributes) -> Result<BiasedAttention, OpError> {
-        let MultiHeadAttention { n_heads, scale } = MultiHeadAttention::parse(attributes)?;
-        Ok(BiasedAttention { n_heads, scale })
-    }
-
-    /// Shape of the queries by head, before and after they change places.
-    fn head_shape(&self, q: &[Dim], by_head: bool) -> Option<Vec<Dim>> {
-        let [batch, len, width] = q else { return None };
-        let width = width.known().filter(|width| width % self.n_heads == 0)?;
-        let (n_heads, dim) = (Dim::from(self.n_heads), Dim::from(width / self.n_heads));
-        let (batch, len) = (batch.clone(), len.clone());
-        Some(match by_head {
-            true => vec![batch, n_heads, len, dim],
-            false => vec![batch, len, n_heads, dim],
-        })
-    }
-}
-
-impl Operator for BiasedAttention {
-    fn name(&self) -> &'static str {
-        "BiasedAttention"
-    }
-
-    fn attributes(&self) -> Attributes {
-        Attributes::none().with("n_heads", self.n_heads).with("scale", self.scale)
-    }
-
-    /// Query, key, value, then neither bias of the projections nor mask of the keys.
-    fn onnx_form(&self) -> OnnxForm {
-        OnnxForm::Node {
-            domain: DOMAIN,
-            op_type: "MultiHeadAttention",
-            attributes: Attributes::none()
-                .with("num_heads", self.n_heads)
-                .with("scale", self.scale),
-            extra_inputs: Vec::new(),
-            absent: &[3, 4],
-        }
-    }
-
-    fn infer(&self, inputs: &[Fact]) -> Result<Vec<Fact>, OpError> {
-        expect_inputs(inputs, 4)?;
-        expect_rank(inputs, 0, "q", 3)?;
-        let shape = self.head_shape(&inputs[0].shape, true).ok_or_else(|| {
-            let expected = format!("a last axis that is a multiple of {}", self.n_heads);
-            input_error(0, "q", &expected, &inputs[0])
-        })?;
-        let by_head = [&[Fact::f32(shape)], &inputs[1..]].concat();
-        expect_rank(inputs, 1, "k", 4)?;
-        if inputs[1].shape[1] != Dim::from(self.n_heads) {
-            return Err(input_error(1, "k", &format!("{} heads", self.n_heads), &inputs[1]));
-        }
-        ScaledDotProductAttention { scale: self.scale }.infer(&by_head)?;
-        Ok(vec![inputs[0].clone()])
-    }
-
-    fn evaluate(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>, OpError> {
-        let facts: Vec<Fact> = inputs.iter().map(Tensor::fact).collect();
-        self.infer(&facts)?;
-        let shape = |by_head| self.head_shape(&facts[0].shape, by_head).unwrap_or_default();
-        let swap = Transpose { permutation: vec![0, 2, 1, 3] };
-        let rows = Reshape { shape: shape(false) }.evaluate(&inputs[..1])?;
-        let q = swap.evaluate(&rows)?;
-        let op = ScaledDotProductAttention { scale: self.scale };
-        let mixed = op.evaluate(&[&q[..], &inputs[1..]].concat())?;
-        let rows = swap.evaluate(&mixed)?;
-        Reshape { shape: facts[0].shape.clone() }.evaluate(&rows)
     }
 }

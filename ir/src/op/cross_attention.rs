@@ -45,7 +45,6 @@ impl CrossAttention {
         let flat = vec![n_media.clone() * n_latents.clone(), width.clone()];
         let k = g.add("k_rows", Reshape { shape: flat.clone() }, &[media_k])?;
         let v = g.add("v_rows", Reshape { shape: flat.clone() }, &[media_v])?;
-        let v = self.heads(g, "v_heads", v, vec![1, 0, 2])?;
         let time = Reshape { shape: vec![text_len.clone(), one.clone(), one.clone()] };
         let time = g.add("time", time, &[media_time])?;
         let index = Reshape { shape: vec![n_media.clone(), one.clone()] };
@@ -54,7 +53,6 @@ impl CrossAttention {
         let by_media = [text_len.clone(), n_media.clone(), n_latents.clone()];
         let joined = match flavour {
             Flavour::Cuda => {
-                let k = self.heads(g, "k_heads", k, vec![1, 0, 2])?;
                 let bias = hidden_media(g, own, by_media)?;
                 let [q, k, v] = batch_of_one(g, [q, k, v])?;
                 let op = BiasedAttention { n_heads: self.n_heads, scale: self.scale };
@@ -64,6 +62,7 @@ impl CrossAttention {
             Flavour::Trt10_15 => {
                 let q = self.heads(g, "q_heads", q, vec![1, 0, 2])?;
                 let k = self.heads(g, "k_heads", k, vec![1, 0, 2])?;
+                let v = self.heads(g, "v_heads", v, vec![1, 0, 2])?;
                 let bias = hidden_media(g, own, by_media)?;
                 let shape = g.fact(q).shape.clone();
                 let [q, k, v] = batch_of_one(g, [q, k, v])?;
@@ -76,6 +75,7 @@ impl CrossAttention {
             _ => {
                 let q = self.heads(g, "q_heads", q, vec![1, 0, 2])?;
                 let k = self.heads(g, "k_heads", k, vec![1, 2, 0])?;
+                let v = self.heads(g, "v_heads", v, vec![1, 0, 2])?;
                 let q = scaled(g, q, self.scale)?;
                 let scores = g.add("scores", MatMul, &[q, k])?;
                 let by_media = [std::slice::from_ref(&n_heads), &by_media].concat();

@@ -279,7 +279,8 @@ impl RmsNorm {
         let parts = split_heads(&mut graph, x, self.n_heads, part)?;
         let scale = self.scale.then(|| graph.input("scale", inputs[1].clone()));
         let mut y = match flavour {
-            Flavour::Trt10_15 => {
+            // CUDA's graphs have none of their own: the writer fuses it with the sum before, or takes it apart.
+            Flavour::Trt10_15 | Flavour::Cuda => {
                 let ones = || Tensor::vector(vec![1.0; part]);
                 let scale = scale.unwrap_or_else(|| graph.literal(ones()));
                 let op = RmsNormalization { epsilon: self.epsilon };
@@ -294,7 +295,8 @@ impl RmsNorm {
         Ok(graph)
     }
 
-    fn in_steps(
+    /// x [.., d] normalised, step by step.
+    pub(crate) fn in_steps(
         &self,
         graph: &mut Graph,
         x: ValueId,

@@ -1,11 +1,12 @@
 //! ONNX's `RotaryEmbedding` (<https://onnx.ai/onnx/operators/onnx__RotaryEmbedding.html>, opset 23), by head and with the
-//! angles of each token.
+//! angles of each token; and that of ONNX Runtime's domain `com.microsoft`, of rows of heads.
 
 use ndarray::{Axis, IxDyn, Slice, Zip};
 
+use super::contrib::contrib;
 use super::{
-    Attribute, Attributes, OnnxForm, OpError, Operator, expect_fact, expect_inputs, expect_rank,
-    input_error,
+    Attribute, Attributes, OnnxForm, OpError, Operator, Reshape, Transpose, expect_fact,
+    expect_inputs, expect_rank, input_error,
 };
 use crate::{Dim, Fact, Tensor};
 
@@ -85,9 +86,97 @@ impl Operator for RotaryEmbedding {
     }
 }
 
+/// The same of rows: x [1, s, h·d], place of the first row in the tables of angles i64 [1], cos and sin [s, n_dims / 2] →
+/// [1, s, h·d].
+#[derive(Debug, Clone, PartialEq)]
+pub struct RotaryEmbeddingOfRows {
+    /// Heads; each has an equal part of the last axis.
+    pub n_heads: usize,
+    /// Rotated dimensions of a head; even.
+    pub n_dims: usize,
+}
+
+impl RotaryEmbeddingOfRows {
+    pub(crate) fn parse(attributes: &Attributes) -> Result<RotaryEmbeddingOfRows, OpError> {
+        attributes.expect_only(&["n_heads", "n_dims"])?;
+        let n_heads = attributes.positive("n_heads")?;
+        Ok(RotaryEmbeddingOfRows { n_heads, n_dims: attributes.positive("n_dims")? })
+    }
+
+    fn by_head(&self) -> RotaryEmbedding {
+        RotaryEmbedding { n_dims: self.n_dims }
+    }
+
+    /// Shape of x with an axis of heads before the last.
+    fn apart(&self, x: &Fact) -> Result<[Dim; 4], OpError> {
+        let width = x.shape[2].known().filter(|width| width.is_multiple_of(self.n_heads));
+        let expected = || format!("a last axis that is a multiple of {}", self.n_heads);
+        let width = width.ok_or_else(|| input_error(0, "x", &expected(), x))?;
+        let (n_heads, dim) = (Dim::from(self.n_heads), Dim::from(width / self.n_heads));
+        Ok([x.shape[0].clone(), x.shape[1].clone(), n_heads, dim])
+    }
+}
+
+impl Operator for RotaryEmbeddingOfRows {
+    fn name(&self) -> &'static str {
+        "RotaryEmbeddingOfRows"
+    }
+
+    fn attributes(&self) -> Attributes {
+        Attributes::none().with("n_heads", self.n_heads).with("n_dims", self.n_dims)
+    }
+
+    fn onnx_form(&self) -> OnnxForm {
+        let attributes = Attributes::none()
+            .with("interleaved", Attribute::Int(0))
+            .with("num_heads", self.n_heads)
+            .with("rotary_embedding_dim", self.n_dims);
+        contrib("RotaryEmbedding", attributes)
+    }
+
+    fn infer(&self, inputs: &[Fact]) -> Result<Vec<Fact>, OpError> {
+        expect_inputs(inputs, 4)?;
+        expect_rank(inputs, 0, "x", 3)?;
+        expect_fact(inputs, 1, "first row", &Fact::i64([Dim::from(1)]))?;
+        let [batch, len, n_heads, dim] = self.apart(&inputs[0])?;
+        let x = Fact::f32([batch.clone(), n_heads, len, dim]);
+        let batched =
+            |angles: &Fact| Fact::new(angles.dtype, [&[batch.clone()], &angles.shape[..]].concat());
+        self.by_head().infer(&[x, batched(&inputs[2]), batched(&inputs[3])])?;
+        Ok(vec![inputs[0].clone()])
+    }
+
+    fn evaluate(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>, OpError> {
+        let facts: Vec<Fact> = inputs.iter().map(Tensor::fact).collect();
+        self.infer(&facts)?;
+        if !matches!(&inputs[1], Tensor::I64(first) if first.iter().all(|row| *row == 0)) {
+            return Err(OpError::Evaluation("angles from row 0 on".into()));
+        }
+        let swap = Transpose { permutation: vec![0, 2, 1, 3] };
+        let apart = Reshape { shape: self.apart(&facts[0])?.to_vec() }.evaluate(&inputs[..1])?;
+        let mut operands = swap.evaluate(&apart)?;
+        for angles in &inputs[2..] {
+            let shape = [&[Dim::from(1)], &angles.fact().shape[..]].concat();
+            operands.extend(Reshape { shape }.evaluate(std::slice::from_ref(angles))?);
+        }
+        let rows = swap.evaluate(&self.by_head().evaluate(&operands)?)?;
+        Reshape { shape: facts[0].shape.clone() }.evaluate(&rows)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rows_turn_as_heads_do() {
+        let x = Tensor::f32(&[1, 1, 6], vec![1.0, 2.0, 9.0, 3.0, 4.0, 8.0]).unwrap();
+        let [cos, sin] = [0.0, 1.0].map(|angle| Tensor::f32(&[1, 1], vec![angle]).unwrap());
+        let first = Tensor::i64(&[1], vec![0]).unwrap();
+        let op = RotaryEmbeddingOfRows { n_heads: 2, n_dims: 2 };
+        let y = op.evaluate(&[x, first, cos, sin]).unwrap();
+        assert_eq!(y[0].to_f32_vec().unwrap(), [-2.0, 1.0, 9.0, -4.0, 3.0, 8.0]);
+    }
 
     #[test]
     fn halves_turn_and_the_rest_stays() {

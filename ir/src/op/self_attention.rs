@@ -7,9 +7,10 @@
 
 use super::attention::scaled;
 use super::{
-    Add, Attribute, Attributes, BiasedAttention, Cast, Concat, Cos, Flavour, LessOrEqual, MatMul,
-    Mul, Neg, OpError, Operator, Reshape, RotaryEmbedding, ScaledDotProductAttention, Sin, Slice,
-    Softmax, Sub, Transpose, Where, expect_fact, expect_inputs, expect_rank, input_error,
+    Add, Attribute, Attributes, CachedAttention, Cast, Concat, Cos, Flavour, LessOrEqual, MatMul,
+    Mul, Neg, OpError, Operator, Reshape, RotaryEmbedding, RotaryEmbeddingOfRows,
+    ScaledDotProductAttention, Sin, Slice, Softmax, Sub, Transpose, Where, expect_fact,
+    expect_inputs, expect_rank, input_error,
 };
 use crate::graph::{Graph, GraphError, ValueId};
 use crate::{DType, Dim, Fact, Tensor};
@@ -169,8 +170,56 @@ impl SelfAttention {
         let mut graph = Graph::new("SelfAttention");
         let g = &mut graph;
         let names = ["q", "k", "v", "past_k", "past_v", "positions", "key_positions"];
-        let [q, k, v, past_k, past_v, positions, key_positions] =
-            [0, 1, 2, 3, 4, 5, 6].map(|i| g.input(names[i], inputs[i].clone()));
+        let values = [0, 1, 2, 3, 4, 5, 6].map(|i| g.input(names[i], inputs[i].clone()));
+        let [y, present_k, present_v] = match flavour {
+            Flavour::Cuda if !self.is_grouped() => self.by_row(g, values, &inputs[0])?,
+            _ => self.by_head(g, values, flavour, &inputs[0])?,
+        };
+        graph.output("y", y);
+        graph.output("present_k", present_k);
+        graph.output("present_v", present_v);
+        Ok(graph)
+    }
+
+    /// ONNX Runtime's attention, which joins past and new itself and takes new keys and values as rows.
+    fn by_row(
+        &self,
+        g: &mut Graph,
+        [q, k, v, past_k, past_v, positions, key_positions]: [ValueId; 7],
+        out: &Fact,
+    ) -> Result<[ValueId; 3], GraphError> {
+        let [mut q, mut k, v, past_k, past_v] = batch_of_one(g, [q, k, v, past_k, past_v])?;
+        if let Position::Rotary { n_dims, theta } = self.position {
+            let [cos, sin] = rotary_angles(g, positions, n_dims, theta)?;
+            let first = Tensor::i64(&[1], vec![0]);
+            let first = first.ok_or_else(|| g.broken("a place of the first row".into()))?;
+            let first = g.literal(first);
+            let op = RotaryEmbeddingOfRows { n_heads: self.n_heads, n_dims };
+            q = g.add("q_rotated", op.clone(), &[q, first, cos, sin])?;
+            k = g.add("k_rotated", op, &[k, first, cos, sin])?;
+        }
+        let places = relative(g, positions, key_positions)?;
+        let bias = self.bias(g, places)?;
+        let op = CachedAttention { n_heads: self.n_heads, scale: self.scale };
+        let outputs = g.add_many("attention", op, &[q, k, v, bias, past_k, past_v])?;
+        let [y, present_k, present_v] = outputs[..] else {
+            return Err(g.broken("attention and what it keeps".into()));
+        };
+        let y = g.add("joined", Reshape { shape: out.shape.clone() }, &[y])?;
+        let shape = g.fact(present_k).shape[1..].to_vec();
+        let present_k = g.add("present_k", Reshape { shape: shape.clone() }, &[present_k])?;
+        let present_v = g.add("present_v", Reshape { shape }, &[present_v])?;
+        Ok([y, present_k, present_v])
+    }
+
+    /// Attention of values with an axis of heads: mixed values [m, h·d], present k and v.
+    fn by_head(
+        &self,
+        g: &mut Graph,
+        [q, k, v, past_k, past_v, positions, key_positions]: [ValueId; 7],
+        flavour: Flavour,
+        out: &Fact,
+    ) -> Result<[ValueId; 3], GraphError> {
         let mut q = self.heads(g, "q_heads", q, self.n_heads)?;
         let mut k = self.heads(g, "k_heads", k, self.n_kv_heads)?;
         let v = self.heads(g, "v_heads", v, self.n_kv_heads)?;
@@ -188,14 +237,6 @@ impl SelfAttention {
         let present_v = g.add("present_v", Concat { axis: 1 }, &[past_v, v])?;
         let places = relative(g, positions, key_positions)?;
         let y = match flavour {
-            Flavour::Cuda if !self.is_grouped() => {
-                let bias = self.bias(g, places)?;
-                let q = self.joined(g, q, &inputs[0])?;
-                let [q, k, v] = batch_of_one(g, [q, present_k, present_v])?;
-                let op = BiasedAttention { n_heads: self.n_heads, scale: self.scale };
-                let mixed = g.add("attention", op, &[q, k, v, bias])?;
-                g.add("joined", Reshape { shape: inputs[0].shape.clone() }, &[mixed])?
-            }
             Flavour::Trt10_15 => {
                 let bias = self.bias(g, places)?;
                 let shape = g.fact(q).shape.clone();
@@ -203,14 +244,11 @@ impl SelfAttention {
                 let op = ScaledDotProductAttention { scale: self.scale };
                 let mixed = g.add("attention", op, &[q, k, v, bias])?;
                 let mixed = g.add("mixed", Reshape { shape }, &[mixed])?;
-                self.joined(g, mixed, &inputs[0])?
+                self.joined(g, mixed, out)?
             }
-            _ => self.in_steps(g, [q, present_k, present_v], places, &inputs[0])?,
+            _ => self.in_steps(g, [q, present_k, present_v], places, out)?,
         };
-        graph.output("y", y);
-        graph.output("present_k", present_k);
-        graph.output("present_v", present_v);
-        Ok(graph)
+        Ok([y, present_k, present_v])
     }
 
     /// Mixed values [m, h·d], step by step.
@@ -385,7 +423,7 @@ pub(super) fn batch_of_one<const N: usize>(
 ) -> Result<[ValueId; N], GraphError> {
     let mut batches = values;
     for value in &mut batches {
-        let shape = [&[Dim::from(1)], &graph.fact(*value).shape[..]].concat();
+        let shape = graph.fact(*value).batch_of_one().shape;
         *value = graph.add("batch", Reshape { shape }, &[*value])?;
     }
     Ok(batches)

@@ -91,7 +91,7 @@ fn run() -> Result<(), Failure> {
         }
     })?;
     shown?;
-    for warning in model.visual_cache().take_warnings() {
+    for warning in model.take_warnings() {
         // A closed stderr must not end the work.
         let _ = writeln!(io::stderr(), "warning: {warning}");
     }

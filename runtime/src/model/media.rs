@@ -25,6 +25,13 @@ impl Model {
         &self.shared.visual_cache
     }
 
+    /// What the user is to know of the caches' and the backend's troubles; each is told once.
+    pub fn take_warnings(&self) -> Vec<String> {
+        let mut warnings = self.backend().take_warnings();
+        warnings.extend(self.visual_cache().take_warnings());
+        warnings
+    }
+
     /// Encodes the media of a prompt and keeps them in memory, as [`VisualCache::pin`] does: for
     /// examples that come back in every prompt.
     ///

@@ -65,10 +65,14 @@ impl Planner<'_> {
             | Op::Sigmoid(_)
             | Op::Tanh(_)
             | Op::Relu(_) => Err(no_kernel("`Activate`")),
-            Op::RmsNormalization(_) => Err(no_kernel("`RmsNorm`")),
+            Op::RmsNormalization(_) | Op::SkipNormalization(_) => {
+                Err(no_kernel("`LayerNorm` or `RmsNorm`"))
+            }
             Op::Softmax(_)
             | Op::MultiHeadAttention(_)
             | Op::BiasedAttention(_)
+            | Op::CachedAttention(_)
+            | Op::RotaryEmbeddingOfRows(_)
             | Op::ScaledDotProductAttention(_)
             | Op::RotaryEmbedding(_)
             | Op::Transpose(_) => {

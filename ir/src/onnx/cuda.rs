@@ -1,0 +1,106 @@
+//! What is done to the graphs of flavour `cuda` after their functions were replaced: fewer nodes, of which each costs a
+//! launch.
+
+use std::collections::BTreeMap;
+
+use crate::graph::{Constant, Graph, GraphError, Node, ValueId};
+use crate::op::{Cast, Op, RmsNorm, SkipNormalization};
+use crate::{DType, Tensor};
+
+/// The same graph with each norm of a sum as one operator with it, and without reshapes that undo each other. Nodes stay
+/// in their order: target shapes are read from values computed before.
+pub(super) fn fewer_nodes(mut graph: Graph, half: DType) -> Result<Graph, GraphError> {
+    let places = skip_norms(&mut graph, half)?;
+    undone_reshapes(&mut graph)?;
+    graph.sort_nodes(|node| places.get(&node.name).copied().unwrap_or(usize::MAX));
+    Ok(graph)
+}
+
+/// Reads what was reshaped, and then back, as it was.
+fn undone_reshapes(graph: &mut Graph) -> Result<(), GraphError> {
+    let producers = graph.producers();
+    let mut replacements = BTreeMap::new();
+    for node in graph.nodes().iter().filter(|node| matches!(node.op, Op::Reshape(_))) {
+        let (input, output) = (node.inputs[0], node.outputs[0]);
+        let before = producers.get(&input).map(|before| graph.node(*before));
+        if let Some(before) = before.filter(|before| matches!(before.op, Op::Reshape(_)))
+            && graph.fact(before.inputs[0]) == graph.fact(output)
+        {
+            replacements.insert(output, before.inputs[0]);
+        }
+    }
+    graph.substitute(&replacements)
+}
+
+/// Norms of sums as one operator with the sum. Other norms of the root mean square, which the standard operators of this
+/// flavour do not have, are computed in steps of f32. Returns the place of each node.
+fn skip_norms(graph: &mut Graph, half: DType) -> Result<BTreeMap<String, usize>, GraphError> {
+    let producers = graph.producers();
+    let nodes = graph.nodes().to_vec();
+    let mut places: BTreeMap<String, usize> =
+        nodes.iter().enumerate().map(|(place, node)| (node.name.clone(), place)).collect();
+    let mut replacements = BTreeMap::new();
+    for (place, node) in nodes.iter().enumerate() {
+        let n_before = graph.nodes().len();
+        let mut place = place;
+        let (epsilon, simplified) = match &node.op {
+            Op::LayerNormalization(norm) => (norm.epsilon, false),
+            Op::RmsNormalization(norm) => (norm.epsilon, true),
+            _ => continue,
+        };
+        if let [x, scale] = node.inputs[..]
+            && !replacements.contains_key(&x)
+            && graph.value(scale).constant.is_some()
+            && let Some(sum) = producers.get(&x)
+            && let Some([a, b]) = summands(graph, graph.node(*sum), x, half)
+        {
+            place = places.get(&graph.node(*sum).name).copied().unwrap_or(place);
+            let op = SkipNormalization { epsilon, simplified };
+            let outputs = graph.add_many(&node.name, op, &[a, b, scale])?;
+            replacements.extend([(node.outputs[0], outputs[0]), (x, outputs[1])]);
+        } else if simplified {
+            let y = in_steps(graph, node, epsilon, half)?;
+            replacements.insert(node.outputs[0], y);
+        }
+        places.extend(graph.nodes()[n_before..].iter().map(|new| (new.name.clone(), place)));
+    }
+    graph.substitute(&replacements)?;
+    Ok(places)
+}
+
+/// What `x` is the sum of: two values of its own shape, none known before.
+fn summands(graph: &Graph, sum: &Node, x: ValueId, half: DType) -> Option<[ValueId; 2]> {
+    let fact = graph.fact(x);
+    let fits = |id: &ValueId| graph.fact(*id) == fact && graph.value(*id).constant.is_none();
+    match (&sum.op, &sum.inputs[..]) {
+        (Op::Add(_), [a, b]) if fact.dtype == half && fits(a) && fits(b) => Some([*a, *b]),
+        _ => None,
+    }
+}
+
+fn in_steps(
+    graph: &mut Graph,
+    node: &Node,
+    epsilon: f32,
+    half: DType,
+) -> Result<ValueId, GraphError> {
+    let [x, scale] = node.inputs[..] else { return Err(graph.broken("a norm of x".into())) };
+    let wide = |graph: &mut Graph, id| match graph.fact(id).dtype {
+        DType::F32 => Ok(id),
+        _ => graph.add(&format!("{}/f32", node.name), Cast { dtype: DType::F32 }, &[id]),
+    };
+    let is_ones =
+        |tensor: &Tensor| tensor.to_f32_vec().is_some_and(|s| s.iter().all(|s| *s == 1.0));
+    let scale = match &graph.value(scale).constant {
+        Some(Constant::Literal(tensor)) if is_ones(tensor) => None,
+        _ => Some(wide(graph, scale)?),
+    };
+    let dtype = graph.fact(x).dtype;
+    let x = wide(graph, x)?;
+    let norm = RmsNorm { epsilon, n_heads: 1, scale: scale.is_some() };
+    let y = norm.in_steps(graph, x, scale)?;
+    match dtype {
+        DType::F32 => Ok(y),
+        _ => graph.add(&format!("{}/half", node.name), Cast { dtype: half }, &[y]),
+    }
+}
