@@ -14,6 +14,7 @@ mod cross_attention;
 mod elementwise;
 mod feed_forward;
 mod gated_cross_attention;
+mod in_place_self_attention;
 mod indexing;
 mod linear;
 mod matmul;
@@ -24,6 +25,7 @@ mod panels;
 mod rotary_embedding;
 mod rounding;
 mod scaled_dot_product_attention;
+mod scatter_rows;
 mod self_attention;
 mod shape;
 mod skip_norm;
@@ -34,7 +36,7 @@ use std::fmt;
 pub use attention::{Attention, ResamplerAttention};
 pub use attribute::{Attribute, Attributes};
 pub use contrib::{FusedMatMul, Gelu, MatMulIntegerToFloat, MatMulNBits, QuickGelu};
-pub use contrib_attention::{BiasedAttention, CachedAttention, MultiHeadAttention};
+pub use contrib_attention::{BiasedAttention, MultiHeadAttention};
 pub use cross_attention::CrossAttention;
 pub use elementwise::{
     Abs, Add, And, Cos, Div, Equal, Erf, Floor, LessOrEqual, Max, Mul, Neg, Relu, Round, Sigmoid,
@@ -42,6 +44,7 @@ pub use elementwise::{
 };
 pub use feed_forward::FeedForward;
 pub use gated_cross_attention::GatedCrossAttention;
+pub use in_place_self_attention::InPlaceSelfAttention;
 pub use indexing::{Gather, Slice, Split, Where};
 pub use linear::{Activate, Activation, Linear};
 pub use matmul::MatMul;
@@ -54,6 +57,7 @@ pub use panels::{
 pub use rotary_embedding::{RotaryEmbedding, RotaryEmbeddingOfRows};
 pub use rounding::Rounding;
 pub use scaled_dot_product_attention::ScaledDotProductAttention;
+pub use scatter_rows::ScatterRows;
 pub use self_attention::{Position, SelfAttention, alibi_slopes, rotary_frequencies};
 pub use shape::{Cast, Concat, Expand, Reshape, Transpose};
 pub use skip_norm::SkipNormalization;
@@ -173,8 +177,9 @@ impl Flavour {
         matches!(self, Flavour::OrtCpu | Flavour::Cuda)
     }
 
-    /// Whether keys and values of tokens, past and present, have a batch axis of one: `[1, heads, len, dim]`.
-    pub fn caches_are_batches(self) -> bool {
+    /// Whether keys and values of tokens lie in buffers of a fixed size, `cache_len` rows of all heads, into which a step
+    /// writes: past and present are one. Else each step joins past and new.
+    pub fn has_fixed_caches(self) -> bool {
         self == Flavour::Cuda
     }
 
@@ -379,6 +384,8 @@ ops! {
     Split,
     /// Rows by index.
     Gather,
+    /// Rows replaced by index.
+    ScatterRows,
     /// ONNX's layer normalisation.
     LayerNormalization,
     /// com.microsoft: x Wᵀ.
@@ -395,8 +402,6 @@ ops! {
     MultiHeadAttention,
     /// com.microsoft: attention with a bias of the scores.
     BiasedAttention,
-    /// com.microsoft: attention with a bias of the scores, after past keys and values.
-    CachedAttention,
     /// com.microsoft: rotation by positions, of rows of heads.
     RotaryEmbeddingOfRows,
     /// com.microsoft: residual sum and its norm.
@@ -429,6 +434,8 @@ ops! {
     ResamplerAttention,
     /// Causal attention with past.
     SelfAttention,
+    /// Causal attention with keys and values in buffers of a fixed size.
+    InPlaceSelfAttention,
     /// Text attends to the latents of its medium.
     CrossAttention,
     /// Query projection, cross-attention, gated output projection, residual.
@@ -505,7 +512,7 @@ impl Op {
             | Op::MatMulNBits(_)
             | Op::MultiHeadAttention(_)
             | Op::BiasedAttention(_)
-            | Op::CachedAttention(_)
+            | Op::ScatterRows(_)
             | Op::RotaryEmbeddingOfRows(_)
             | Op::SkipNormalization(_)
             | Op::ScaledDotProductAttention(_)

@@ -57,7 +57,9 @@ impl Profiles {
         let frames = [1, 1, MAX_FRAMES];
         let picture = [("n_media", [1, 1, MAX_BATCH]), ("n_frames", frames)];
         let latents = latents(media, frames)?;
+        let cache = [1, USUAL_TOKENS.min(context), context];
         let prefill = [
+            ("cache_len", cache),
             ("text_len", [1, USUAL_TOKENS.min(piece), piece]),
             ("past_len", [0, 0, context - 1]),
             ("n_media", [1, 1, images]),
@@ -65,6 +67,7 @@ impl Profiles {
             ("n_logits", [1, 1, piece]),
         ];
         let step = [
+            ("cache_len", cache),
             ("text_len", [1, 1, 1]),
             ("past_len", [0, USUAL_TOKENS.min(context - 1), context - 1]),
             ("n_media", [1, 1, 1]),

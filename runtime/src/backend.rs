@@ -277,6 +277,11 @@ pub trait Sequence: Send {
     /// Forgets the tokens from `len` on; nothing if there are fewer.
     fn truncate(&mut self, len: usize);
 
+    /// Whether [`Sequence::truncate`] copies nothing; else a fork from before costs less.
+    fn truncates_in_place(&self) -> bool {
+        true
+    }
+
     /// Forgets its oldest tokens and returns their number, 0 if this engine cannot or there are too few. What is left
     /// counts from 0 again, which changes nothing only where positions are distances (ALiBi).
     fn forget_oldest(&mut self) -> usize {

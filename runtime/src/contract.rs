@@ -316,8 +316,15 @@ fn check_decoder(media: &Graph, decoder: &Graph) -> Result<(), BackendError> {
         ("media_index", text("n_media")),
         ("logit_rows", text("n_logits")),
     ]);
-    let total_len = Dim::symbol("past_len") + Dim::symbol("text_len");
-    expected.insert("key_positions", Some(Fact::i64([total_len])));
+    let is_of_rows = |(name, id): &(String, ValueId)| {
+        name.starts_with("past_")
+            && decoder.fact(*id).shape.first().and_then(Dim::as_symbol) == Some("cache_len")
+    };
+    let keys = match decoder.inputs().iter().any(is_of_rows) {
+        true => Dim::symbol("cache_len"),
+        false => Dim::symbol("past_len") + Dim::symbol("text_len"),
+    };
+    expected.insert("key_positions", Some(Fact::i64([keys])));
     let mut problems = Vec::new();
     for (name, id) in decoder.inputs() {
         let found = decoder.fact(*id);

@@ -5,17 +5,20 @@
 //! out as the engine's own tensors, and feeds them back as inputs of the next step.
 #![forbid(unsafe_code)]
 
+mod cache;
+
 use std::any::Any;
 use std::borrow::Cow;
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use flamingo_ir::onnx::{ReadLimits, ReadModel, read_onnx};
 use flamingo_ir::op::Op;
-use flamingo_ir::{Constant, DType, Dim, Fact, Graph, Tensor, ValueId};
+use flamingo_ir::{Constant, Dim, Fact, Graph, Tensor, ValueId};
 
+use self::cache::{Cache, Kept};
 use crate::backend::{Backend, BackendError, Media, MediaKv, Sequence, Step, frame_weights};
 use crate::contract::{Contract, broken, check_medium, check_range, check_step, full, indices};
 
@@ -39,8 +42,26 @@ pub(crate) enum Input<'a, T> {
     },
     /// An i64 vector.
     Indices(Vec<i64>),
-    /// An output of an earlier run.
+    /// A tensor of [`Engine::keep`].
     Kept(&'a T),
+    /// One of the run's buffers.
+    Buffer(usize),
+}
+
+/// Tensors that a run reads and makes anew.
+pub(crate) struct Buffers<T> {
+    /// Each with the place of the output that follows it.
+    pub(crate) tensors: Vec<(usize, Arc<T>)>,
+    /// Whether the output is the tensor itself, rows of it changed. An engine may write into it if nobody else has it, or
+    /// put out a changed copy.
+    pub(crate) in_place: bool,
+}
+
+impl<T> Buffers<T> {
+    /// No buffers.
+    fn none() -> Buffers<T> {
+        Buffers { tensors: Vec::new(), in_place: false }
+    }
 }
 
 /// Executes the two graphs of one artifact.
@@ -56,6 +77,7 @@ pub(crate) trait Engine: Send + Sync + 'static {
         &self,
         stage: Stage,
         inputs: &[Input<'_, Self::Tensor>],
+        buffers: &mut Buffers<Self::Tensor>,
     ) -> Result<Vec<Self::Tensor>, BackendError>;
 
     /// The `place`-th input of a graph as a tensor of the engine, to be given again and again.
@@ -118,19 +140,6 @@ struct MediaBlock {
     inner: usize,
 }
 
-/// Keys or values of one layer's tokens: an input `past_*` and the output `present_*` that
-/// follows it.
-#[derive(Clone, Debug)]
-struct Cache {
-    n_kv_heads: usize,
-    head_dim: usize,
-    element_bytes: usize,
-    /// Whether a batch axis of one stands before the others.
-    is_batch: bool,
-    /// Place among the decoder's outputs.
-    output: usize,
-}
-
 /// An input that the decoder reads rows of a table by.
 #[derive(Clone, Debug)]
 struct TableIndex {
@@ -185,16 +194,18 @@ fn media_inputs(media: &Graph) -> Result<Vec<MediaInput>, BackendError> {
 struct DecoderInputs {
     roles: Vec<(String, DecoderInput)>,
     caches: Vec<Cache>,
+    /// Place of the positions of a buffer's rows, where keys and values lie in buffers.
+    row_positions: Option<usize>,
 }
 
 impl DecoderInputs {
     fn new(decoder: &Graph) -> Result<DecoderInputs, BackendError> {
         let mut caches = Vec::new();
-        let input = |(name, id): &(String, ValueId)| {
-            let role = decoder_input(decoder, name, decoder.fact(*id), &mut caches)?;
+        let input = |(place, (name, id)): (usize, &(String, ValueId))| {
+            let role = decoder_input(decoder, (place, name), decoder.fact(*id), &mut caches)?;
             Ok((name.clone(), role))
         };
-        let roles = sorted_out(decoder, decoder.inputs().iter().map(input))?;
+        let roles = sorted_out(decoder, decoder.inputs().iter().enumerate().map(input))?;
         let found = decoder.outputs().iter().filter(|(n, _)| n.starts_with("present_")).count();
         if found != caches.len() {
             let expected = format!("{} `present_*`, one for each `past_*`", caches.len());
@@ -203,14 +214,21 @@ impl DecoderInputs {
                 vec![format!("outputs: expected {expected}, found {found}")],
             ));
         }
-        Ok(DecoderInputs { roles, caches })
+        let n_fixed = caches.iter().filter(|cache| cache.is_fixed()).count();
+        if n_fixed > 0 && n_fixed < caches.len() {
+            let problem = "inputs `past_*`: expected all of one form, found two";
+            return Err(broken(decoder, vec![problem.into()]));
+        }
+        let role = |(_, role): &(String, DecoderInput)| *role == DecoderInput::KeyPositions;
+        let row_positions = roles.iter().position(role).filter(|_| n_fixed > 0);
+        Ok(DecoderInputs { roles, caches, row_positions })
     }
 }
 
 /// What one input of the decoder is; a past input also becomes one of `caches`.
 fn decoder_input(
     decoder: &Graph,
-    name: &str,
+    (place, name): (usize, &str),
     fact: &Fact,
     caches: &mut Vec<Cache>,
 ) -> Result<DecoderInput, String> {
@@ -227,10 +245,11 @@ fn decoder_input(
         let present = format!("present_{part}");
         let output = decoder.outputs().iter().position(|(other, _)| *other == present);
         let output = output.ok_or_else(|| wrong(&format!("an output `{present}`")))?;
-        let cache = cache_of(fact, decoder.fact(decoder.outputs()[output].1), output);
-        caches.push(cache.ok_or_else(|| {
+        let present = (output, decoder.fact(decoder.outputs()[output].1));
+        caches.push(Cache::new((place, fact), present).ok_or_else(|| {
             wrong(
-                "f32 or f16[heads, past_len, head_dim], or a batch of one of them, and the output longer by `text_len`",
+                "f32 or f16[heads, past_len, head_dim] and the output longer by `text_len`, or [cache_len, width] and \
+                 the output the same",
             )
         })?);
         return Ok(DecoderInput::Past(caches.len() - 1));
@@ -244,25 +263,6 @@ fn decoder_input(
         "logit_rows" => Ok(DecoderInput::LogitRows),
         _ => Err(wrong("no such input")),
     }
-}
-
-fn cache_of(past: &Fact, present: &Fact, output: usize) -> Option<Cache> {
-    let (batch, [n_kv_heads, past_len, head_dim]) = past.shape.split_last_chunk()?;
-    let is_batch = batch.len() == 1;
-    if batch.iter().any(|size| *size != Dim::from(1)) || batch.len() > 1 {
-        return None;
-    }
-    let total_len = Dim::symbol("past_len") + Dim::symbol("text_len");
-    let mut expected = Fact::new(past.dtype, [n_kv_heads.clone(), total_len, head_dim.clone()]);
-    if is_batch {
-        expected = expected.batch_of_one();
-    }
-    let is_float = matches!(past.dtype, DType::F32 | DType::F16);
-    if !is_float || past_len.as_symbol() != Some("past_len") || *present != expected {
-        return None;
-    }
-    let (n_kv_heads, head_dim) = (n_kv_heads.known()?, head_dim.known()?);
-    Some(Cache { n_kv_heads, head_dim, element_bytes: past.dtype.size(), is_batch, output })
 }
 
 fn logits(decoder: &Graph) -> Result<(usize, usize), BackendError> {
@@ -369,9 +369,8 @@ impl<E: Engine> Backend for OnnxBackend<E> {
             shared,
             max_context,
             len: 0,
-            kept: Vec::new(),
-            kept_len: 0,
-            media: None,
+            kept: Kept::new(),
+            media: Arc::default(),
         }))
     }
 }
@@ -392,7 +391,7 @@ impl<E: Engine> Shared<E> {
             },
         };
         let inputs: Vec<_> = self.signature.media_inputs.iter().map(input).collect();
-        let outputs = self.engine.run(Stage::Media, &inputs)?;
+        let outputs = self.engine.run(Stage::Media, &inputs, &mut Buffers::none())?;
         let sizes = &self.signature.media_output_sizes;
         let bindings = [("n_media", 1), ("n_frames", n_frames)];
         let bindings = bindings.map(|(name, size)| (name.to_owned(), size)).into();
@@ -430,19 +429,25 @@ struct OnnxSequence<E: Engine> {
     shared: Arc<Shared<E>>,
     max_context: usize,
     len: usize,
-    /// Keys and values in the order of [`DecoderInputs::caches`], [n_kv_heads, kept_len, head_dim] or a batch of one;
-    /// none before the first step. Forks share them: a step makes new ones.
-    kept: Vec<Arc<E::Tensor>>,
-    /// Tokens in `kept`: `len`, or more since the sequence was cut.
-    kept_len: usize,
-    /// Keys and values of the media that the last step saw.
-    media: Option<Arc<KeptMedia<E>>>,
+    kept: Kept<E>,
+    /// Keys and values of the media that the last steps saw, for forks too: one set for the prompt and one for what follows.
+    media: Arc<Mutex<Vec<Arc<KeptMedia<E>>>>>,
 }
+
+/// Sets of media that a sequence keeps.
+const N_KEPT_MEDIA: usize = 2;
 
 /// Keys and values of media as the engine's tensors, in the order of the decoder's inputs.
 struct KeptMedia<E: Engine> {
     media: Vec<Arc<Media>>,
     tensors: Vec<E::Tensor>,
+}
+
+impl<E: Engine> KeptMedia<E> {
+    fn is_of(&self, media: &[&Arc<Media>]) -> bool {
+        let pairs = self.media.iter().zip(media);
+        self.media.len() == media.len() && pairs.into_iter().all(|(kept, m)| Arc::ptr_eq(kept, m))
+    }
 }
 
 impl<E: Engine + 'static> Sequence for OnnxSequence<E> {
@@ -456,32 +461,49 @@ impl<E: Engine + 'static> Sequence for OnnxSequence<E> {
 
     fn advance(&mut self, step: &Step<'_>) -> Result<Vec<f32>, BackendError> {
         check_step(step, self.len, self.max_context)?;
-        let signature = &self.shared.signature;
+        let shared = Arc::clone(&self.shared);
+        let signature = &shared.signature;
         signature.check_media(step.media)?;
         let values = Values::new(step, self.len, self.max_context)?;
         signature.check_tables(&values)?;
         let media = self.kept_media(&values.media)?;
-        let mut media_tensors = media.tensors.iter();
-        let mut input =
-            |(_, role): &(String, DecoderInput)| self.input(*role, &values, &mut media_tensors);
-        let inputs: Result<Vec<_>, BackendError> =
-            signature.decoder_inputs.roles.iter().map(&mut input).collect();
-        let mut outputs = self.shared.engine.run(Stage::Decoder, &inputs?)?;
-        let (place, width) = signature.logits;
-        let n_rows = values.logit_rows.len();
-        let logits = self.shared.numbers(&outputs[place], n_rows * width)?;
-        let logits = logits[..step.logit_rows.len() * width].to_vec();
-        let mut kept: Vec<Option<E::Tensor>> = outputs.drain(..).map(Some).collect();
-        let caches = signature.decoder_inputs.caches.iter();
-        self.kept = caches.filter_map(|c| kept[c.output].take().map(Arc::new)).collect();
+        let DecoderInputs { roles, caches, row_positions } = &signature.decoder_inputs;
+        let sizes = (self.len, step.input_ids.len(), self.max_context);
+        self.kept.prepare(&shared.engine, caches, *row_positions, sizes)?;
+        let mut buffers = self.kept.take(caches);
+        let outputs = {
+            let mut media_tensors = media.tensors.iter();
+            let mut input =
+                |(_, role): &(String, DecoderInput)| self.input(*role, &values, &mut media_tensors);
+            let inputs: Result<Vec<_>, BackendError> = roles.iter().map(&mut input).collect();
+            inputs.and_then(|inputs| shared.engine.run(Stage::Decoder, &inputs, &mut buffers))
+        };
+        let read = outputs.and_then(|outputs| {
+            let (place, width) = signature.logits;
+            let logits = shared.numbers(&outputs[place], values.logit_rows.len() * width)?;
+            let logits = logits[..step.logit_rows.len() * width].to_vec();
+            Ok((logits, outputs))
+        });
+        let (logits, outputs) = match read {
+            Ok(read) => read,
+            Err(error) => {
+                self.kept.put_back(buffers, None);
+                return Err(error);
+            }
+        };
         self.len += step.input_ids.len();
-        self.kept_len = self.len;
-        self.media = Some(media);
+        let mut outputs: Vec<Option<E::Tensor>> = outputs.into_iter().map(Some).collect();
+        let present = caches.iter().filter_map(|cache| outputs[cache.output].take()).collect();
+        self.kept.put_back(buffers, Some((present, self.len)));
         Ok(logits)
     }
 
     fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);
+    }
+
+    fn truncates_in_place(&self) -> bool {
+        self.shared.signature.decoder_inputs.row_positions.is_some()
     }
 
     fn fork(&self) -> Box<dyn Sequence> {
@@ -490,15 +512,12 @@ impl<E: Engine + 'static> Sequence for OnnxSequence<E> {
             max_context: self.max_context,
             len: self.len,
             kept: self.kept.clone(),
-            kept_len: self.kept_len,
-            media: self.media.clone(),
+            media: Arc::clone(&self.media),
         })
     }
 
     fn kv_bytes(&self) -> usize {
-        let caches = self.shared.signature.decoder_inputs.caches.iter().take(self.kept.len());
-        let token = |cache: &Cache| cache.n_kv_heads * cache.head_dim * cache.element_bytes;
-        caches.map(|cache| token(cache) * self.kept_len).sum()
+        self.kept.bytes(&self.shared.signature.decoder_inputs.caches)
     }
 
     fn as_any_mut(&mut self) -> &mut dyn Any {
@@ -518,7 +537,10 @@ impl<E: Engine> OnnxSequence<E> {
         match role {
             DecoderInput::InputIds => indices(&values.input_ids),
             DecoderInput::Positions => indices(&values.positions),
-            DecoderInput::KeyPositions => indices(&values.key_positions),
+            DecoderInput::KeyPositions => match self.kept.row_positions() {
+                Some(positions) => Ok(Input::Kept(positions)),
+                None => indices(&values.key_positions),
+            },
             DecoderInput::MediaTime => indices(&values.media_time),
             DecoderInput::MediaIndex => indices(&values.media_index),
             DecoderInput::LogitRows => indices(&values.logit_rows),
@@ -526,17 +548,15 @@ impl<E: Engine> OnnxSequence<E> {
                 let missing = || outputs_differ::<E>("keys and values of the media", "none");
                 media.next().map(Input::Kept).ok_or_else(missing)
             }
-            DecoderInput::Past(place) => self.past(place),
+            DecoderInput::Past(place) => Ok(Input::Buffer(place)),
         }
     }
 
-    /// Keys and values of a step's media: those of the last step if it saw the same.
+    /// Keys and values of a step's media: those of an earlier step if it saw the same.
     fn kept_media(&self, media: &[&Arc<Media>]) -> Result<Arc<KeptMedia<E>>, BackendError> {
-        if let Some(kept) = &self.media
-            && kept.media.len() == media.len()
-            && kept.media.iter().zip(media).all(|(kept, medium)| Arc::ptr_eq(kept, medium))
-        {
-            return Ok(Arc::clone(kept));
+        let mut sets = self.media.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(set) = sets.iter().find(|set| set.is_of(media)) {
+            return Ok(Arc::clone(set));
         }
         let roles = self.shared.signature.decoder_inputs.roles.iter().enumerate();
         let mut tensors = Vec::new();
@@ -546,27 +566,13 @@ impl<E: Engine> OnnxSequence<E> {
                 tensors.push(self.shared.engine.keep(Stage::Decoder, place, &input)?);
             }
         }
-        Ok(Arc::new(KeptMedia { media: media.iter().map(|m| Arc::clone(m)).collect(), tensors }))
-    }
-
-    /// Keys or values of the tokens so far: as they came, or cut.
-    fn past(&self, place: usize) -> Result<Input<'_, E::Tensor>, BackendError> {
-        let cache = &self.shared.signature.decoder_inputs.caches[place];
-        let mut shape = vec![cache.n_kv_heads, self.len, cache.head_dim];
-        if cache.is_batch {
-            shape.insert(0, 1);
+        let media = media.iter().map(|m| Arc::clone(m)).collect();
+        let set = Arc::new(KeptMedia { media, tensors });
+        if sets.len() == N_KEPT_MEDIA {
+            sets.remove(0);
         }
-        match self.kept.get(place) {
-            Some(tensor) if self.len == self.kept_len => Ok(Input::Kept(tensor)),
-            Some(tensor) if self.len > 0 => {
-                let row = self.kept_len * cache.head_dim;
-                let data = self.shared.numbers(tensor, cache.n_kv_heads * row)?;
-                let heads = data.chunks_exact(row);
-                let cut = heads.flat_map(|head| &head[..self.len * cache.head_dim]).copied();
-                Ok(Input::Numbers { shape, data: cut.collect() })
-            }
-            _ => Ok(Input::Numbers { shape, data: Cow::Borrowed(&[]) }),
-        }
+        sets.push(Arc::clone(&set));
+        Ok(set)
     }
 }
 

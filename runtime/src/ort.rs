@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use flamingo_ir::{DType, Graph};
 use flamingo_models::profile::{Profile, Profiles, shapes_text};
@@ -27,7 +27,7 @@ use ort::value::{DynTensorValueType, DynValue, Tensor};
 
 use crate::backend::{Backend, BackendError, Media, Sequence};
 use crate::engines::{BuiltWith, Engines, hash_of, loaded_tensorrt};
-use crate::onnx_graph::{Engine, Input, OnnxBackend, Stage, read_model};
+use crate::onnx_graph::{Buffers, Engine, Input, OnnxBackend, Stage, read_model};
 
 pub use library::LIBRARY_VARIABLE;
 
@@ -379,7 +379,11 @@ impl OrtStage {
 
     /// Runs the graph with bound inputs and outputs: keys and values of tokens stay where the provider computes, what is
     /// read here comes to the CPU.
-    fn run(&self, inputs: &[Input<'_, DynValue>]) -> Result<Vec<DynValue>, BackendError> {
+    fn run(
+        &self,
+        inputs: &[Input<'_, DynValue>],
+        buffers: &mut Buffers<DynValue>,
+    ) -> Result<Vec<DynValue>, BackendError> {
         let failed = |error: ort::Error| refused(&self.place, error);
         let mut bound = self.session.lock().unwrap_or_else(PoisonError::into_inner);
         let Bound { session, binding } = &mut *bound;
@@ -387,12 +391,21 @@ impl OrtStage {
         for ((name, dtype), input) in self.inputs.iter().zip(inputs) {
             match input {
                 Input::Kept(value) => binding.bind_input(name, value),
+                Input::Buffer(place) => binding.bind_input(name, &*buffers.tensors[*place].1),
                 input => value_from_input(input, *dtype)
                     .and_then(|value| binding.bind_input(name, &value)),
             }
             .map_err(failed)?;
         }
-        for name in &self.outputs {
+        let mut in_place = vec![false; self.outputs.len()];
+        for (place, tensor) in buffers.tensors.iter_mut().filter(|_| buffers.in_place) {
+            // A tensor that is not ONNX Runtime's own, or is also a fork's, is read, and the output is a new one.
+            let Some(tensor) = Arc::get_mut(tensor) else { continue };
+            in_place[*place] =
+                binding.bind_output(&self.outputs[*place], tensor.view_mut()).is_ok();
+        }
+        let others = self.outputs.iter().zip(&in_place).filter(|(_, in_place)| !**in_place);
+        for (name, _) in others {
             let device = match name.starts_with("present_") {
                 true => self.device.clone(),
                 false => AllocationDevice::CPU,
@@ -413,7 +426,8 @@ impl OrtStage {
         let dtype = self.inputs.get(place).map_or(DType::F32, |(_, dtype)| *dtype);
         let failed = |error: ort::Error| refused(&self.place, error);
         let value = value_from_input(input, dtype).map_err(failed)?;
-        if self.device.as_str() == AllocationDevice::CPU.as_str() {
+        let is_empty = matches!(input, Input::Numbers { data, .. } if data.is_empty());
+        if is_empty || self.device.as_str() == AllocationDevice::CPU.as_str() {
             return Ok(value);
         }
         let tensor = value.view().downcast::<DynTensorValueType>().map_err(failed)?;
@@ -491,7 +505,9 @@ fn value_from_input(input: &Input<'_, DynValue>, dtype: DType) -> Result<DynValu
             Tensor::from_array((shape.as_slice(), data.to_vec()))?.into_dyn()
         }
         Input::Indices(values) => Tensor::from_array(([values.len()], values.clone()))?.into_dyn(),
-        Input::Kept(_) => return Err(ort::Error::new("a tensor that is kept already")),
+        Input::Kept(_) | Input::Buffer(_) => {
+            return Err(ort::Error::new("a tensor that is kept already"));
+        }
     })
 }
 
@@ -517,8 +533,9 @@ impl Engine for OrtEngine {
         &self,
         stage: Stage,
         inputs: &[Input<'_, DynValue>],
+        buffers: &mut Buffers<DynValue>,
     ) -> Result<Vec<DynValue>, BackendError> {
-        self.stage(stage).run(inputs)
+        self.stage(stage).run(inputs, buffers)
     }
 
     fn keep(

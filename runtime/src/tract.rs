@@ -22,7 +22,7 @@ use tract_onnx::prelude::{
 };
 
 use crate::backend::{Backend, BackendError, Media, Sequence};
-use crate::onnx_graph::{Engine, Input, OnnxBackend, Stage, read_model};
+use crate::onnx_graph::{Buffers, Engine, Input, OnnxBackend, Stage, read_model};
 
 /// Name on the command line.
 const NAME: &str = "tract";
@@ -106,10 +106,17 @@ impl TractStage {
         }
     }
 
-    fn run(&self, inputs: &[Input<'_, TValue>]) -> Result<Vec<TValue>, BackendError> {
+    fn run(
+        &self,
+        inputs: &[Input<'_, TValue>],
+        buffers: &Buffers<TValue>,
+    ) -> Result<Vec<TValue>, BackendError> {
         let refused = |error: TractError| refused(&self.place, &error);
-        let values: Result<TVec<TValue>, TractError> =
-            inputs.iter().map(value_from_input).collect();
+        let value = |input: &Input<'_, TValue>| match input {
+            Input::Buffer(place) => Ok(TValue::clone(&buffers.tensors[*place].1)),
+            input => value_from_input(input),
+        };
+        let values: Result<TVec<TValue>, TractError> = inputs.iter().map(value).collect();
         let outputs = self.plan.run(values.map_err(refused)?).map_err(refused)?;
         Ok(outputs.into_vec())
     }
@@ -140,6 +147,7 @@ fn value_from_input(input: &Input<'_, TValue>) -> Result<TValue, TractError> {
         Input::Numbers { shape, data } => Tensor::from_shape(shape, data)?.into_tvalue(),
         Input::Indices(values) => Tensor::from_shape(&[values.len()], values)?.into_tvalue(),
         Input::Kept(value) => TValue::clone(value),
+        Input::Buffer(_) => return Err(TractError::msg("a buffer is kept already")),
     })
 }
 
@@ -158,10 +166,15 @@ impl Engine for TractEngine {
 
     const NAME: &'static str = NAME;
 
-    fn run(&self, stage: Stage, inputs: &[Input<'_, TValue>]) -> Result<Vec<TValue>, BackendError> {
+    fn run(
+        &self,
+        stage: Stage,
+        inputs: &[Input<'_, TValue>],
+        buffers: &mut Buffers<TValue>,
+    ) -> Result<Vec<TValue>, BackendError> {
         match stage {
-            Stage::Media => self.media.run(inputs),
-            Stage::Decoder => self.decoder.run(inputs),
+            Stage::Media => self.media.run(inputs, buffers),
+            Stage::Decoder => self.decoder.run(inputs, buffers),
         }
     }
 

@@ -189,7 +189,7 @@ fn decode<'m>(
     let mut whole_context = model.backend().new_sequence(context + 1)?;
     whole_context.advance(&whole(prompt, &media, &[context - 1]))?;
     let mut sequence = whole_context.fork();
-    let cuts = model.backend().token_format().is_some();
+    let cuts = sequence.truncates_in_place();
     let seen = prompt.media_time.last().copied().unwrap_or(0);
     let run = move || {
         match cuts {

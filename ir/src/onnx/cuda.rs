@@ -12,8 +12,13 @@ use crate::{DType, Tensor};
 pub(super) fn fewer_nodes(mut graph: Graph, half: DType) -> Result<Graph, GraphError> {
     let places = skip_norms(&mut graph, half)?;
     undone_reshapes(&mut graph)?;
-    graph.sort_nodes(|node| places.get(&node.name).copied().unwrap_or(usize::MAX));
+    graph.sort_nodes(|node| place_of(&places, node));
     Ok(graph)
+}
+
+/// Of a node among all, known by its first output.
+fn place_of(places: &BTreeMap<ValueId, usize>, node: &Node) -> usize {
+    node.outputs.first().and_then(|output| places.get(output)).copied().unwrap_or(usize::MAX)
 }
 
 /// Reads what was reshaped, and then back, as it was.
@@ -34,11 +39,11 @@ fn undone_reshapes(graph: &mut Graph) -> Result<(), GraphError> {
 
 /// Norms of sums as one operator with the sum. Other norms of the root mean square, which the standard operators of this
 /// flavour do not have, are computed in steps of f32. Returns the place of each node.
-fn skip_norms(graph: &mut Graph, half: DType) -> Result<BTreeMap<String, usize>, GraphError> {
+fn skip_norms(graph: &mut Graph, half: DType) -> Result<BTreeMap<ValueId, usize>, GraphError> {
     let producers = graph.producers();
     let nodes = graph.nodes().to_vec();
-    let mut places: BTreeMap<String, usize> =
-        nodes.iter().enumerate().map(|(place, node)| (node.name.clone(), place)).collect();
+    let mut places: BTreeMap<ValueId, usize> =
+        nodes.iter().enumerate().map(|(place, node)| (node.outputs[0], place)).collect();
     let mut replacements = BTreeMap::new();
     for (place, node) in nodes.iter().enumerate() {
         let n_before = graph.nodes().len();
@@ -54,7 +59,7 @@ fn skip_norms(graph: &mut Graph, half: DType) -> Result<BTreeMap<String, usize>,
             && let Some(sum) = producers.get(&x)
             && let Some([a, b]) = summands(graph, graph.node(*sum), x, half)
         {
-            place = places.get(&graph.node(*sum).name).copied().unwrap_or(place);
+            place = place_of(&places, graph.node(*sum));
             let op = SkipNormalization { epsilon, simplified };
             let outputs = graph.add_many(&node.name, op, &[a, b, scale])?;
             replacements.extend([(node.outputs[0], outputs[0]), (x, outputs[1])]);
@@ -62,7 +67,7 @@ fn skip_norms(graph: &mut Graph, half: DType) -> Result<BTreeMap<String, usize>,
             let y = in_steps(graph, node, epsilon, half)?;
             replacements.insert(node.outputs[0], y);
         }
-        places.extend(graph.nodes()[n_before..].iter().map(|new| (new.name.clone(), place)));
+        places.extend(graph.nodes()[n_before..].iter().map(|new| (new.outputs[0], place)));
     }
     graph.substitute(&replacements)?;
     Ok(places)

@@ -4,9 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::cuda::fewer_nodes;
 use crate::graph::{Constant, Graph, GraphError, Node, ValueId};
-use crate::op::{Cast, Flavour, Linear, Op, PanelLinear, Reshape, UnpackPanels, Width};
+use crate::op::{
+    Cast, Flavour, InPlaceSelfAttention, Linear, Op, PanelLinear, UnpackPanels, Width,
+};
 use crate::verify::definition;
-use crate::{DType, Fact, Tensor};
+use crate::{DType, Dim, Fact, Tensor};
 
 /// The same graph without function ops: each is replaced by its definition of `flavour`,
 /// definitions of definitions included. Node names become `outer/inner`.
@@ -39,6 +41,19 @@ fn stays_on_device(name: &str) -> bool {
     ["media_k.", "media_v.", "past_", "present_"].iter().any(|prefix| name.starts_with(prefix))
 }
 
+/// An input of the decoder where keys and values have places of their own: past ones `[heads, past_len, dim]` as rows of
+/// all heads, and a position for each row.
+fn of_fixed_caches(name: &str, fact: Fact) -> Fact {
+    let rows = Dim::symbol("cache_len");
+    match &fact.shape[..] {
+        [heads, _, dim] if name.starts_with("past_") => {
+            Fact::new(fact.dtype, [rows, heads.clone() * dim.clone()])
+        }
+        [_] if name == "key_positions" => Fact::new(fact.dtype, [rows]),
+        _ => fact,
+    }
+}
+
 /// Which function ops are replaced by their definitions.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Which {
@@ -59,7 +74,7 @@ fn inline(graph: &Graph, flavour: Flavour, which: Which) -> Result<Graph, GraphE
         results: BTreeMap::new(),
         panels: BTreeMap::new(),
     };
-    let caches_are_batches = flavour.caches_are_batches() && which == Which::All;
+    let has_fixed_caches = flavour.has_fixed_caches() && which == Which::All;
     let mut inputs = Vec::new();
     for (name, id) in graph.inputs() {
         let mut fact = graph.fact(*id).clone();
@@ -68,26 +83,19 @@ fn inline(graph: &Graph, flavour: Flavour, which: Which) -> Result<Graph, GraphE
         {
             fact.dtype = half;
         }
-        if caches_are_batches && name.starts_with("past_") {
-            let batch = inliner.out.input(name, fact.batch_of_one());
-            let rows = Reshape { shape: fact.shape }.into();
-            inputs.extend(inliner.once(&format!("{name}/rows"), rows, &[batch])?);
-            continue;
+        if has_fixed_caches {
+            fact = of_fixed_caches(name, fact);
         }
         inputs.push(inliner.out.input(name, fact));
     }
     let outputs = inliner.nodes(graph, &inputs, "")?;
     for ((name, given), id) in graph.outputs().iter().zip(outputs) {
         let is_f32 = graph.fact(*given).dtype == DType::F32;
-        let mut id = match inliner.half.filter(|_| is_f32) {
+        let id = match inliner.half.filter(|_| is_f32) {
             Some(half) if stays_on_device(name) => inliner.cast(name, id, half)?,
             Some(_) => inliner.cast(name, id, DType::F32)?,
             None => id,
         };
-        if caches_are_batches && name.starts_with("present_") {
-            let batch = Reshape { shape: inliner.out.fact(id).batch_of_one().shape }.into();
-            id = inliner.once(&format!("{name}/batch"), batch, &[id])?[0];
-        }
         inliner.out.output(name, id);
     }
     match inliner.half {
@@ -178,7 +186,17 @@ impl Inliner {
             (Which::OfPanels, op) => op.is_function() && reads_panels,
         };
         if is_replaced {
-            let body = definition(&node.op, facts, self.flavour)?;
+            let body = match &node.op {
+                Op::SelfAttention(attention) if self.out.fact(inputs[3]).rank() == 2 => {
+                    let op = InPlaceSelfAttention { attention: attention.clone() };
+                    let mut facts = facts.to_vec();
+                    for place in [3, 4, 6] {
+                        facts[place].shape = self.out.fact(inputs[place]).shape.clone();
+                    }
+                    definition(&op.into(), &facts, self.flavour)?
+                }
+                op => definition(op, facts, self.flavour)?,
+            };
             let is_wide = matches!(node.op, Op::RmsNorm(_)) && !self.flavour.has_contrib();
             let is_wide = std::mem::replace(&mut self.is_wide, is_wide);
             let outputs = self.nodes(&body, inputs, &format!("{name}/"))?;

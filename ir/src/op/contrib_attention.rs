@@ -1,10 +1,10 @@
-//! ONNX Runtime's `MultiHeadAttention` (domain `com.microsoft`), in the three forms that our graphs use: alone, with a bias
-//! of the scores, and with past keys and values.
+//! ONNX Runtime's `MultiHeadAttention` (domain `com.microsoft`), in the two forms that our graphs use: alone, and with a bias
+//! of the scores.
 
 use super::contrib::{contrib, same_as};
 use super::{
-    Attributes, Concat, OnnxForm, OpError, Operator, Reshape, ScaledDotProductAttention, Transpose,
-    expect_fact, expect_inputs, expect_rank, input_error,
+    Attributes, OnnxForm, OpError, Operator, Reshape, ScaledDotProductAttention, Transpose,
+    expect_inputs, expect_rank, input_error,
 };
 use crate::{Dim, Fact, Tensor};
 
@@ -20,16 +20,6 @@ pub struct MultiHeadAttention {
 /// The same of one sequence with a bias [1, h or 1, s, t] of the scores: q [1, s, h·d], k and v [1, t, h·d] → [1, s, h·d].
 #[derive(Debug, Clone, PartialEq)]
 pub struct BiasedAttention {
-    /// Heads.
-    pub n_heads: usize,
-    /// Factor of the scores.
-    pub scale: f32,
-}
-
-/// The same after past keys and values: q, k, v [1, m, h·d], bias [1, h or 1, m, p + m], past k and v [1, h, p, d] →
-/// [1, m, h·d] and present k and v [1, h, p + m, d].
-#[derive(Debug, Clone, PartialEq)]
-pub struct CachedAttention {
     /// Heads.
     pub n_heads: usize,
     /// Factor of the scores.
@@ -158,84 +148,5 @@ impl Operator for BiasedAttention {
             inputs[..3].iter().map(|rows| split(rows, self.n_heads)).collect();
         let operands = [&by_head?[..], &inputs[3..]].concat();
         Ok(vec![mix(self.scale, &operands, &facts[0].shape)?])
-    }
-}
-
-impl CachedAttention {
-    pub(crate) fn parse(attributes: &Attributes) -> Result<CachedAttention, OpError> {
-        parse(attributes).map(|(n_heads, scale)| CachedAttention { n_heads, scale })
-    }
-}
-
-impl Operator for CachedAttention {
-    fn name(&self) -> &'static str {
-        "CachedAttention"
-    }
-
-    fn attributes(&self) -> Attributes {
-        Attributes::none().with("n_heads", self.n_heads).with("scale", self.scale)
-    }
-
-    fn onnx_form(&self) -> OnnxForm {
-        form(self.n_heads, self.scale, &[3, 4])
-    }
-
-    fn infer(&self, inputs: &[Fact]) -> Result<Vec<Fact>, OpError> {
-        expect_inputs(inputs, 6)?;
-        let q = expect_heads(inputs, 0, self.n_heads)?;
-        expect_fact(inputs, 1, "k", &inputs[0])?;
-        expect_fact(inputs, 2, "v", &inputs[0])?;
-        expect_rank(inputs, 4, "past_k", 4)?;
-        let mut cache = q.clone();
-        cache[2] = inputs[4].shape[2].clone();
-        expect_fact(inputs, 4, "past_k", &Fact::f32(cache.clone()))?;
-        expect_fact(inputs, 5, "past_v", &Fact::f32(cache.clone()))?;
-        cache[2] = cache[2].clone() + q[2].clone();
-        let present = Fact::f32(cache);
-        let by_head = [Fact::f32(q), present.clone(), present.clone(), inputs[3].clone()];
-        ScaledDotProductAttention { scale: self.scale }.infer(&by_head)?;
-        Ok(vec![inputs[0].clone(), present.clone(), present])
-    }
-
-    fn evaluate(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>, OpError> {
-        let facts: Vec<Fact> = inputs.iter().map(Tensor::fact).collect();
-        self.infer(&facts)?;
-        let [q, k, v] = [0, 1, 2].map(|index| split(&inputs[index], self.n_heads));
-        let after = |past: &Tensor, new: Tensor| {
-            Concat { axis: 2 }.evaluate(&[past.clone(), new]).map(|mut all| all.remove(0))
-        };
-        let (k, v) = (after(&inputs[4], k?)?, after(&inputs[5], v?)?);
-        let operands = [q?, k.clone(), v.clone(), inputs[3].clone()];
-        Ok(vec![mix(self.scale, &operands, &facts[0].shape)?, k, v])
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn noise(shape: &[usize], seed: usize) -> Tensor {
-        let n: usize = shape.iter().product();
-        Tensor::f32(shape, (0..n).map(|i| ((i * 7 + seed * 13) as f32).sin()).collect()).unwrap()
-    }
-
-    /// Past and new keys in two pieces are as all of them at once.
-    #[test]
-    fn past_comes_before_new() {
-        let (n_heads, scale) = (2, 0.5);
-        let [q, k, v] = [1, 2, 3].map(|seed| noise(&[1, 2, 6], seed));
-        let [past_k, past_v] = [4, 5].map(|seed| noise(&[1, 2, 3, 3], seed));
-        let bias = noise(&[1, 1, 2, 5], 6);
-        let inputs = [q.clone(), k, v, bias.clone(), past_k, past_v];
-        let found = CachedAttention { n_heads, scale }.evaluate(&inputs).unwrap();
-        let rows = |by_head: &Tensor| {
-            let swapped = Transpose { permutation: SWAP.to_vec() };
-            let rows = swapped.evaluate(std::slice::from_ref(by_head)).unwrap();
-            Reshape { shape: [1, 5, 6].map(Dim::from).to_vec() }.evaluate(&rows).unwrap().remove(0)
-        };
-        let inputs = [q, rows(&found[1]), rows(&found[2]), bias];
-        let expected = BiasedAttention { n_heads, scale }.evaluate(&inputs).unwrap();
-        assert_eq!(found[0], expected[0]);
-        assert_eq!(found[1].shape(), [1, 2, 5, 3]);
     }
 }

@@ -7,10 +7,9 @@
 
 use super::attention::scaled;
 use super::{
-    Add, Attribute, Attributes, CachedAttention, Cast, Concat, Cos, Flavour, LessOrEqual, MatMul,
-    Mul, Neg, OpError, Operator, Reshape, RotaryEmbedding, RotaryEmbeddingOfRows,
-    ScaledDotProductAttention, Sin, Slice, Softmax, Sub, Transpose, Where, expect_fact,
-    expect_inputs, expect_rank, input_error,
+    Add, Attribute, Attributes, Cast, Concat, Cos, Flavour, LessOrEqual, MatMul, Mul, Neg, OpError,
+    Operator, Reshape, RotaryEmbedding, ScaledDotProductAttention, Sin, Slice, Softmax, Sub,
+    Transpose, Where, expect_fact, expect_inputs, expect_rank, input_error,
 };
 use crate::graph::{Graph, GraphError, ValueId};
 use crate::{DType, Dim, Fact, Tensor};
@@ -170,67 +169,17 @@ impl SelfAttention {
         let mut graph = Graph::new("SelfAttention");
         let g = &mut graph;
         let names = ["q", "k", "v", "past_k", "past_v", "positions", "key_positions"];
-        let values = [0, 1, 2, 3, 4, 5, 6].map(|i| g.input(names[i], inputs[i].clone()));
-        let [y, present_k, present_v] = match flavour {
-            Flavour::Cuda if !self.is_grouped() => self.by_row(g, values, &inputs[0])?,
-            _ => self.by_head(g, values, flavour, &inputs[0])?,
-        };
-        graph.output("y", y);
-        graph.output("present_k", present_k);
-        graph.output("present_v", present_v);
-        Ok(graph)
-    }
-
-    /// ONNX Runtime's attention, which joins past and new itself and takes new keys and values as rows.
-    fn by_row(
-        &self,
-        g: &mut Graph,
-        [q, k, v, past_k, past_v, positions, key_positions]: [ValueId; 7],
-        out: &Fact,
-    ) -> Result<[ValueId; 3], GraphError> {
-        let [mut q, mut k, v, past_k, past_v] = batch_of_one(g, [q, k, v, past_k, past_v])?;
-        if let Position::Rotary { n_dims, theta } = self.position {
-            let [cos, sin] = rotary_angles(g, positions, n_dims, theta)?;
-            let first = Tensor::i64(&[1], vec![0]);
-            let first = first.ok_or_else(|| g.broken("a place of the first row".into()))?;
-            let first = g.literal(first);
-            let op = RotaryEmbeddingOfRows { n_heads: self.n_heads, n_dims };
-            q = g.add("q_rotated", op.clone(), &[q, first, cos, sin])?;
-            k = g.add("k_rotated", op, &[k, first, cos, sin])?;
-        }
-        let places = relative(g, positions, key_positions)?;
-        let bias = self.bias(g, places)?;
-        let op = CachedAttention { n_heads: self.n_heads, scale: self.scale };
-        let outputs = g.add_many("attention", op, &[q, k, v, bias, past_k, past_v])?;
-        let [y, present_k, present_v] = outputs[..] else {
-            return Err(g.broken("attention and what it keeps".into()));
-        };
-        let y = g.add("joined", Reshape { shape: out.shape.clone() }, &[y])?;
-        let shape = g.fact(present_k).shape[1..].to_vec();
-        let present_k = g.add("present_k", Reshape { shape: shape.clone() }, &[present_k])?;
-        let present_v = g.add("present_v", Reshape { shape }, &[present_v])?;
-        Ok([y, present_k, present_v])
-    }
-
-    /// Attention of values with an axis of heads: mixed values [m, h·d], present k and v.
-    fn by_head(
-        &self,
-        g: &mut Graph,
-        [q, k, v, past_k, past_v, positions, key_positions]: [ValueId; 7],
-        flavour: Flavour,
-        out: &Fact,
-    ) -> Result<[ValueId; 3], GraphError> {
+        let [q, k, v, past_k, past_v, positions, key_positions] =
+            [0, 1, 2, 3, 4, 5, 6].map(|i| g.input(names[i], inputs[i].clone()));
         let mut q = self.heads(g, "q_heads", q, self.n_heads)?;
         let mut k = self.heads(g, "k_heads", k, self.n_kv_heads)?;
         let v = self.heads(g, "v_heads", v, self.n_kv_heads)?;
         if let Position::Rotary { n_dims, theta } = self.position {
-            let angles = rotary_angles(g, positions, n_dims, theta)?;
             if flavour == Flavour::Trt10_15 {
+                let angles = rotary_angles(g, positions, n_dims, theta)?;
                 [q, k] = rotate_by_head(g, [q, k], angles, n_dims)?;
             } else {
-                let angles = both_halves(g, angles)?;
-                q = self.rotate(g, "q_rotated", q, angles, n_dims)?;
-                k = self.rotate(g, "k_rotated", k, angles, n_dims)?;
+                [q, k] = self.rotate_both(g, [q, k], positions, n_dims, theta)?;
             }
         }
         let present_k = g.add("present_k", Concat { axis: 1 }, &[past_k, k])?;
@@ -244,15 +193,33 @@ impl SelfAttention {
                 let op = ScaledDotProductAttention { scale: self.scale };
                 let mixed = g.add("attention", op, &[q, k, v, bias])?;
                 let mixed = g.add("mixed", Reshape { shape }, &[mixed])?;
-                self.joined(g, mixed, out)?
+                self.joined(g, mixed, &inputs[0])?
             }
-            _ => self.in_steps(g, [q, present_k, present_v], places, out)?,
+            _ => self.in_steps(g, [q, present_k, present_v], places, &inputs[0])?,
         };
-        Ok([y, present_k, present_v])
+        graph.output("y", y);
+        graph.output("present_k", present_k);
+        graph.output("present_v", present_v);
+        Ok(graph)
+    }
+
+    /// Queries and keys by head, rotated.
+    pub(super) fn rotate_both(
+        &self,
+        graph: &mut Graph,
+        [q, k]: [ValueId; 2],
+        positions: ValueId,
+        n_dims: usize,
+        theta: f32,
+    ) -> Result<[ValueId; 2], GraphError> {
+        let angles = rotary_angles(graph, positions, n_dims, theta)?;
+        let angles = both_halves(graph, angles)?;
+        let q = self.rotate(graph, "q_rotated", q, angles, n_dims)?;
+        Ok([q, self.rotate(graph, "k_rotated", k, angles, n_dims)?])
     }
 
     /// Mixed values [m, h·d], step by step.
-    fn in_steps(
+    pub(super) fn in_steps(
         &self,
         graph: &mut Graph,
         [q, k, v]: [ValueId; 3],
@@ -273,7 +240,7 @@ impl SelfAttention {
     }
 
     /// What is added to the scores, [1, h or 1, m, p + m]: positions, and what hides later keys.
-    fn bias(
+    pub(super) fn bias(
         &self,
         graph: &mut Graph,
         (row, column): (ValueId, ValueId),
@@ -293,13 +260,18 @@ impl SelfAttention {
     }
 
     /// [h, m, d] → [m, h·d].
-    fn joined(&self, graph: &mut Graph, x: ValueId, out: &Fact) -> Result<ValueId, GraphError> {
+    pub(super) fn joined(
+        &self,
+        graph: &mut Graph,
+        x: ValueId,
+        out: &Fact,
+    ) -> Result<ValueId, GraphError> {
         let rows = graph.add("rows", Transpose { permutation: vec![1, 0, 2] }, &[x])?;
         graph.add("joined", Reshape { shape: out.shape.clone() }, &[rows])
     }
 
     /// [m, n·d] → [n, m, d].
-    fn heads(
+    pub(super) fn heads(
         &self,
         graph: &mut Graph,
         name: &str,
@@ -314,7 +286,7 @@ impl SelfAttention {
 
     /// Whether several query heads share a key head. Values per query head then have one more
     /// axis: [h, ..] → [g, h/g, ..].
-    fn is_grouped(&self) -> bool {
+    pub(super) fn is_grouped(&self) -> bool {
         self.n_heads != self.n_kv_heads
     }
 
@@ -456,7 +428,7 @@ fn both_halves(graph: &mut Graph, angles: [ValueId; 2]) -> Result<[ValueId; 2], 
 }
 
 /// cos and sin of position · frequency, each [m, n_dims / 2].
-fn rotary_angles(
+pub(super) fn rotary_angles(
     graph: &mut Graph,
     positions: ValueId,
     n_dims: usize,
@@ -473,7 +445,7 @@ fn rotary_angles(
 }
 
 /// Query positions as a column [m, 1] and key positions as a row [1, p + m].
-fn relative(
+pub(super) fn relative(
     graph: &mut Graph,
     positions: ValueId,
     key_positions: ValueId,

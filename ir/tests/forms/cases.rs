@@ -233,6 +233,15 @@ pub(crate) fn standard_cases() -> Vec<Case> {
         case("concat", Concat { axis: 0 }, &[("a", Noise, "past_len, 8"), X]),
         case("slice", Slice { axis: 1, start: 2, end: 7 }, &[X]),
         case("split", Split { axis: 1, sizes: vec![1, 5, 2] }, &[X]),
+        case(
+            "scatter",
+            ScatterRows,
+            &[
+                ("data", Noise, "past_len + text_len, 8"),
+                ("indices", Positions, "text_len, 1"),
+                ("updates", Noise, "text_len, 8"),
+            ],
+        ),
         case("gather", Gather, &[("table", Weight, "50, 8"), ("ids", Positions, "text_len")]),
         case(
             "norm",
@@ -318,18 +327,6 @@ pub(crate) fn contrib_cases() -> Vec<Case> {
             ],
         ),
         case(
-            "cached_attention",
-            CachedAttention { n_heads: 2, scale: 0.4 },
-            &[
-                ("q", Noise, "1, text_len, 8"),
-                ("k", Noise, "1, text_len, 8"),
-                ("v", Noise, "1, text_len, 8"),
-                ("bias", Noise, "1, 2, text_len, past_len + text_len"),
-                ("past_k", Noise, "1, 2, past_len, 4"),
-                ("past_v", Noise, "1, 2, past_len, 4"),
-            ],
-        ),
-        case(
             "rotary_of_rows",
             RotaryEmbeddingOfRows { n_heads: 2, n_dims: 4 },
             &[
@@ -376,6 +373,27 @@ fn self_attention(name: &'static str, n_kv_heads: usize, position: Position) -> 
             ("past_v", Noise, past),
             ("positions", Positions, "text_len"),
             ("key_positions", KeyPositions, "past_len + text_len"),
+        ],
+    )
+}
+
+fn in_place_attention(name: &'static str, n_kv_heads: usize, position: Position) -> Case {
+    let (kv, rows) = match n_kv_heads {
+        4 => ("text_len, 24", "past_len + 3*text_len, 24"),
+        _ => ("text_len, 12", "past_len + 3*text_len, 12"),
+    };
+    let attention = SelfAttention { n_heads: 4, n_kv_heads, head_dim: 6, scale: 0.3, position };
+    case(
+        name,
+        InPlaceSelfAttention { attention },
+        &[
+            ("q", Noise, "text_len, 24"),
+            ("k", Noise, kv),
+            ("v", Noise, kv),
+            ("rows_k", Noise, rows),
+            ("rows_v", Noise, rows),
+            ("positions", Positions, "text_len"),
+            ("row_positions", KeyPositions, "past_len + 3*text_len"),
         ],
     )
 }
@@ -527,6 +545,9 @@ pub(crate) fn function_cases() -> Vec<Case> {
         self_attention("self", 4, Position::None),
         self_attention("self.alibi", 4, Position::Alibi { bias_max: 8.0 }),
         self_attention("self.rotary", 4, Position::Rotary { n_dims: 6, theta: 1e4 }),
+        in_place_attention("in_place.alibi", 4, Position::Alibi { bias_max: 8.0 }),
+        in_place_attention("in_place.rotary", 4, Position::Rotary { n_dims: 4, theta: 1e4 }),
+        in_place_attention("in_place.groups", 2, Position::Rotary { n_dims: 4, theta: 1e4 }),
         self_attention("self.groups", 2, Position::Rotary { n_dims: 4, theta: 1e4 }),
         case(
             "cross",
