@@ -24,18 +24,13 @@ GPU = torch.device("cuda")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("config", choices=["of-3b", "of-mini"])
+    parser.add_argument("config", choices=["of-3b", "of-3b-quarter", "of-mini"])
     parser.add_argument("artifact", help="compiled with --target cuda")
     parser.add_argument("--flamingoc", default="target/release/flamingoc")
     parser.add_argument("--seconds", type=float, default=2.0, help="measured time a stage")
     chosen = parser.parse_args()
-    config = CONFIGS["of-3b-quarter" if chosen.config == "of-3b" else chosen.config]
-    config = replace(
-        config,
-        vision=replace(config.vision, n_built=config.vision.n_layers),
-        language=replace(config.language, n_built=config.language.n_layers),
-    )
-    say(gpu=torch.cuda.get_device_name(), read_gb_per_s=bandwidth(), torch=torch.__version__)
+    config = CONFIGS.get(chosen.config) or whole(CONFIGS["of-3b-quarter"])
+    say(gpu=torch.cuda.get_device_name(), copy_gb_per_s=bandwidth(), torch=torch.__version__)
     ours(chosen.artifact, chosen.flamingoc, chosen.seconds)
     peer_torch.parameter = random_parameter
     with torch.inference_mode():
@@ -44,16 +39,24 @@ def main() -> None:
     ours(chosen.artifact, chosen.flamingoc, chosen.seconds)
 
 
+def whole(config: Config) -> Config:
+    return replace(
+        config,
+        vision=replace(config.vision, n_built=config.vision.n_layers),
+        language=replace(config.language, n_built=config.language.n_layers),
+    )
+
+
 def say(**fields: object) -> None:
     print(json.dumps(fields), flush=True)
 
 
 def bandwidth() -> float:
-    """GB/s at which a sum reads 4 GB."""
-    values = torch.ones(1 << 31, dtype=torch.float16, device=GPU)
-    values.view(torch.int32).sum()
-    ms = timed(lambda: values.view(torch.int32).sum(), 1.0)["median"]
-    return round(values.nbytes / ms / 1e6)
+    """GB/s at which 4 GB are copied, read and written."""
+    values = torch.ones(1 << 30, dtype=torch.float32, device=GPU)
+    other = torch.empty_like(values)
+    ms = timed(lambda: other.copy_(values), 0.5)["median"]
+    return round(2 * values.nbytes / ms / 1e6)
 
 
 def timed(call, seconds: float) -> dict:

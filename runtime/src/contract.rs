@@ -25,7 +25,7 @@ pub(crate) struct PictureShape {
     /// Channels, height, width.
     pub(crate) frame_shape: Vec<usize>,
     /// Frames, where the graph fixes them.
-    n_frames: Option<usize>,
+    pub(crate) n_frames: Option<usize>,
     /// Rows of the table of temporal embeddings, if there is one.
     pub(crate) n_max_frames: Option<usize>,
 }

@@ -344,6 +344,24 @@ impl<E: Engine> OnnxBackend<E> {
     }
 }
 
+impl<E: Engine> OnnxBackend<E> {
+    /// Runs both graphs once, so that what an engine does at its first run is done when a model is open: a GPU's libraries
+    /// take seconds for it.
+    pub(crate) fn warm_up(&self) -> Result<(), BackendError> {
+        let pictures = &self.shared.signature.contract.pictures;
+        let n_frames = pictures.n_frames.unwrap_or(1);
+        let n_pixels = pictures.frame_shape.iter().product::<usize>() * n_frames;
+        let media: Vec<Arc<Media>> =
+            self.encode(&vec![0.0; n_pixels], 1, n_frames)?.into_iter().map(Arc::new).collect();
+        let mut sequence = self.new_sequence(2)?;
+        for _ in 0..2 {
+            let step = Step { input_ids: &[0], media_time: &[1], media: &media, logit_rows: &[0] };
+            sequence.advance(&step)?;
+        }
+        Ok(())
+    }
+}
+
 impl<E: Engine> Backend for OnnxBackend<E> {
     fn name(&self) -> &'static str {
         E::NAME

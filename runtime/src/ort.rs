@@ -249,9 +249,14 @@ impl OrtBackend {
             plan.engines.finish(&plan.built_with).map_err(|error| refused(&place, error))?;
         }
         let stages = [&engine.media, &engine.decoder];
+        let warnings = stages.iter().filter_map(|stage| stage.warning.clone()).collect();
+        let inner = OnnxBackend::new(&media.graph, &decoder.graph, engine)?;
+        if options.execution_provider != ExecutionProvider::Cpu {
+            inner.warm_up()?;
+        }
         Ok(OrtBackend {
-            warnings: Mutex::new(stages.iter().filter_map(|stage| stage.warning.clone()).collect()),
-            inner: OnnxBackend::new(&media.graph, &decoder.graph, engine)?,
+            warnings: Mutex::new(warnings),
+            inner,
             execution_provider: options.execution_provider,
         })
     }

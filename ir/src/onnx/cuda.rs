@@ -7,11 +7,11 @@ use crate::graph::{Constant, Graph, GraphError, Node, ValueId};
 use crate::op::{Cast, Op, RmsNorm, SkipNormalization};
 use crate::{DType, Tensor};
 
-/// The same graph with each norm of a sum as one operator with it, and without reshapes that undo each other. Nodes stay
+/// The same graph with each norm of a sum as one operator with it, and no reshape of a reshape. Nodes stay
 /// in their order: target shapes are read from values computed before.
 pub(super) fn fewer_nodes(mut graph: Graph, half: DType) -> Result<Graph, GraphError> {
-    let places = skip_norms(&mut graph, half)?;
-    undone_reshapes(&mut graph)?;
+    let mut places = skip_norms(&mut graph, half)?;
+    fewer_reshapes(&mut graph, &mut places)?;
     graph.sort_nodes(|node| place_of(&places, node));
     Ok(graph)
 }
@@ -21,17 +21,30 @@ fn place_of(places: &BTreeMap<ValueId, usize>, node: &Node) -> usize {
     node.outputs.first().and_then(|output| places.get(output)).copied().unwrap_or(usize::MAX)
 }
 
-/// Reads what was reshaped, and then back, as it was.
-fn undone_reshapes(graph: &mut Graph) -> Result<(), GraphError> {
-    let producers = graph.producers();
+/// One reshape instead of two, and none instead of two that undo each other.
+fn fewer_reshapes(
+    graph: &mut Graph,
+    places: &mut BTreeMap<ValueId, usize>,
+) -> Result<(), GraphError> {
+    let is_reshape = |node: &&Node| matches!(node.op, Op::Reshape(_));
+    let made_by: BTreeMap<ValueId, ValueId> =
+        graph.nodes().iter().filter(is_reshape).map(|n| (n.outputs[0], n.inputs[0])).collect();
     let mut replacements = BTreeMap::new();
-    for node in graph.nodes().iter().filter(|node| matches!(node.op, Op::Reshape(_))) {
-        let (input, output) = (node.inputs[0], node.outputs[0]);
-        let before = producers.get(&input).map(|before| graph.node(*before));
-        if let Some(before) = before.filter(|before| matches!(before.op, Op::Reshape(_)))
-            && graph.fact(before.inputs[0]) == graph.fact(output)
-        {
-            replacements.insert(output, before.inputs[0]);
+    for node in graph.nodes().to_vec().iter().filter(is_reshape) {
+        let mut source = node.inputs[0];
+        while let Some(before) = made_by.get(&source) {
+            source = *before;
+        }
+        if source == node.inputs[0] {
+            continue;
+        }
+        let output = node.outputs[0];
+        if graph.fact(source) == graph.fact(output) {
+            replacements.insert(output, source);
+        } else {
+            let direct = graph.add(&node.name, node.op.clone(), &[source])?;
+            places.insert(direct, place_of(places, node));
+            replacements.insert(output, direct);
         }
     }
     graph.substitute(&replacements)
