@@ -25,7 +25,7 @@ mod panels;
 mod rotary_embedding;
 mod rounding;
 mod scaled_dot_product_attention;
-mod scatter_rows;
+mod scatter_elements;
 mod self_attention;
 mod shape;
 mod skip_norm;
@@ -57,7 +57,7 @@ pub use panels::{
 pub use rotary_embedding::{RotaryEmbedding, RotaryEmbeddingOfRows};
 pub use rounding::Rounding;
 pub use scaled_dot_product_attention::ScaledDotProductAttention;
-pub use scatter_rows::ScatterRows;
+pub use scatter_elements::ScatterElements;
 pub use self_attention::{Position, SelfAttention, alibi_slopes, rotary_frequencies};
 pub use shape::{Cast, Concat, Expand, Reshape, Transpose};
 pub use skip_norm::SkipNormalization;
@@ -384,8 +384,8 @@ ops! {
     Split,
     /// Rows by index.
     Gather,
-    /// Rows replaced by index.
-    ScatterRows,
+    /// Elements replaced by index of their rows.
+    ScatterElements,
     /// ONNX's layer normalisation.
     LayerNormalization,
     /// com.microsoft: x Wᵀ.
@@ -512,7 +512,7 @@ impl Op {
             | Op::MatMulNBits(_)
             | Op::MultiHeadAttention(_)
             | Op::BiasedAttention(_)
-            | Op::ScatterRows(_)
+            | Op::ScatterElements(_)
             | Op::RotaryEmbeddingOfRows(_)
             | Op::SkipNormalization(_)
             | Op::ScaledDotProductAttention(_)

@@ -78,7 +78,6 @@ pub(super) fn op_from_node(
     let name = match kind.1 {
         "Attention" => "ScaledDotProductAttention",
         "RMSNormalization" => "RmsNormalization",
-        "ScatterND" => "ScatterRows",
         "RotaryEmbedding" if !kind.0.is_empty() => "RotaryEmbeddingOfRows",
         "SkipLayerNormalization" | "SkipSimplifiedLayerNormalization" => "SkipNormalization",
         "MultiHeadAttention" if node.input.len() > 3 => "BiasedAttention",

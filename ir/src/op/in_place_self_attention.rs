@@ -3,8 +3,8 @@
 
 use super::self_attention::{batch_of_one, relative, rotary_angles};
 use super::{
-    Attributes, BiasedAttention, Flavour, OpError, Operator, Position, Reshape,
-    RotaryEmbeddingOfRows, ScatterRows, SelfAttention, expect_fact, expect_inputs, expect_rank,
+    Attributes, BiasedAttention, Expand, Flavour, OpError, Operator, Position, Reshape,
+    RotaryEmbeddingOfRows, ScatterElements, SelfAttention, expect_fact, expect_inputs, expect_rank,
 };
 use crate::graph::{Graph, GraphError, ValueId};
 use crate::{Dim, Fact, Tensor};
@@ -100,8 +100,10 @@ impl InPlaceSelfAttention {
         [rows, positions, new]: [ValueId; 3],
     ) -> Result<ValueId, GraphError> {
         let shape = vec![graph.fact(positions).shape[0].clone(), Dim::from(1)];
-        let indices = graph.add("indices", Reshape { shape }, &[positions])?;
-        graph.add(name, ScatterRows, &[rows, indices, new])
+        let indices = graph.add("place", Reshape { shape }, &[positions])?;
+        let shape = graph.fact(new).shape.clone();
+        let indices = graph.add("places", Expand { shape }, &[indices])?;
+        graph.add(name, ScatterElements, &[rows, indices, new])
     }
 }
 

@@ -19,6 +19,8 @@ pub(crate) enum Source {
     Scale,
     /// i64 past_len.. .
     Positions,
+    /// i64 past_len.. for each row, in every column.
+    Rows,
     /// i64 0.. .
     KeyPositions,
     /// i64 0, 1, …, n_media, 0, … .
@@ -52,7 +54,7 @@ fn case(name: &'static str, op: impl Into<Op>, inputs: &[(&'static str, Source, 
     let fact = |source: Source, shape: &str| {
         let dtype = match source {
             Noise | Positive | Weight | Scale => DType::F32,
-            Positions | KeyPositions | MediaTime | MediaIndex => DType::I64,
+            Positions | Rows | KeyPositions | MediaTime | MediaIndex => DType::I64,
             Truth => DType::Bool,
             Bf16Weight => DType::BF16,
             F16Weight => DType::F16,
@@ -88,6 +90,7 @@ fn tensor(source: Source, fact: &Fact, bindings: &Bindings, seed: usize) -> Tens
         Scale => Tensor::f32(&shape, (0..n).map(|i| 1e-5 * noise(i)).collect()).unwrap(),
         Positive => Tensor::f32(&shape, (0..n).map(|i| noise(i) / 2.0 + 0.75).collect()).unwrap(),
         Positions => integers(&|i| bindings["past_len"] + i),
+        Rows => integers(&|i| bindings["past_len"] + i / shape[1]),
         KeyPositions => integers(&|i| i),
         MediaTime => integers(&|i| (i + 1) % (bindings["n_media"] + 1)),
         MediaIndex => integers(&|i| i + 1),
@@ -235,10 +238,10 @@ pub(crate) fn standard_cases() -> Vec<Case> {
         case("split", Split { axis: 1, sizes: vec![1, 5, 2] }, &[X]),
         case(
             "scatter",
-            ScatterRows,
+            ScatterElements,
             &[
                 ("data", Noise, "past_len + text_len, 8"),
-                ("indices", Positions, "text_len, 1"),
+                ("indices", Rows, "text_len, 8"),
                 ("updates", Noise, "text_len, 8"),
             ],
         ),

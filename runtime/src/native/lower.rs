@@ -72,7 +72,7 @@ impl Planner<'_> {
             | Op::MultiHeadAttention(_)
             | Op::BiasedAttention(_)
             | Op::InPlaceSelfAttention(_)
-            | Op::ScatterRows(_)
+            | Op::ScatterElements(_)
             | Op::RotaryEmbeddingOfRows(_)
             | Op::ScaledDotProductAttention(_)
             | Op::RotaryEmbedding(_)
