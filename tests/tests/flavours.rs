@@ -10,7 +10,7 @@ use flamingo_ir::DType;
 use flamingo_ir::onnx::{ReadLimits, read_onnx};
 use flamingo_ir::op::{Flavour, OnnxForm};
 use flamingo_models::profile::is_dynamic;
-use flamingo_runtime::backend::Media;
+use flamingo_runtime::backend::{Media, Sequence, Step};
 use flamingo_runtime::{Artifact, GenerateOptions, KvFormat, Model, OpenOptions};
 use flamingo_tests::{Golden, compiled_for_all, golden_folders, opening, tiny_scenes};
 use flamingoc::calibrate::bundled;
@@ -157,6 +157,44 @@ fn tables_cover_every_family_and_profiles_every_dynamic_input() {
             }
         }
     }
+}
+
+/// Buffers of keys and values: grown while tokens are in them, shared with a fork that then goes its own way, cut.
+#[test]
+fn buffers_grow_fork_and_are_cut() {
+    const N: usize = 300;
+    let (_scratch, artifact) = compiled_for_all(&tiny_scenes(), Precision::F16);
+    let model = open(&artifact, Flavour::Cuda);
+    let vocabulary = model.manifest().config.language.vocabulary;
+    let ids: Vec<u32> = (0..N).map(|i| u32::try_from(i * 7 % vocabulary).unwrap()).collect();
+    let others = &ids[17..22];
+    let advance = |sequence: &mut dyn Sequence, ids: &[u32]| {
+        let media_time = vec![0; ids.len()];
+        let step = Step {
+            input_ids: ids,
+            media_time: &media_time,
+            media: &[],
+            logit_rows: &[ids.len() - 1],
+        };
+        sequence.advance(&step).unwrap()
+    };
+    let close = |found: &[f32], expected: &[f32], what: &str| {
+        let found = compare(what, found, expected, 1).unwrap();
+        assert!(found.relative_error <= 1e-2 && found.cosine >= 0.9999, "{found:?}");
+    };
+    let new = || model.backend().new_sequence(N + 10).unwrap();
+    let (mut whole, mut sequence) = (new(), new());
+    let expected = advance(&mut *whole, &ids);
+    advance(&mut *sequence, &ids[..200]);
+    let mut fork = sequence.fork();
+    let of_fork = advance(&mut *fork, others);
+    close(&advance(&mut *sequence, &ids[200..]), &expected, "grown");
+    assert!(sequence.kv_bytes() > fork.kv_bytes());
+    sequence.truncate(200);
+    close(&advance(&mut *sequence, others), &of_fork, "cut");
+    let mut straight = new();
+    advance(&mut *straight, &ids[..200]);
+    close(&of_fork, &advance(&mut *straight, others), "fork");
 }
 
 /// What a graph of a flavour may not have: functions, operators of other domains, products in f32.
