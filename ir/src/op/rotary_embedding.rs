@@ -140,8 +140,9 @@ impl Operator for RotaryEmbeddingOfRows {
         expect_fact(inputs, 1, "first row", &Fact::i64([Dim::from(1)]))?;
         let [batch, len, n_heads, dim] = self.apart(&inputs[0])?;
         let x = Fact::f32([batch.clone(), n_heads, len, dim]);
-        let batched =
-            |angles: &Fact| Fact::new(angles.dtype, [&[batch.clone()], &angles.shape[..]].concat());
+        let batched = |angles: &Fact| {
+            Fact::new(angles.dtype, [std::slice::from_ref(&batch), &angles.shape[..]].concat())
+        };
         self.by_head().infer(&[x, batched(&inputs[2]), batched(&inputs[3])])?;
         Ok(vec![inputs[0].clone()])
     }
