@@ -16,6 +16,7 @@
 //!
 //! Bytes and operations are counted by the native plan, also where another engine is timed.
 
+pub mod diff;
 mod few_shot;
 mod inputs;
 mod measure;
@@ -183,6 +184,8 @@ pub struct StageResult {
     pub of_ceiling: Option<f64>,
     /// Cores that other processes kept busy meanwhile.
     pub others: Option<f64>,
+    /// Each sample, in the order in which they were taken.
+    pub samples_ms: Vec<f64>,
 }
 
 /// Quantiles of the samples, in milliseconds.
@@ -469,6 +472,7 @@ fn result(
             | Stage::FewShotBank => None,
         },
         others: samples.others(),
+        samples_ms: samples.ms.clone(),
     }
 }
 

@@ -4,13 +4,14 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
-use clap::Args;
+use clap::{Args, Subcommand};
 use flamingo_runtime::Artifact;
 use flamingo_runtime::profile::Record;
 
 use super::output::{Output, bytes, count_bar};
 use super::profile::{Profiling, write_trace};
 use super::{Opening, Outcome};
+use crate::bench::diff::{Change, Verdict, diff};
 use crate::bench::{BenchOptions, FewShotOptions, Report, StageResult, bench};
 
 /// Time the stages of an artifact and compare them with what the machine can do
@@ -20,6 +21,8 @@ use crate::bench::{BenchOptions, FewShotOptions, Report, StageResult, bench};
   flamingoc bench of-3b.flamingo --images 1,8,32 --baseline reproject
   flamingoc bench demo.flamingo --images 1 --examples examples.jsonl --shots 32
   flamingoc bench of-3b.flamingo --profile --trace trace.json --json
+  flamingoc bench of-3b.flamingo --json > before.json   # and later
+  flamingoc bench diff before.json after.json --fail-over 5%
 
 Stages: load, encode (one picture), resample (the resampler's part of it), prefill,
 decode (one token, pictures encoded before), first_token (pictures and prompt, nothing
@@ -28,7 +31,90 @@ with `--examples` few_shot (a question after them, from files to the first token
 known) and few_shot_bank (the examples in a bank that was used before; the question's
 picture is always new). `% of ceiling` is the share of the measured read bandwidth for
 decode, and of the measured peak arithmetic for encode, resample and prefill.")]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub(super) struct Bench {
+    #[command(subcommand)]
+    verb: Option<Verb>,
+    #[command(flatten)]
+    timing: Option<Timing>,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    Diff(BenchDiff),
+}
+
+/// Compare two runs: was the second slower
+///
+/// The interval of a ratio is a bootstrap of 99 % over blocks of neighbouring samples. It knows how the samples of a run
+/// spread, not what the machine did at another time: take both runs in one quiet hour of one machine. Exit status 1 if a
+/// stage is slower, with `--fail-over` by more than that.
+#[derive(Args)]
+struct BenchDiff {
+    /// What `bench --json` wrote before
+    before: PathBuf,
+    /// What it wrote after
+    after: PathBuf,
+    /// Slowdown that is no failure yet, as `5%` or `0.05`
+    #[arg(long, value_name = "SHARE", value_parser = share)]
+    fail_over: Option<f64>,
+    /// Print as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// A share from `5%` or `0.05`.
+fn share(text: &str) -> Result<f64, String> {
+    let number = |text: &str| text.trim().parse::<f64>().ok();
+    let share = match text.strip_suffix('%') {
+        Some(percent) => number(percent).map(|percent| percent / 100.0),
+        None => number(text),
+    };
+    let share = share.filter(|share| (0.0..=10.0).contains(share));
+    share.ok_or_else(|| "expected a share of 0 or more, such as `5%` or `0.05`".to_owned())
+}
+
+impl BenchDiff {
+    fn run(&self, output: &mut Output) -> Result<Outcome> {
+        let found = diff(&self.before, &self.after)?;
+        for note in &found.notes {
+            output.note(&format!("note: {note}"));
+        }
+        match self.json {
+            true => output.json(&found)?,
+            false => {
+                let header = ["", "images", "tokens", "ms", "then", "ratio", "of 99 %", ""];
+                output.table(&header, &found.changes.iter().map(change_row).collect::<Vec<_>>())?;
+            }
+        }
+        match found.regressions(self.fail_over).next() {
+            None => Ok(Outcome::Ok),
+            Some(_) => Ok(Outcome::CheckFailed),
+        }
+    }
+}
+
+fn change_row(change: &Change) -> Vec<String> {
+    vec![
+        change.stage.clone(),
+        change.images.to_string(),
+        change.context.to_string(),
+        format!("{:.2}", change.before_ms),
+        format!("{:.2}", change.after_ms),
+        format!("{:.3}", change.ratio),
+        format!("{:.3} to {:.3}", change.low, change.high),
+        match change.verdict {
+            Verdict::Same => "same",
+            Verdict::Faster => "faster",
+            Verdict::Slower => "SLOWER",
+        }
+        .to_owned(),
+    ]
+}
+
+/// What is timed, and how.
+#[derive(Args)]
+struct Timing {
     /// The artifact
     artifact: PathBuf,
     /// Numbers of pictures in the text [default: 1, and 32 or as many as fit]
@@ -71,6 +157,16 @@ pub(super) struct Bench {
 
 impl Bench {
     pub(super) fn run(self, output: &mut Output) -> Result<Outcome> {
+        match (self.verb, self.timing) {
+            (Some(Verb::Diff(diff)), _) => diff.run(output),
+            (None, Some(timing)) => timing.run(output),
+            (None, None) => bail!("expected an artifact\n\nhint: see `flamingoc bench --help`"),
+        }
+    }
+}
+
+impl Timing {
+    fn run(self, output: &mut Output) -> Result<Outcome> {
         let options = self.options()?;
         let bar = count_bar();
         let report = bench(&self.artifact, &options, &mut |what, done, all| {

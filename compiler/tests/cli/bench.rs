@@ -317,3 +317,58 @@ fn the_first_token_after_examples_is_timed_with_and_without_a_bank() {
         assert!(ran.stderr.contains(reason), "{}", ran.stderr);
     }
 }
+
+/// A report against itself, against one that is slower on purpose, and against what is none.
+#[test]
+fn diff_tells_a_regression_from_the_same() {
+    let demo = Demo::new();
+    let path = demo.path().display().to_string();
+    let ran = flamingoc![
+        "bench",
+        &path,
+        "--reps",
+        "20",
+        "--budget-s",
+        "1",
+        "--images",
+        "1",
+        "--context",
+        "16",
+        "--prompt-tokens",
+        "12",
+        "--json"
+    ];
+    let report = parse(&ran.ok());
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, report: &Value| {
+        let path = folder.path().join(name).display().to_string();
+        fs::write(&path, report.to_string()).unwrap();
+        path
+    };
+    let before = write("before.json", &report);
+    let mut slower = report.clone();
+    for result in slower["results"].as_array_mut().unwrap() {
+        let factor = if result["stage"] == "decode" { 1.5 } else { 1.0 };
+        for sample in result["samples_ms"].as_array_mut().unwrap() {
+            *sample = json!(sample.as_f64().unwrap() * factor);
+        }
+    }
+    let after = write("after.json", &slower);
+    let same = flamingoc!["bench", "diff", &before, &before, "--fail-over", "5%", "--json"];
+    let same = parse(&same.ok());
+    let changes = at(&same, "/changes").as_array().unwrap();
+    assert!(changes.len() >= 5 && changes.iter().all(|change| change["verdict"] == "same"));
+    let ran = flamingoc!["bench", "diff", &before, &after, "--fail-over", "5%"];
+    assert_eq!(ran.status, Some(1), "{}{}", ran.stdout, ran.stderr);
+    let slow: Vec<&str> = ran.stdout.lines().filter(|line| line.contains("SLOWER")).collect();
+    assert!(
+        matches!(slow[..], [line] if line.trim_start().starts_with("decode")),
+        "{}",
+        ran.stdout
+    );
+    assert_eq!(flamingoc!["bench", "diff", &before, &after, "--fail-over", "60%"].status, Some(0));
+    let none =
+        flamingoc!["bench", "diff", &before, &repository("Cargo.toml").display().to_string()];
+    assert_eq!(none.status, Some(2));
+    assert!(none.stderr.contains("flamingoc bench ARTIFACT --json >"), "{}", none.stderr);
+}
