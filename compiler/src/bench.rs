@@ -20,6 +20,7 @@ pub mod diff;
 mod few_shot;
 mod inputs;
 mod measure;
+pub mod page;
 mod process;
 mod stages;
 
@@ -39,6 +40,9 @@ use measure::{Limits, Samples, measure};
 use stages::{Case, Inputs, cases, encoded, is_resampler, recorded, timed};
 
 pub use stages::Stage;
+
+/// Cores of other processes above which times are called disturbed.
+pub const MUCH_OF_OTHERS: f64 = 0.3;
 
 /// Profiled runs of a stage, of which the fastest is shown.
 const PROFILED_RUNS: usize = 5;

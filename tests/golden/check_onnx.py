@@ -19,12 +19,21 @@ import onnx
 from onnx.defs import OpSchema
 
 ALIGNMENT = 64
-TYPES = {"T": ["tensor(float)", "tensor(float16)"], "B": ["tensor(uint8)"]}
+TYPES = {
+    "T": ["tensor(float)", "tensor(float16)"],
+    "B": ["tensor(uint8)"],
+    "I": ["tensor(int64)"],
+}
 
 
-def declare(name, inputs, attributes, infer, bytes_inputs=(), optional=()):
-    """Registers a `com.microsoft` operator with one output of floats. `bytes_inputs` are inputs of bytes."""
-    kinds = {name: "B" if name in bytes_inputs else "T" for name in inputs}
+def declare(
+    name, inputs, attributes, infer, bytes_inputs=(), optional=(), outputs=("output",), integers=()
+):
+    """Registers a `com.microsoft` operator with outputs of floats, the first of which is always there. `bytes_inputs` are
+    inputs of bytes, `integers` of i64."""
+    kinds = {
+        name: "B" if name in bytes_inputs else "I" if name in integers else "T" for name in inputs
+    }
     options = OpSchema.FormalParameterOption
     parameters = [
         OpSchema.FormalParameter(
@@ -37,7 +46,12 @@ def declare(name, inputs, attributes, infer, bytes_inputs=(), optional=()):
         "com.microsoft",
         1,
         inputs=parameters,
-        outputs=[OpSchema.FormalParameter("output", "T")],
+        outputs=[
+            OpSchema.FormalParameter(
+                output, "T", param_option=options.Single if place == 0 else options.Optional
+            )
+            for place, output in enumerate(outputs)
+        ],
         type_constraints=[(kind, TYPES[kind], "") for kind in sorted({"T", *kinds.values()})],
         attributes=attributes,
     )
@@ -51,6 +65,17 @@ def attribute(name, kind, required=False):
 
 def same_as_input(context):
     context.set_output_type(0, context.get_input_type(0))
+
+
+def infer_skip_norm(context):
+    """x and residual alike, where inference has sizes for both; their sum is the fourth output."""
+    x, residual = dims(context, 0), dims(context, 1)
+    known = [(a.dim_value, b.dim_value) for a, b in zip(x, residual) if a.dim_value and b.dim_value]
+    if len(x) != len(residual) or not known or any(a != b for a, b in known):
+        raise ValueError(f"skip norm: {x} and {residual} differ")
+    context.set_output_type(0, context.get_input_type(1))
+    if context.get_num_outputs() > 3:
+        context.set_output_type(3, context.get_input_type(1))
 
 
 def dims(context, index):
@@ -116,6 +141,21 @@ def declare_contrib_operators():
         ["A", "B"],
         [attribute("alpha", "FLOAT"), attribute("transA", "INT"), attribute("transB", "INT")],
         infer_fused_matmul,
+    )
+    for norm in ["SkipLayerNormalization", "SkipSimplifiedLayerNormalization"]:
+        declare(
+            norm,
+            ["input", "skip", "gamma"],
+            [attribute("epsilon", "FLOAT")],
+            infer_skip_norm,
+            outputs=["output", "mean", "inv_std_var", "input_skip_bias_sum"],
+        )
+    declare(
+        "RotaryEmbedding",
+        ["input", "position_ids", "cos_cache", "sin_cache"],
+        [attribute(name, "INT") for name in ["interleaved", "num_heads", "rotary_embedding_dim"]],
+        same_as_input,
+        integers=["position_ids"],
     )
     bytes_of_a_product = ["A", "B", "a_zero_point", "b_zero_point"]
     declare(

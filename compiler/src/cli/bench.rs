@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use flamingo_runtime::Artifact;
 use flamingo_runtime::profile::Record;
@@ -12,7 +12,8 @@ use super::output::{Output, bytes, count_bar};
 use super::profile::{Profiling, write_trace};
 use super::{Opening, Outcome};
 use crate::bench::diff::{Change, Verdict, diff};
-use crate::bench::{BenchOptions, FewShotOptions, Report, StageResult, bench};
+use crate::bench::page::bench_page;
+use crate::bench::{BenchOptions, FewShotOptions, MUCH_OF_OTHERS, Report, StageResult, bench};
 
 /// Time the stages of an artifact and compare them with what the machine can do
 #[derive(Args)]
@@ -21,6 +22,7 @@ use crate::bench::{BenchOptions, FewShotOptions, Report, StageResult, bench};
   flamingoc bench of-3b.flamingo --images 1,8,32 --baseline reproject
   flamingoc bench demo.flamingo --images 1 --examples examples.jsonl --shots 32
   flamingoc bench of-3b.flamingo --profile --trace trace.json --json
+  flamingoc bench of-3b.flamingo --html of-3b.html
   flamingoc bench of-3b.flamingo --json > before.json   # and later
   flamingoc bench diff before.json after.json --fail-over 5%
 
@@ -150,6 +152,9 @@ struct Timing {
     opening: Opening,
     #[command(flatten)]
     profiling: Profiling,
+    /// Also write the report as a page with plots
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
     /// Print as JSON
     #[arg(long)]
     json: bool,
@@ -177,6 +182,11 @@ impl Timing {
         bar.finish_and_clear();
         warn(&report, output);
         self.show_profiles(&report, output)?;
+        if let Some(path) = &self.html {
+            let name = self.artifact.file_stem().unwrap_or_default().to_string_lossy();
+            std::fs::write(path, bench_page(&name, &report)?)
+                .with_context(|| format!("{}: cannot write the page", path.display()))?;
+        }
         match self.json {
             true => output.json(&report)?,
             false => show(&report, output)?,
@@ -234,9 +244,6 @@ impl Timing {
         }
     }
 }
-
-/// Cores of others from which on figures say little.
-const MUCH_OF_OTHERS: f64 = 0.3;
 
 fn warn(report: &Report, output: &mut Output) {
     for warning in &report.warnings {

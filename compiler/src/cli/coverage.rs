@@ -32,7 +32,7 @@ pub(super) fn show(
         return output.json(&reports);
     }
     output.line(&format!(
-        "{} graphs on {target}: expected of kernel tables, never run on a GPU",
+        "{} graphs on {target}: expected of kernel tables, no GPU was asked",
         flavour.name()
     ))?;
     reports.iter().try_for_each(|report| stage(report, output))

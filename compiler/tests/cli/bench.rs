@@ -372,3 +372,20 @@ fn diff_tells_a_regression_from_the_same() {
     assert_eq!(none.status, Some(2));
     assert!(none.stderr.contains("flamingoc bench ARTIFACT --json >"), "{}", none.stderr);
 }
+
+/// The page stands alone and has the plots that its figures allow.
+#[test]
+fn the_page_has_its_plots() {
+    let demo = Demo::new();
+    let folder = tempfile::tempdir().unwrap();
+    let page = folder.path().join("bench.html");
+    let page = page.display().to_string();
+    let sizes = ["--images", "0,2", "--context", "16", "--prompt-tokens", "12", "--html", &page];
+    demo.bench(&sizes).ok();
+    let text = fs::read_to_string(&page).unwrap();
+    assert_eq!(text.matches("<svg").count(), 3, "pictures, tokens, ceiling");
+    for part in ["</html>", "first_token", "pictures in the prompt", "p99", "peak resident"] {
+        assert!(text.contains(part), "{part}");
+    }
+    assert!(!text.contains("src=") && !text.contains("<script"), "nothing from outside");
+}
