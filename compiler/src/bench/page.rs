@@ -12,6 +12,16 @@ use super::{MUCH_OF_OTHERS, Report, Stage, StageResult};
 const TEMPLATE: &str = include_str!("page.html");
 /// Width of a plot, in pixels.
 const WIDTH: u32 = 960;
+/// Colours of lines and bars, readable on white.
+const COLOURS: [RGBColor; 5] = [
+    RGBColor(31, 119, 180),
+    RGBColor(214, 39, 40),
+    RGBColor(44, 160, 44),
+    RGBColor(148, 103, 189),
+    RGBColor(255, 127, 14),
+];
+/// Letters that are readable when a phone shrinks the plot.
+const FONT: (&str, i32) = ("sans-serif", 18);
 /// Bars of a histogram.
 const BINS: usize = 30;
 
@@ -98,11 +108,11 @@ fn images_plot(results: &[StageResult]) -> Result<Option<String>> {
             .y_label_area_size(64)
             .build_cartesian_2d(
                 -0.5..most as f64 * 1.05 + 0.5,
-                (bottom * 0.8..top * 1.25).log_scale(),
+                (bottom * 0.8..top * 8.0).log_scale(),
             )?;
-        chart.configure_mesh().x_desc("pictures").y_desc("ms").draw()?;
+        chart.configure_mesh().x_desc("pictures").y_desc("ms").label_style(FONT).draw()?;
         for (index, (stage, of_stage)) in by_stage.iter().enumerate() {
-            let colour = Palette99::pick(index).to_rgba();
+            let colour = COLOURS[index % COLOURS.len()];
             let points = of_stage.iter().map(|r| (r.images as f64, r.ms.median));
             chart
                 .draw_series(LineSeries::new(points, colour.stroke_width(2)))?
@@ -115,7 +125,9 @@ fn images_plot(results: &[StageResult]) -> Result<Option<String>> {
                 chart.draw_series([Circle::new((x, result.ms.median), 3, colour.filled())])?;
             }
         }
-        chart.configure_series_labels().background_style(WHITE.mix(0.8)).draw()?;
+        let mut legend = chart.configure_series_labels();
+        legend.position(SeriesLabelPosition::UpperLeft).label_font(FONT);
+        legend.background_style(WHITE.mix(0.8)).draw()?;
         area.present()?;
     }
     Ok(Some(svg))
@@ -148,26 +160,25 @@ fn tokens_plot(results: &[StageResult]) -> Result<Option<String>> {
         let (n, images) = (samples.len(), decode.images);
         let x =
             format!("ms of a token after {} with {images} pictures, {n} samples", decode.context);
-        chart.configure_mesh().x_desc(x).y_desc("samples").draw()?;
+        chart.configure_mesh().x_desc(x).y_desc("samples").label_style(FONT).draw()?;
         let bars = bins.iter().enumerate().map(|(bin, count)| {
             let from = least + width * bin as f64;
-            Rectangle::new(
-                [(from, 0.0), (from + width, f64::from(*count))],
-                Palette99::pick(0).filled(),
-            )
+            Rectangle::new([(from, 0.0), (from + width, f64::from(*count))], COLOURS[0].filled())
         });
         chart.draw_series(bars)?;
         for (index, (name, share)) in
             [("p50", 0.5), ("p90", 0.9), ("p99", 0.99)].into_iter().enumerate()
         {
-            let (colour, at) = (Palette99::pick(index + 1).to_rgba(), quantile(samples, share));
+            let (colour, at) = (COLOURS[(index + 1) % COLOURS.len()], quantile(samples, share));
             let line = PathElement::new([(at, 0.0), (at, top)], colour.stroke_width(2));
             chart
                 .draw_series([line])?
                 .label(format!("{name} {at:.2} ms"))
                 .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], colour));
         }
-        chart.configure_series_labels().background_style(WHITE.mix(0.8)).draw()?;
+        let mut legend = chart.configure_series_labels();
+        legend.position(SeriesLabelPosition::UpperRight).label_font(FONT);
+        legend.background_style(WHITE.mix(0.8)).draw()?;
         area.present()?;
     }
     Ok(Some(svg))
@@ -178,32 +189,32 @@ fn ceiling_plot(results: &[StageResult]) -> Result<Option<String>> {
     let shares: Vec<(String, f64)> = results
         .iter()
         .filter_map(|result| {
-            let name = format!("{}, {} pictures", result.stage.name(), result.images);
+            let plural = if result.images == 1 { "" } else { "s" };
+            let name = format!("{}, {} picture{plural}", result.stage.name(), result.images);
             Some((name, 100.0 * result.of_ceiling?))
         })
         .collect();
     if shares.is_empty() {
         return Ok(None);
     }
-    let most = shares.iter().map(|(_, share)| *share).fold(100.0, f64::max);
+    let most = shares.iter().map(|(_, share)| *share).fold(10.0, f64::max);
     let height = 48 + 32 * u32::try_from(shares.len())?;
     let mut svg = String::new();
     {
         let area = SVGBackend::with_string(&mut svg, (WIDTH, height)).into_drawing_area();
         let mut chart = ChartBuilder::on(&area)
             .margin(8)
-            .x_label_area_size(32)
-            .y_label_area_size(180)
-            .build_cartesian_2d(0.0..most, 0.0..shares.len() as f64)?;
-        let name =
-            |y: &f64| shares.get(*y as usize).map(|(name, _)| name.clone()).unwrap_or_default();
+            .x_label_area_size(36)
+            .build_cartesian_2d(0.0..most * 1.35, 0.0..shares.len() as f64)?;
         let mut mesh = chart.configure_mesh();
-        mesh.disable_y_mesh().x_desc("%").y_labels(shares.len()).y_label_formatter(&name);
-        mesh.draw()?;
-        chart.draw_series(shares.iter().enumerate().map(|(row, (_, share))| {
+        mesh.disable_y_mesh().disable_y_axis().x_desc("%").label_style(FONT).draw()?;
+        for (row, (name, share)) in shares.iter().rev().enumerate() {
             let y = row as f64;
-            Rectangle::new([(0.0, y + 0.15), (*share, y + 0.85)], Palette99::pick(0).filled())
-        }))?;
+            let bar = Rectangle::new([(0.0, y + 0.15), (*share, y + 0.85)], COLOURS[0].filled());
+            chart.draw_series([bar])?;
+            let text = format!("{name}: {share:.0} %");
+            chart.draw_series([Text::new(text, (*share + 1.0, y + 0.75), FONT.into_font())])?;
+        }
         area.present()?;
     }
     Ok(Some(svg))

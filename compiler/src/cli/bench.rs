@@ -1,6 +1,6 @@
 //! `flamingoc bench`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -38,7 +38,7 @@ pub(super) struct Bench {
     #[command(subcommand)]
     verb: Option<Verb>,
     #[command(flatten)]
-    timing: Option<Timing>,
+    timing: Timing,
 }
 
 #[derive(Subcommand)]
@@ -118,7 +118,8 @@ fn change_row(change: &Change) -> Vec<String> {
 #[derive(Args)]
 struct Timing {
     /// The artifact
-    artifact: PathBuf,
+    #[arg(required = true)]
+    artifact: Option<PathBuf>,
     /// Numbers of pictures in the text [default: 1, and 32 or as many as fit]
     #[arg(long, value_name = "N,…", value_delimiter = ',')]
     images: Option<Vec<usize>>,
@@ -162,19 +163,21 @@ struct Timing {
 
 impl Bench {
     pub(super) fn run(self, output: &mut Output) -> Result<Outcome> {
-        match (self.verb, self.timing) {
-            (Some(Verb::Diff(diff)), _) => diff.run(output),
-            (None, Some(timing)) => timing.run(output),
-            (None, None) => bail!("expected an artifact\n\nhint: see `flamingoc bench --help`"),
+        match self.verb {
+            Some(Verb::Diff(diff)) => diff.run(output),
+            None => self.timing.run(output),
         }
     }
 }
 
 impl Timing {
     fn run(self, output: &mut Output) -> Result<Outcome> {
-        let options = self.options()?;
+        let Some(artifact) = &self.artifact else {
+            bail!("expected an artifact\n\nhint: see `flamingoc bench --help`");
+        };
+        let options = self.options(artifact)?;
         let bar = count_bar();
-        let report = bench(&self.artifact, &options, &mut |what, done, all| {
+        let report = bench(artifact, &options, &mut |what, done, all| {
             bar.set_message(what);
             bar.set_length(u64::try_from(all).unwrap_or(0));
             bar.set_position(u64::try_from(done).unwrap_or(0));
@@ -183,7 +186,7 @@ impl Timing {
         warn(&report, output);
         self.show_profiles(&report, output)?;
         if let Some(path) = &self.html {
-            let name = self.artifact.file_stem().unwrap_or_default().to_string_lossy();
+            let name = artifact.file_stem().unwrap_or_default().to_string_lossy();
             std::fs::write(path, bench_page(&name, &report)?)
                 .with_context(|| format!("{}: cannot write the page", path.display()))?;
         }
@@ -194,12 +197,12 @@ impl Timing {
         Ok(Outcome::Ok)
     }
 
-    fn options(&self) -> Result<BenchOptions> {
+    fn options(&self, artifact: &Path) -> Result<BenchOptions> {
         let budget = Duration::try_from_secs_f64(self.budget_s).ok();
         let Some(budget) = budget.filter(|budget| !budget.is_zero()) else {
             bail!("`--budget-s`: expected seconds above 0, found {}", self.budget_s);
         };
-        let limits = Artifact::open(&self.artifact, false)?.manifest.limits;
+        let limits = Artifact::open(artifact, false)?.manifest.limits;
         let mut images = match &self.images {
             Some(images) => images.clone(),
             None => vec![1.min(limits.max_images), 32.min(limits.max_images)],
