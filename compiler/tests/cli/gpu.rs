@@ -164,10 +164,17 @@ fn engines_are_listed_and_removed() {
     let mut other = at(&here, "/here").clone();
     other["tensorrt"] = "9.9.9".into();
     fs::write(engines.join("built_with.json"), other.to_string()).unwrap();
-    assert!(list().contains("TensorRT: built with 9.9.9, here is "), "{}", list());
+    assert_eq!(
+        flamingoc!("engine", "prune", artifact).ok(),
+        "nothing to remove\n",
+        "no TensorRT tells its version here"
+    );
+    other["graphs"] = "0000".into();
+    fs::write(engines.join("built_with.json"), other.to_string()).unwrap();
+    assert!(list().contains("graphs and sizes: built with 0000, here is "), "{}", list());
     let doctor = flamingoc!("doctor", "--engines", artifact).ok();
     assert!(
-        doctor.contains("engines           they would not be used here: TensorRT: "),
+        doctor.contains("engines           they would not be used here: graphs and sizes: "),
         "{doctor}"
     );
     let gone = flamingoc!("engine", "prune", artifact).ok();
