@@ -88,7 +88,8 @@ struct Opening {
     /// Execution provider of `--backend ort`
     #[arg(long, value_name = "NAME", default_value = "cpu", value_parser = ["cpu", "cuda", "tensorrt"])]
     ep: String,
-    /// Make it an error if a node would run on the CPU beside `--ep cuda` or `--ep tensorrt`
+    /// Make it an error, not a warning, if another execution provider than `--ep` would run a node; target shapes, which
+    /// are always computed on the CPU, do not count
     #[arg(long)]
     strict_ep: bool,
     /// Graphs that `--backend ort` runs [default: ort-cpu, cuda or trt-10.3 by execution provider]; those of a GPU run on

@@ -96,7 +96,7 @@ pub struct OpenOptions {
     pub execution_provider: Option<String>,
     /// Flavour of the graphs that `ort` runs; default: the execution provider's own.
     pub flavour: Option<String>,
-    /// Whether it is an error if a node would run on the CPU beside an execution provider of a GPU.
+    /// Whether it is an error, not a warning, if another execution provider than the one asked for would run a node.
     pub strict_provider: bool,
     /// Whether TensorRT may build engines of this artifact anew, which takes minutes; else engines that do not fit are an
     /// error.

@@ -9,8 +9,8 @@ use super::{
 use crate::graph::{Graph, GraphError, ValueId};
 use crate::{Dim, Fact, Tensor};
 
-/// [`SelfAttention`] of q [m, h·d], k and v [m, g·d] with buffers of k and v [n, g·d], positions of the new tokens i64 [m],
-/// below n, and of the buffers' rows i64 [n]: 0, 1, … Outputs: mixed values [m, h·d] and the buffers with the new rows.
+/// [`SelfAttention`] of q [m, h·d], k and v [m, g·d] with buffers of k and v [n, g·d], positions of the new tokens i64 `[m]`,
+/// below n, and of the buffers' rows i64 `[n]`: 0, 1, … Outputs: mixed values [m, h·d] and the buffers with the new rows.
 /// Rows above a token's position are hidden from it, whatever they hold.
 #[derive(Debug, Clone, PartialEq)]
 pub struct InPlaceSelfAttention {

@@ -86,7 +86,7 @@ impl Operator for RotaryEmbedding {
     }
 }
 
-/// The same of rows: x [1, s, h·d], place of the first row in the tables of angles i64 [1], cos and sin [s, n_dims / 2] →
+/// The same of rows: x [1, s, h·d], place of the first row in the tables of angles i64 `[1]`, cos and sin [s, n_dims / 2] →
 /// [1, s, h·d].
 #[derive(Debug, Clone, PartialEq)]
 pub struct RotaryEmbeddingOfRows {

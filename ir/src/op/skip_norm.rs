@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{Fact, Tensor};
 
-/// x [.., d], residual [.., d], scale [d] → norm(x + residual) · scale, x + residual.
+/// x `[.., d]`, residual `[.., d]`, scale `[d]` → norm(x + residual) · scale, x + residual.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SkipNormalization {
     /// Added to the variance or mean square.
