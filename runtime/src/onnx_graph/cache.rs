@@ -124,13 +124,8 @@ impl<E: Engine> Kept<E> {
         (len, n_new, max_context): (usize, usize, usize),
     ) -> Result<(), BackendError> {
         let is_fixed = caches.iter().any(Cache::is_fixed);
-        let (total, fits) = (
-            len + n_new,
-            match is_fixed {
-                true => self.n_rows >= len + n_new,
-                false => self.n_rows == len,
-            },
-        );
+        let total = len + n_new;
+        let fits = if is_fixed { self.n_rows >= total } else { self.n_rows == len };
         if fits && self.tensors.len() == caches.len() {
             return Ok(());
         }
