@@ -1,5 +1,5 @@
 //! Graphs for GPUs, on ONNX Runtime's CPU provider, which computes f16 in f32 and rounds the results: what the files
-//! mean, not how fast a GPU is. No GPU has run them.
+//! mean, not how fast a GPU is. README.md says what ran on one.
 
 use std::collections::BTreeSet;
 use std::fs;
