@@ -96,6 +96,12 @@ fn summands(graph: &Graph, sum: &Node, x: ValueId, half: DType) -> Option<[Value
     }
 }
 
+/// The numbers of a tensor of floats of any width.
+fn floats(tensor: &Tensor) -> Option<Vec<f32>> {
+    let wide = Op::from(Cast { dtype: DType::F32 }).evaluate(std::slice::from_ref(tensor));
+    wide.ok()?.first()?.to_f32_vec()
+}
+
 fn in_steps(
     graph: &mut Graph,
     node: &Node,
@@ -107,8 +113,7 @@ fn in_steps(
         DType::F32 => Ok(id),
         _ => graph.add(&format!("{}/f32", node.name), Cast { dtype: DType::F32 }, &[id]),
     };
-    let is_ones =
-        |tensor: &Tensor| tensor.to_f32_vec().is_some_and(|s| s.iter().all(|s| *s == 1.0));
+    let is_ones = |tensor: &Tensor| floats(tensor).is_some_and(|s| s.iter().all(|s| *s == 1.0));
     let scale = match &graph.value(scale).constant {
         Some(Constant::Literal(tensor)) if is_ones(tensor) => None,
         _ => Some(wide(graph, scale)?),
@@ -120,5 +125,54 @@ fn in_steps(
     match dtype {
         DType::F32 => Ok(y),
         _ => graph.add(&format!("{}/half", node.name), Cast { dtype: half }, &[y]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::op::{Add, Neg, Reshape, RmsNormalization};
+    use crate::{Dim, Fact, evaluate, verify};
+
+    /// A sum that is read twice, a norm of it, a norm of no sum, and a reshape of a reshape back.
+    #[test]
+    fn fewer_nodes_compute_the_same() {
+        let half = DType::F16;
+        let as_half =
+            |tensor: Tensor| Op::from(Cast { dtype: half }).evaluate(&[tensor]).unwrap().remove(0);
+        let mut graph = Graph::new("norms");
+        let [x, y] = ["x", "y"].map(|name| graph.input(name, Fact::new(half, [2usize, 4])));
+        let scale = graph.literal(as_half(Tensor::vector(vec![1.0, 2.0, 0.5, 1.0])));
+        let norm = RmsNormalization { epsilon: 1e-5 };
+        let before = graph.add("before", norm.clone(), &[x, scale]).unwrap();
+        let sum = graph.add("sum", Add, &[before, y]).unwrap();
+        let negated = graph.add("negated", Neg, &[sum]).unwrap();
+        let normed = graph.add("normed", norm, &[sum, scale]).unwrap();
+        let apart = Reshape { shape: [1usize, 2, 4].map(Dim::from).to_vec() };
+        let apart = graph.add("apart", apart, &[normed]).unwrap();
+        let back = Reshape { shape: [2usize, 4].map(Dim::from).to_vec() };
+        let back = graph.add("back", back, &[apart]).unwrap();
+        let end = graph.add("end", Neg, &[back]).unwrap();
+        graph.output("negated", negated);
+        graph.output("end", end);
+        let fewer = verify(fewer_nodes(graph.clone(), half).unwrap()).unwrap();
+        let names: Vec<&str> = fewer.nodes().iter().map(|node| node.op.name()).collect();
+        assert_eq!(names.iter().filter(|name| **name == "SkipNormalization").count(), 1);
+        for gone in ["RmsNormalization", "Reshape", "LayerNormalization"] {
+            assert!(!names.contains(&gone), "{names:?}");
+        }
+        let row = |seed: usize| {
+            let values = (0..8).map(|i| ((i * 7 + seed) as f32).sin()).collect();
+            as_half(Tensor::f32(&[2, 4], values).unwrap())
+        };
+        let inputs = [row(1), row(2)];
+        let (expected, found) =
+            (evaluate(&graph, &inputs).unwrap(), evaluate(&fewer, &inputs).unwrap());
+        for (expected, found) in expected.iter().zip(&found) {
+            let (expected, found) = (floats(expected).unwrap(), floats(found).unwrap());
+            for (expected, found) in expected.iter().zip(found) {
+                assert!((expected - found).abs() <= 2e-3, "{expected} {found}");
+            }
+        }
     }
 }
