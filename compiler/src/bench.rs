@@ -36,7 +36,7 @@ use serde::Serialize;
 
 use crate::profile::main_arithmetic;
 use few_shot::FewShot;
-use measure::{Limits, Samples, measure};
+use measure::{Limits, Samples, measure, quantile};
 use stages::{Case, Inputs, cases, encoded, is_resampler, recorded, timed};
 
 pub use stages::Stage;
@@ -438,7 +438,7 @@ fn result(
     samples: &Samples,
     counts: Option<Counts>,
 ) -> StageResult {
-    let [p10, median, p90] = [1, 5, 9].map(|tenths| samples.quantile(tenths));
+    let [p10, median, p90] = [10, 50, 90].map(|percent| quantile(&samples.ms, percent));
     let per_s = |amount: f64| amount / median.max(1e-9) * 1e3;
     let gb_per_s = counts.map(|counts| per_s(counts.weight_bytes as f64 / 1e9));
     let gop = counts.map(|counts| counts.operations as f64 / 1e9);

@@ -11,6 +11,8 @@ use crate::emit::LayerStorage;
 use crate::gate::{OUTLIERS, TaskScore};
 
 const TEMPLATE: &str = include_str!("page/report.html");
+/// What all pages look like.
+pub(crate) const STYLE: &str = include_str!("page/style.css");
 /// Width of a plot, in pixels.
 const WIDTH: u32 = 960;
 
@@ -46,6 +48,7 @@ pub fn report_page(title: &str, manifest: &Manifest, report: &Report) -> Result<
     let mut environment = Environment::new();
     environment.add_template("report.html", TEMPLATE).context("the page's template")?;
     let page = environment.get_template("report.html")?.render(context! {
+        style => STYLE,
         title => format!("{title}: {}", precision.join(", ")),
         bytes_f32 => bytes(quantisation.bytes_f32),
         bytes => bytes(quantisation.bytes),

@@ -482,7 +482,8 @@ impl<E: Engine + 'static> Sequence for OnnxSequence<E> {
         let shared = Arc::clone(&self.shared);
         let signature = &shared.signature;
         signature.check_media(step.media)?;
-        let values = Values::new(step, self.len, self.max_context)?;
+        let is_fixed = self.truncates_in_place();
+        let values = Values::new(step, self.len, self.max_context, is_fixed)?;
         signature.check_tables(&values)?;
         let media = self.kept_media(&values.media)?;
         let DecoderInputs { roles, caches, row_positions } = &signature.decoder_inputs;
@@ -618,6 +619,7 @@ impl MediaBlock {
 struct Values<'a> {
     input_ids: Vec<i64>,
     positions: Vec<i64>,
+    /// None where rows of buffers have positions of their own.
     key_positions: Vec<i64>,
     media_time: Vec<i64>,
     media_index: Vec<i64>,
@@ -626,7 +628,12 @@ struct Values<'a> {
 }
 
 impl<'a> Values<'a> {
-    fn new(step: &Step<'a>, len: usize, max_context: usize) -> Result<Values<'a>, BackendError> {
+    fn new(
+        step: &Step<'a>,
+        len: usize,
+        max_context: usize,
+        is_fixed: bool,
+    ) -> Result<Values<'a>, BackendError> {
         let total = len + step.input_ids.len();
         let too_long = || full(step, len, max_context);
         let mut used: Vec<u32> = step.media_time.iter().copied().filter(|time| *time > 0).collect();
@@ -641,7 +648,7 @@ impl<'a> Values<'a> {
         Ok(Values {
             input_ids: step.input_ids.iter().map(|id| i64::from(*id)).collect(),
             positions: indices(len..total).ok_or_else(too_long)?,
-            key_positions: indices(0..total).ok_or_else(too_long)?,
+            key_positions: indices(0..if is_fixed { 0 } else { total }).ok_or_else(too_long)?,
             media_time: indices(step.media_time.iter().map(renumbered)).ok_or_else(too_long)?,
             media_index: indices(1..used.len().max(1) + 1).ok_or_else(too_long)?,
             logit_rows: indices(rows.iter().copied()).ok_or_else(too_long)?,

@@ -12,6 +12,8 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
+use super::measure::quantile;
+
 /// Resamples of each comparison.
 const RESAMPLES: usize = 2000;
 /// Share of the resamples that the interval leaves out on each side: 99 %, for a report has ten stages.
@@ -165,10 +167,10 @@ fn notes(before: &Ceilings, after: &Ceilings) -> Vec<String> {
 }
 
 fn change(before: &Stage, after: &Stage, random: &mut ChaCha8Rng) -> Change {
-    let [b, a] = [before, after].map(|stage| median(&mut stage.samples_ms.clone()));
+    let [b, a] = [before, after].map(|stage| quantile(&stage.samples_ms, 50));
     let mut ratios: Vec<f64> = (0..RESAMPLES)
         .map(|_| {
-            let [b, a] = [before, after].map(|s| median(&mut resampled(&s.samples_ms, random)));
+            let [b, a] = [before, after].map(|s| quantile(&resampled(&s.samples_ms, random), 50));
             a / b
         })
         .collect();
@@ -196,11 +198,6 @@ fn resampled(samples: &[f64], random: &mut ChaCha8Rng) -> Vec<f64> {
     }
     drawn.truncate(n);
     drawn
-}
-
-fn median(samples: &mut [f64]) -> f64 {
-    samples.sort_by(f64::total_cmp);
-    samples[(samples.len() - 1) / 2]
 }
 
 #[cfg(test)]

@@ -7,7 +7,9 @@ use minijinja::{Environment, context};
 use plotters::prelude::*;
 use serde_json::{Value, json};
 
+use super::measure::quantile;
 use super::{MUCH_OF_OTHERS, Report, Stage, StageResult};
+use crate::page::STYLE;
 
 const TEMPLATE: &str = include_str!("page.html");
 /// Width of a plot, in pixels.
@@ -39,6 +41,7 @@ pub fn bench_page(title: &str, report: &Report) -> Result<Vec<u8>> {
     let mut environment = Environment::new();
     environment.add_template("page.html", TEMPLATE).context("the page's template")?;
     let page = environment.get_template("page.html")?.render(context! {
+        style => STYLE,
         title => title,
         machine => machine,
         backend => report.backend,
@@ -67,7 +70,7 @@ fn row(result: &StageResult) -> Value {
     json!({
         "stage": result.stage.name(), "precision": result.precision, "images": result.images,
         "context": result.context, "median": ms(result.ms.median), "p10": ms(result.ms.p10),
-        "p90": ms(result.ms.p90), "p99": ms(quantile(&result.samples_ms, 0.99)), "n": result.ms.n,
+        "p90": ms(result.ms.p90), "p99": ms(quantile(&result.samples_ms, 99)), "n": result.ms.n,
         "tokens_per_s": number(result.tokens_per_s, 1),
         "gb_per_s": number(result.weight_gb_per_s, 1),
         "gop_per_s": number(result.gop_per_s, 0),
@@ -75,14 +78,6 @@ fn row(result: &StageResult) -> Value {
         "others": number(result.others, 2),
         "is_disturbed": result.others.is_some_and(|cores| cores > MUCH_OF_OTHERS),
     })
-}
-
-/// The sample that a share of all are no larger than; for p99 of few samples the largest.
-fn quantile(samples: &[f64], share: f64) -> f64 {
-    let mut sorted = samples.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let place = (sorted.len().saturating_sub(1) as f64 * share).ceil() as usize;
-    sorted.get(place).copied().unwrap_or(f64::NAN)
 }
 
 /// Medians of the stages that were timed with several numbers of pictures, with bars from p10 to p90.
@@ -166,10 +161,10 @@ fn tokens_plot(results: &[StageResult]) -> Result<Option<String>> {
             Rectangle::new([(from, 0.0), (from + width, f64::from(*count))], COLOURS[0].filled())
         });
         chart.draw_series(bars)?;
-        for (index, (name, share)) in
-            [("p50", 0.5), ("p90", 0.9), ("p99", 0.99)].into_iter().enumerate()
+        for (index, (name, percent)) in
+            [("p50", 50), ("p90", 90), ("p99", 99)].into_iter().enumerate()
         {
-            let (colour, at) = (COLOURS[(index + 1) % COLOURS.len()], quantile(samples, share));
+            let (colour, at) = (COLOURS[(index + 1) % COLOURS.len()], quantile(samples, percent));
             let line = PathElement::new([(at, 0.0), (at, top)], colour.stroke_width(2));
             chart
                 .draw_series([line])?

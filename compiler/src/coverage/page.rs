@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::memory::Memory;
 use super::placement::{Device, ValueCopy};
 use super::{COLUMNS, Coverage, Role, TableSource};
+use crate::page::STYLE;
 
 const TEMPLATE: &str = include_str!("page.html");
 /// Width of the plot, in pixels.
@@ -34,6 +35,7 @@ pub fn coverage_page(title: &str, stages: &[StageCoverage<'_>]) -> Result<Vec<u8
     environment.add_template("page.html", TEMPLATE).context("the page's template")?;
     let shown = stages.iter().map(stage_json).collect::<Result<Vec<Value>>>()?;
     let page = environment.get_template("page.html")?.render(context! {
+        style => STYLE,
         title => title,
         columns => COLUMNS,
         stages => shown,

@@ -56,7 +56,7 @@ fn heads(fact: &Fact, n_heads: usize, by_head: bool) -> Option<Vec<Dim>> {
 const SWAP: [usize; 4] = [0, 2, 1, 3];
 
 /// [b, s, h·d] → [b, h, s, d].
-fn split(rows: &Tensor, n_heads: usize) -> Result<Tensor, OpError> {
+pub(super) fn split(rows: &Tensor, n_heads: usize) -> Result<Tensor, OpError> {
     let shape = heads(&rows.fact(), n_heads, false)
         .ok_or_else(|| OpError::Evaluation("rows of heads".into()))?;
     let apart = Reshape { shape }.evaluate(std::slice::from_ref(rows))?;
@@ -70,7 +70,11 @@ fn mix(scale: f32, operands: &[Tensor], shape: &[Dim]) -> Result<Tensor, OpError
     Ok(Reshape { shape: shape.to_vec() }.evaluate(&rows)?.remove(0))
 }
 
-fn expect_heads(inputs: &[Fact], index: usize, n_heads: usize) -> Result<Vec<Dim>, OpError> {
+pub(super) fn expect_heads(
+    inputs: &[Fact],
+    index: usize,
+    n_heads: usize,
+) -> Result<Vec<Dim>, OpError> {
     let role = ["q", "k", "v"][index.min(2)];
     expect_rank(inputs, index, role, 3)?;
     heads(&inputs[index], n_heads, true).ok_or_else(|| {

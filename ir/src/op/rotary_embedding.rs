@@ -4,6 +4,7 @@
 use ndarray::{Axis, IxDyn, Slice, Zip};
 
 use super::contrib::contrib;
+use super::contrib_attention::{expect_heads, split};
 use super::{
     Attribute, Attributes, OnnxForm, OpError, Operator, Reshape, Transpose, expect_fact,
     expect_inputs, expect_rank, input_error,
@@ -106,15 +107,6 @@ impl RotaryEmbeddingOfRows {
     fn by_head(&self) -> RotaryEmbedding {
         RotaryEmbedding { n_dims: self.n_dims }
     }
-
-    /// Shape of x with an axis of heads before the last.
-    fn apart(&self, x: &Fact) -> Result<[Dim; 4], OpError> {
-        let width = x.shape[2].known().filter(|width| width.is_multiple_of(self.n_heads));
-        let expected = || format!("a last axis that is a multiple of {}", self.n_heads);
-        let width = width.ok_or_else(|| input_error(0, "x", &expected(), x))?;
-        let (n_heads, dim) = (Dim::from(self.n_heads), Dim::from(width / self.n_heads));
-        Ok([x.shape[0].clone(), x.shape[1].clone(), n_heads, dim])
-    }
 }
 
 impl Operator for RotaryEmbeddingOfRows {
@@ -136,10 +128,9 @@ impl Operator for RotaryEmbeddingOfRows {
 
     fn infer(&self, inputs: &[Fact]) -> Result<Vec<Fact>, OpError> {
         expect_inputs(inputs, 4)?;
-        expect_rank(inputs, 0, "x", 3)?;
+        let x = Fact::f32(expect_heads(inputs, 0, self.n_heads)?);
+        let batch = x.shape[0].clone();
         expect_fact(inputs, 1, "first row", &Fact::i64([Dim::from(1)]))?;
-        let [batch, len, n_heads, dim] = self.apart(&inputs[0])?;
-        let x = Fact::f32([batch.clone(), n_heads, len, dim]);
         let batched = |angles: &Fact| {
             Fact::new(angles.dtype, [std::slice::from_ref(&batch), &angles.shape[..]].concat())
         };
@@ -153,13 +144,12 @@ impl Operator for RotaryEmbeddingOfRows {
         if !matches!(&inputs[1], Tensor::I64(first) if first.iter().all(|row| *row == 0)) {
             return Err(OpError::Evaluation("angles from row 0 on".into()));
         }
-        let swap = Transpose { permutation: vec![0, 2, 1, 3] };
-        let apart = Reshape { shape: self.apart(&facts[0])?.to_vec() }.evaluate(&inputs[..1])?;
-        let mut operands = swap.evaluate(&apart)?;
+        let mut operands = vec![split(&inputs[0], self.n_heads)?];
         for angles in &inputs[2..] {
             let shape = [&[Dim::from(1)], &angles.fact().shape[..]].concat();
             operands.extend(Reshape { shape }.evaluate(std::slice::from_ref(angles))?);
         }
+        let swap = Transpose { permutation: vec![0, 2, 1, 3] };
         let rows = swap.evaluate(&self.by_head().evaluate(&operands)?)?;
         Reshape { shape: facts[0].shape.clone() }.evaluate(&rows)
     }
