@@ -78,9 +78,9 @@ enum Outcome {
     CheckFailed,
 }
 
-/// Options of every verb that opens an artifact.
+/// How graphs are run.
 #[derive(Args, Clone)]
-struct Opening {
+struct EngineOptions {
     /// Engine that runs the graphs
     #[arg(long, value_name = "NAME", default_value = "native",
           value_parser = ["native", "ort", "tract"])]
@@ -103,9 +103,6 @@ struct Opening {
     /// node, the execution provider that ran it, its time
     #[arg(long, value_name = "PREFIX")]
     ort_trace: Option<PathBuf>,
-    /// Threads [default: one for each physical core]
-    #[arg(long, value_name = "N")]
-    threads: Option<NonZeroUsize>,
     /// How the native engine keeps keys and values, of text and of pictures [default: f32 for an
     /// artifact in f32, f16 for others]
     #[arg(long, value_name = "FORMAT", value_parser = ["f32", "f16", "int8"])]
@@ -115,14 +112,35 @@ struct Opening {
     verify: bool,
 }
 
+/// Options of every verb that opens an artifact.
+#[derive(Args, Clone)]
+struct Opening {
+    #[command(flatten)]
+    engine: EngineOptions,
+    /// Threads [default: one for each physical core]
+    #[arg(long, value_name = "N")]
+    threads: Option<NonZeroUsize>,
+}
+
 impl Opening {
     /// The flavour of the graphs that are run, if `--backend ort` runs them.
     fn flavour(&self) -> Option<Flavour> {
-        let is_run = self.backend == "ort";
-        is_run.then(|| Flavour::from_name(self.options().ort_flavour())).flatten()
+        self.engine.flavour()
     }
 
     fn options(&self) -> OpenOptions {
+        self.engine.options(self.threads)
+    }
+}
+
+impl EngineOptions {
+    /// The flavour of the graphs that are run, if `--backend ort` runs them.
+    fn flavour(&self) -> Option<Flavour> {
+        let is_run = self.backend == "ort";
+        is_run.then(|| Flavour::from_name(self.options(None).ort_flavour())).flatten()
+    }
+
+    fn options(&self, n_threads: Option<NonZeroUsize>) -> OpenOptions {
         OpenOptions {
             backend: Some(self.backend.clone()),
             execution_provider: Some(self.ep.clone()),
@@ -130,7 +148,7 @@ impl Opening {
             strict_provider: self.strict_ep,
             ort_library: self.ort_lib.clone(),
             ort_trace: self.ort_trace.clone(),
-            n_threads: self.threads,
+            n_threads,
             kv_format: self.kv.as_deref().and_then(KvFormat::from_name),
             verify: self.verify,
             ..OpenOptions::default()

@@ -154,8 +154,11 @@ pub fn judge(
     let mut n_predicted = 0;
     for (index, example) in examples.iter().enumerate() {
         on_example(index);
+        // One model at a time is in memory.
         let (expected_tokens, expected) = example.run(original)?;
+        original.backend().release_weights();
         let (found_tokens, found) = example.run(rounded)?;
+        rounded.backend().release_weights();
         ensure!(
             found.len() == expected.len() && found_tokens.len() == expected_tokens.len(),
             "the rounded model gives outputs of other sizes than the original"

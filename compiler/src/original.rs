@@ -78,6 +78,7 @@ impl Original {
             Some(n) => Some(ask(&model, n, progress)?),
             None => None,
         };
+        model.backend().release_weights();
         Ok(Original { model, calibration, held_out, tasks, _folder: folder })
     }
 

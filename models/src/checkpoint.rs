@@ -158,6 +158,11 @@ impl Checkpoint {
         })
     }
 
+    /// Gives back the memory that tensors took when they were read; those that are read again come from the files.
+    pub fn release(&self) {
+        self.maps.iter().for_each(|(_, map)| map.release());
+    }
+
     /// All files read, for provenance: the index where there is one, then the weight files.
     pub fn files(&self) -> &[PathBuf] {
         &self.files

@@ -37,7 +37,27 @@ impl MappedFile {
     pub fn bytes(&self) -> &[u8] {
         self.map.as_deref().unwrap_or_default()
     }
+
+    /// Gives back the memory of the pages that were read. The content stays what it is: pages that are read again come
+    /// from the file. Does nothing where the system cannot.
+    pub fn release(&self) {
+        if let Some(map) = &self.map {
+            release_pages(map);
+        }
+    }
 }
+
+#[cfg(unix)]
+#[expect(unsafe_code, reason = "the system is told to forget pages that references may point to")]
+fn release_pages(map: &Mmap) {
+    // SAFETY: the map is read-only, private and of a file that does not change (as `MappedFile` asks), so that a
+    // forgotten page is read again with the same content.
+    // Refused: then the memory stays in use, and nothing else changes.
+    let _ = unsafe { map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+}
+
+#[cfg(not(unix))]
+fn release_pages(_map: &Mmap) {}
 
 #[expect(unsafe_code, reason = "the operating system cannot promise that a mapped file stays")]
 fn map_file(file: &File) -> io::Result<Mmap> {
@@ -56,7 +76,10 @@ mod tests {
         let path = folder.path().join("file");
         for content in [&b""[..], b"flamingo"] {
             std::fs::write(&path, content).unwrap();
-            assert_eq!(MappedFile::open(&path).unwrap().bytes(), content);
+            let map = MappedFile::open(&path).unwrap();
+            assert_eq!(map.bytes(), content);
+            map.release();
+            assert_eq!(map.bytes(), content, "read again");
         }
     }
 

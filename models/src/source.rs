@@ -82,6 +82,9 @@ fn list_problems(problems: &[WeightProblem]) -> String {
     )
 }
 
+/// Bytes of a tensor after which the memory of what was read is given back.
+const LARGE_TENSOR: usize = 1 << 20;
+
 /// The checkpoints of a model by part: `checkpoint`, `language_model`, `vision_encoder`.
 pub struct Parts {
     parts: Vec<(&'static str, Checkpoint)>,
@@ -127,7 +130,12 @@ impl Weights for Parts {
         let (checkpoint, key) = found.ok_or_else(|| format!("weight `{name}` has no part"))?;
         let info = checkpoint.get(key).ok_or_else(|| format!("no weight `{name}`"))?;
         let bytes = checkpoint.bytes(key).map_err(|error| error.to_string())?;
-        Tensor::from_le_bytes(info.dtype, &info.shape, &bytes).map_err(|e| format!("`{name}`: {e}"))
+        let tensor = Tensor::from_le_bytes(info.dtype, &info.shape, &bytes);
+        if bytes.len() >= LARGE_TENSOR {
+            // It was copied: one tensor at a time is in memory, not all that were ever read.
+            checkpoint.release();
+        }
+        tensor.map_err(|e| format!("`{name}`: {e}"))
     }
 }
 

@@ -306,4 +306,10 @@ impl WeightBytes for MappedWeights {
         let end = start.checked_add(usize::try_from(place.length).ok()?)?;
         Some((place.dtype, self.file.as_ref()?.bytes().get(start..end)?))
     }
+
+    fn release(&self) {
+        if let Some(file) = &self.file {
+            file.release();
+        }
+    }
 }

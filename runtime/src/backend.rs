@@ -232,6 +232,10 @@ pub trait Backend: Send + Sync {
     /// If the memory for its keys and values cannot be had.
     fn new_sequence(&self, max_context: usize) -> Result<Box<dyn Sequence>, BackendError>;
 
+    /// Gives back the memory of weights that can be read again, at the cost of reading them: for programs that open
+    /// several large models and run one after the other.
+    fn release_weights(&self) {}
+
     /// Memory of weights and buffers; `None` if the engine does not say.
     fn memory(&self) -> Option<BackendMemory> {
         None
@@ -339,6 +343,9 @@ pub struct BackendMemory {
 pub trait WeightBytes: Send + Sync {
     /// Element type and little-endian bytes, row-major, of the tensor `name`, if there is one.
     fn bytes(&self, name: &str) -> Option<(DType, &[u8])>;
+
+    /// Gives back the memory of weights that can be read again.
+    fn release(&self) {}
 
     /// The f32 tensor `name`, row-major; `None` if there is none of that name and type.
     fn f32(&self, name: &str) -> Option<&[f32]> {

@@ -187,6 +187,10 @@ impl Backend for NativeBackend {
     }
 
     /// Buffers of calls that run at this moment are not counted.
+    fn release_weights(&self) {
+        self.shared.decoder.release_weights();
+    }
+
     fn memory(&self) -> Option<BackendMemory> {
         let bytes = |free: &Mutex<Vec<Buffers>>| -> usize {
             let free = free.lock().unwrap_or_else(PoisonError::into_inner);

@@ -8,8 +8,9 @@ use std::process::Command;
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 
-use crate::card;
+use crate::card::CARD;
 use crate::process::{cargo, run, say};
+use crate::tables;
 
 /// Steps of stage 3 in each run; fewer than the model's own, so that all of them take an hour on two cores.
 const STEPS: i64 = 600;
@@ -69,7 +70,7 @@ pub(crate) fn write(root: &Path) -> Result<()> {
         run(train.args(["--measured", MEASURED]))?;
         columns.push(last_line(&folder.join("run/metrics.jsonl"))?);
     }
-    card::insert(root, "ablations", &table(&columns)?)
+    tables::insert(root, CARD, "ablations", &table(&columns)?)
 }
 
 fn last_line(metrics: &Path) -> Result<Value> {

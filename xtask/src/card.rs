@@ -5,13 +5,14 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result};
 use serde_json::Value;
 
-use crate::process::{cargo, say};
+use crate::process::{cargo, output as run, say};
+use crate::tables::insert;
 
-/// The card, with a line `<!-- NAME -->` before and `<!-- end -->` after each table.
-const CARD: &str = "models/demo/README.md";
+/// The card.
+pub(crate) const CARD: &str = "models/demo/README.md";
 const PRECISIONS: [&str; 5] = ["f32", "f16", "bf16", "int8", "int4"];
 /// Prompts of each task.
 const N: &str = "500";
@@ -45,8 +46,8 @@ pub(crate) fn write(root: &Path) -> Result<()> {
             unseen = eval(&["--split", "unseen", "--tasks", "caption,attribute,pair,which_4"])?;
         }
     }
-    insert(root, "accuracy", &accuracy(&scores[0], &blind, &unseen))?;
-    insert(root, "precisions", &precisions(&scores, &sizes))
+    insert(root, CARD, "accuracy", &accuracy(&scores[0], &blind, &unseen))?;
+    insert(root, CARD, "precisions", &precisions(&scores, &sizes))
 }
 
 /// One row of `flamingoc eval --json`.
@@ -113,34 +114,8 @@ fn precisions(scores: &[Vec<Row>], sizes: &[u64]) -> String {
     table
 }
 
-/// Puts a table between its two marks in the card.
-pub(crate) fn insert(root: &Path, name: &str, table: &str) -> Result<()> {
-    let path = root.join(CARD);
-    let mut card = fs::read_to_string(&path).with_context(|| format!("cannot read {CARD}"))?;
-    let (begin, end) = (format!("<!-- {name} -->\n"), "<!-- end -->");
-    let from = card.find(&begin).with_context(|| format!("no `{}` in {CARD}", begin.trim()))?
-        + begin.len();
-    let to =
-        from + card[from..].find(end).with_context(|| format!("no `{end}` after it in {CARD}"))?;
-    card.replace_range(from..to, &format!("\n{table}\n"));
-    fs::write(&path, card).with_context(|| format!("cannot write {CARD}"))
-}
-
 /// Bytes of the weights.
 fn weights_bytes(artifact: &Path) -> Result<u64> {
     let path = artifact.join("graphs/weights.safetensors");
     Ok(fs::metadata(&path).with_context(|| format!("no `{}`", path.display()))?.len())
-}
-
-/// Runs a program and gives what it printed.
-fn run(root: &Path, command: &mut Command) -> Result<String> {
-    let name = command.get_program().to_string_lossy().into_owned();
-    let output =
-        command.current_dir(root).output().with_context(|| format!("cannot run `{name}`"))?;
-    let errors = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "{command:?}: {}\n{errors}", output.status);
-    match String::from_utf8(output.stdout) {
-        Ok(text) => Ok(text),
-        Err(_) => bail!("`{name}` printed no UTF-8"),
-    }
 }

@@ -6,6 +6,7 @@ use std::process::Command;
 use anyhow::Result;
 
 use crate::aarch64::{self, Toolchain};
+use crate::pages::{self, Chromium};
 use crate::process;
 use crate::sanitizers::{self, Build};
 use crate::setup::TestDeps;
@@ -57,6 +58,7 @@ pub(crate) fn run_all(root: &Path, deps: &TestDeps) -> Result<()> {
         process::run(&mut command)?;
     }
     if_installed(Toolchain::find(), |toolchain| aarch64::test(root, &toolchain))?;
+    if_installed(Chromium::find(), |chromium| pages::test(root, &chromium))?;
     if_installed(sanitizers::find_valgrind(), |()| {
         sanitizers::test_valgrind(root, Build::Workspace)
     })?;

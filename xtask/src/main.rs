@@ -2,15 +2,19 @@
 //!
 //! [`setup`] installs what the tests need under `target/test-deps`; [`checks`] runs the checks in
 //! order and stops at the first failure; [`aarch64`] and [`sanitizers`] run the kernels' tests on another processor
-//! and under other eyes; [`card`] measures the demo model, [`ablations`] others like it; [`process`] runs one command and says what it runs.
+//! and under other eyes, [`pages`] opens pages in a browser; [`card`] measures the demo model, [`ablations`] others like it,
+//! [`benchmarks`] speed, into [`tables`]; [`process`] runs one command and says what it runs.
 
 mod aarch64;
 mod ablations;
+mod benchmarks;
 mod card;
 mod checks;
+mod pages;
 mod process;
 mod sanitizers;
 mod setup;
+mod tables;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -36,6 +40,11 @@ Usage: cargo xtask <TASK>
                    a nightly compiler
   model-card       measure the demo model in every precision and write the tables of
                    models/demo/README.md
+  benchmarks       time `of-mini` and `of-3b`, or those that are named, and write the tables
+                   of BENCHMARKS.md; an hour, 40 GB of disk and a quiet machine
+  setup-chromium   install Chromium from Debian's packages, as root
+  test-pages       open every page that flamingoc writes in headless Chromium: no error in
+                   its console, nothing from a network, no wider than a phone
   ablations        train the demo's stage 3 with one part changed at a time, an hour on
                    two cores, and write the table of models/demo/README.md
 
@@ -64,6 +73,9 @@ fn run(args: &[String]) -> Result<()> {
         ["test-aarch64"] => aarch64::test(&root, &aarch64::Toolchain::find()?),
         ["ablations"] => ablations::write(&root),
         ["model-card"] => card::write(&root),
+        ["benchmarks", ref models @ ..] => benchmarks::write(&root, models),
+        ["setup-chromium"] => pages::setup(),
+        ["test-pages"] => pages::test(&root, &pages::Chromium::find()?),
         ["test-sanitizers"] => test_sanitizers(&root),
         ["setup"] => setup::install(&root).map(|deps| deps.announce()),
         [] | ["help" | "--help" | "-h"] => {

@@ -1,10 +1,11 @@
 //! Runs one command, prints it first, and turns a failing exit status into an error.
 
 use std::ffi::OsString;
+use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 
 /// Prints a line of progress to stderr.
 #[expect(clippy::print_stderr, reason = "progress of a command-line tool goes to stderr")]
@@ -34,6 +35,19 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
     }
     say(&format!("  ok, {:.0} s", started.elapsed().as_secs_f64()));
     Ok(())
+}
+
+/// Runs a program in the repository and gives what it printed; on failure also what it said of it.
+pub(crate) fn output(root: &Path, command: &mut Command) -> Result<String> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let output =
+        command.current_dir(root).output().with_context(|| format!("cannot run `{name}`"))?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{command:?}: {}\n{errors}", output.status);
+    match String::from_utf8(output.stdout) {
+        Ok(text) => Ok(text),
+        Err(_) => bail!("`{name}` printed no UTF-8"),
+    }
 }
 
 /// The command as one would type it, with the variables that were set for it.

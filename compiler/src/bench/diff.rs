@@ -12,7 +12,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use super::measure::quantile;
+use super::spread::quantile;
 
 /// Resamples of each comparison.
 const RESAMPLES: usize = 2000;
@@ -63,7 +63,27 @@ struct Stage {
     images: usize,
     context: usize,
     precision: String,
+    #[serde(default)]
+    artifact: String,
+    #[serde(default)]
+    backend: String,
+    #[serde(default)]
+    threads: usize,
+    #[serde(default = "one")]
+    batch: usize,
     samples_ms: Vec<f64>,
+}
+
+/// A decode step of reports that do not tell has one sequence.
+fn one() -> usize {
+    1
+}
+
+impl Run {
+    /// Whether stages are told apart by their artifact: one artifact may have another name in another run.
+    fn has_artifacts(&self) -> bool {
+        self.results.windows(2).any(|pair| pair[0].artifact != pair[1].artifact)
+    }
 }
 
 /// What is said of a stage.
@@ -87,6 +107,10 @@ pub struct Change {
     pub images: usize,
     /// Tokens.
     pub context: usize,
+    /// Sequences of a step.
+    pub batch: usize,
+    /// Artifact, engine and threads, where the report has several.
+    pub variant: Option<String>,
     /// Median milliseconds of the first run.
     pub before_ms: f64,
     /// Of the second.
@@ -124,11 +148,18 @@ impl Diff {
 /// Files that are no reports, or have no stage in common.
 pub fn diff(before: &Path, after: &Path) -> Result<Diff, DiffError> {
     let (before, after) = (read(before)?, read(after)?);
-    let key = |s: &Stage| (s.stage.clone(), s.images, s.context, s.precision.clone());
+    let by_artifact = before.has_artifacts() || after.has_artifacts();
+    let artifact = |s: &Stage| if by_artifact { s.artifact.clone() } else { String::new() };
+    let sizes = |s: &Stage| (s.images, s.context, s.batch);
+    let engine = |s: &Stage| (s.precision.clone(), s.backend.clone(), s.threads);
+    let key = |s: &Stage| (s.stage.clone(), sizes(s), engine(s), artifact(s));
     let by_key: BTreeMap<_, &Stage> = after.results.iter().map(|s| (key(s), s)).collect();
     let mut random = ChaCha8Rng::seed_from_u64(0);
     let pairs = before.results.iter().filter_map(|b| Some((b, *by_key.get(&key(b))?)));
-    let changes: Vec<Change> = pairs.map(|(b, a)| change(b, a, &mut random)).collect();
+    let mut changes: Vec<Change> = pairs.map(|(b, a)| change(b, a, &mut random)).collect();
+    if changes.iter().all(|change| change.variant == changes[0].variant) {
+        changes.iter_mut().for_each(|change| change.variant = None);
+    }
     if changes.is_empty() {
         return Err(DiffError::NothingInCommon);
     }
@@ -183,8 +214,20 @@ fn change(before: &Stage, after: &Stage, random: &mut ChaCha8Rng) -> Change {
         () if high < 1.0 => Verdict::Faster,
         () => Verdict::Same,
     };
-    let (stage, images, context) = (before.stage.clone(), before.images, before.context);
-    Change { stage, images, context, before_ms: b, after_ms: a, ratio, low, high, verdict }
+    let variant = format!("{} {} × {}", before.artifact, before.backend, before.threads);
+    Change {
+        stage: before.stage.clone(),
+        images: before.images,
+        context: before.context,
+        batch: before.batch,
+        variant: Some(variant),
+        before_ms: b,
+        after_ms: a,
+        ratio,
+        low,
+        high,
+        verdict,
+    }
 }
 
 /// As many samples, drawn in blocks of neighbours.
@@ -202,6 +245,8 @@ fn resampled(samples: &[f64], random: &mut ChaCha8Rng) -> Vec<f64> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     /// Times as a busy machine gives them: a spread of some percent, slow drift, now and then a long one.
@@ -217,8 +262,10 @@ mod tests {
     }
 
     fn stage(samples_ms: Vec<f64>) -> Stage {
-        let (stage, precision) = ("decode".to_owned(), "int8".to_owned());
-        Stage { stage, images: 1, context: 128, precision, samples_ms }
+        let stage = json!({
+            "stage": "decode", "images": 1, "context": 128, "precision": "int8", "samples_ms": samples_ms,
+        });
+        serde_json::from_value(stage).unwrap()
     }
 
     #[test]

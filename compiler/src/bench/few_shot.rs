@@ -88,8 +88,8 @@ impl FewShot {
             timed(|| first_token(&self.warm, &self.shots, &prompt))
         };
         Ok([
-            Case { stage: Stage::FewShot, images, context, run: Box::new(inline) },
-            Case { stage: Stage::FewShotBank, images, context, run: Box::new(banked) },
+            Case::new(Stage::FewShot, images, context, Box::new(inline)),
+            Case::new(Stage::FewShotBank, images, context, Box::new(banked)),
         ])
     }
 

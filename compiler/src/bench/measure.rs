@@ -51,14 +51,6 @@ impl Samples {
     }
 }
 
-/// The sample that `percent` hundredths of all are no larger than.
-pub(super) fn quantile(samples: &[f64], percent: usize) -> f64 {
-    let mut sorted = samples.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let last = sorted.len().saturating_sub(1);
-    sorted.get(last * percent / 100).copied().unwrap_or(f64::NAN)
-}
-
 /// Times the cases; `on_sample` is told the share of the samples that may still come.
 pub(super) fn measure(
     cases: &mut [Run<'_>],
@@ -129,20 +121,5 @@ mod tests {
         assert!(turns.iter().any(|turn| *turn != turns[0]), "a random order");
         let spent = measure(&mut [case('d')], &limits(20, 0), &mut |_, _| {}).unwrap();
         assert_eq!(spent[0].ms.len(), LEAST_SAMPLES);
-    }
-
-    /// What timing adds to a sample: at most 1 % of the demo's decode step of 0.4 ms.
-    #[test]
-    fn timing_adds_little() {
-        let run = || super::super::stages::timed(|| Ok(()));
-        let samples = measure(&mut [Box::new(run)], &limits(200, 60), &mut |_, _| {}).unwrap();
-        let median = quantile(&samples[0].ms, 50);
-        assert!(median <= 0.004, "{median} ms");
-    }
-
-    #[test]
-    fn quantiles_are_samples() {
-        let ms: Vec<f64> = (0..=10).rev().map(f64::from).collect();
-        assert_eq!([10, 50, 90].map(|percent| quantile(&ms, percent)), [1.0, 5.0, 9.0]);
     }
 }

@@ -2,7 +2,9 @@
 //! Nothing where there is no Linux `/proc`.
 
 use std::fs;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
 
 /// Ticks a second of the times in `/proc`: part of its interface.
 const TICKS_PER_SECOND: f64 = 100.0;
@@ -27,6 +29,46 @@ fn status_bytes(key: &str) -> Option<u64> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix(key))?;
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
+/// Least time between two entries of a [`MemoryLog`].
+const LOG_STEP: Duration = Duration::from_millis(20);
+
+/// Resident memory at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct MemoryAt {
+    /// Milliseconds from the beginning.
+    pub ms: f64,
+    /// What was going on.
+    pub doing: &'static str,
+    /// Resident bytes, mapped files included.
+    pub rss_bytes: u64,
+}
+
+/// Resident memory over time, looked at between samples: what a sample takes and gives back is in the peak alone.
+#[derive(Debug)]
+pub(super) struct MemoryLog {
+    start: Instant,
+    last: Option<Instant>,
+    pub(super) entries: Vec<MemoryAt>,
+}
+
+impl MemoryLog {
+    pub(super) fn start() -> MemoryLog {
+        MemoryLog { start: Instant::now(), last: None, entries: Vec::new() }
+    }
+
+    /// Looks, unless it did a moment ago at the same work.
+    pub(super) fn look(&mut self, doing: &'static str) {
+        let now = Instant::now();
+        let is_new = self.entries.last().is_none_or(|last| last.doing != doing);
+        let is_due = self.last.is_none_or(|last| now.duration_since(last) >= LOG_STEP);
+        if let (true, Some(rss_bytes)) = (is_new || is_due, resident_memory()) {
+            let ms = now.duration_since(self.start).as_secs_f64() * 1e3;
+            self.entries.push(MemoryAt { ms, doing, rss_bytes });
+            self.last = Some(now);
+        }
+    }
 }
 
 /// A moment, with the processor time that all other processes have used until then.
@@ -81,6 +123,18 @@ mod tests {
         assert_eq!(busy_ticks("intr 1 2 3"), None);
         let own = "12 (a) b) S 1 1 1 0 -1 4194560 1 0 0 0 70 5 0 0 20 0 1 0 1";
         assert_eq!(own_ticks(own), Some(75.0));
+    }
+
+    #[test]
+    fn memory_is_logged_by_time_and_by_work() {
+        let mut log = MemoryLog::start();
+        for doing in ["loading", "loading", "timing"] {
+            log.look(doing);
+        }
+        let doing: Vec<&str> = log.entries.iter().map(|entry| entry.doing).collect();
+        if cfg!(target_os = "linux") {
+            assert_eq!(doing, ["loading", "timing"]);
+        }
     }
 
     #[test]

@@ -55,7 +55,7 @@ impl Check {
         let pass = found.pass();
         let verdict = if pass { "pass" } else { "fail" };
         let parity = json!({
-            "backend": self.opening.backend,
+            "backend": self.opening.engine.backend,
             "flavour": self.opening.flavour().map(Flavour::name),
             "seed": self.seed,
             "bound": F32_BOUND,

@@ -81,7 +81,7 @@ impl Run {
         let options = self.options(&prompt)?;
         let model = self.caching.open(&self.artifact, &self.opening)?;
         self.profiling.start(model.backend())?;
-        let shots = self.shooting.shots(&model, &prompt, self.seed, self.opening.verify)?;
+        let shots = self.shooting.shots(&model, &prompt, self.seed, self.opening.engine.verify)?;
         let mut shown = Ok(());
         let answer = model.generate_after(&shots, &prompt, &options, &mut |piece| {
             if !self.json && shown.is_ok() {

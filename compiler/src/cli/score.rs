@@ -59,7 +59,7 @@ impl Score {
         let prompt = self.prompt.read()?;
         let candidates = self.all_candidates()?;
         let model = self.caching.open(&self.artifact, &self.opening)?;
-        let verify = self.opening.verify;
+        let verify = self.opening.engine.verify;
         let n_orders = self.permutations.get();
         let orders = self.shooting.orders(&model, &prompt, self.seed, n_orders, verify)?;
         let scores = model.score_after(&orders, &prompt, &candidates, &Limits::default())?;

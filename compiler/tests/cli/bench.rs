@@ -68,49 +68,63 @@ fn the_json_keeps_its_contract() {
         .collect();
     let expected = json!([
         ["load", 0, 0],
+        ["preprocess", 1, 0],
         ["encode", 1, 0],
         ["resample", 1, 0],
+        ["media_kv", 1, 0],
         ["prefill", 1, 12],
         ["decode", 1, 16],
         ["first_token", 1, 12],
         ["first_token_warm", 1, 12],
+        ["first_token_hot", 1, 12],
         ["prefill", 2, 12],
         ["decode", 2, 16],
         ["first_token", 2, 12],
         ["first_token_warm", 2, 12],
+        ["first_token_hot", 2, 12],
     ]);
     assert_eq!(Value::from(places), expected);
     for result in results {
-        let [p10, median, p90] =
-            ["p10", "median", "p90"].map(|part| number(result, &format!("/ms/{part}")));
-        assert!(0.0 < p10 && p10 <= median && median <= p90, "{result:#}");
+        let [p10, median, p90, p99] =
+            ["p10", "median", "p90", "p99"].map(|part| number(result, &format!("/ms/{part}")));
+        assert!(0.0 < p10 && p10 <= median && median <= p90 && p90 <= p99, "{result:#}");
+        let [low, high] = ["low", "high"].map(|part| number(result, &format!("/ms/{part}")));
+        assert!(low <= median && median <= high, "{result:#}");
         assert_eq!(at(result, "/ms/n"), 3, "{result:#}");
-        assert_eq!(at(result, "/precision"), "f32");
         let stage = at(result, "/stage").as_str().unwrap();
-        let is_counted = !["load", "first_token_warm"].contains(&stage);
+        assert_eq!(at(result, "/precision"), if stage == "preprocess" { "" } else { "f32" });
+        assert_eq!((at(result, "/backend"), at(result, "/batch")), (&json!("native"), &json!(1)));
+        let is_counted =
+            !["load", "preprocess", "first_token_warm", "first_token_hot"].contains(&stage);
         for rate in ["weight_bytes", "weight_gb_per_s", "gop", "gop_per_s"] {
             let rate = at(result, &format!("/{rate}"));
             assert_eq!(rate.as_f64().is_some_and(|rate| rate > 0.0), is_counted, "{result:#}");
         }
-        let has_ceiling = is_counted && stage != "first_token";
+        let has_ceiling = is_counted && !["first_token", "media_kv"].contains(&stage);
         assert_eq!(at(result, "/of_ceiling").is_number(), has_ceiling, "{result:#}");
         assert!(result.get("others").is_some(), "{result:#}");
     }
     let [peak, steady] = ["/peak_rss_bytes", "/steady_rss_bytes"].map(|key| number(&found, key));
     assert!(peak >= steady && steady > 1e6, "{peak} {steady}");
     assert!(number(&found, "/cache_bytes/media_per_image") > 0.0);
+    assert!(number(&found, "/system/processors") >= 1.0);
+    let memory = at(&found, "/memory").as_array().unwrap();
+    assert!(memory.iter().any(|entry| at(entry, "/doing") == "timing"), "{memory:?}");
+    let decode = results.iter().find(|result| at(result, "/stage") == "decode").unwrap();
+    let (harness, step) = (number(&found, "/harness_ms"), number(decode, "/ms/median"));
+    assert!(harness <= 0.01 * step, "timing takes {harness} ms of a step of {step} ms");
 
     let config = Artifact::open(&demo.path(), false).unwrap().manifest.config;
     let language = &config.language;
     let kv = 2 * 4 * 16 * language.n_layers * language.n_kv_heads * language.head_dim;
     assert_eq!(at(&found, "/cache_bytes/kv"), kv);
     let expected = decode_operations(&config, 16) as f64 / 1e9;
-    let gop = number(&results[4], "/gop");
+    let gop = number(&results[6], "/gop");
     assert!((gop / expected - 1.0).abs() < 1e-9, "expected {expected}, found {gop}");
-    assert_eq!(at(&results[8], "/gop"), gop, "a token looks at one picture");
-    let first = 2.0 * number(&results[1], "/gop") + number(&results[7], "/gop");
-    assert!((number(&results[9], "/gop") / first - 1.0).abs() < 1e-9);
-    assert!(number(&results[2], "/gop") < number(&results[1], "/gop"));
+    assert_eq!(at(&results[11], "/gop"), gop, "a token looks at one picture");
+    let first = 2.0 * number(&results[2], "/gop") + number(&results[10], "/gop");
+    assert!((number(&results[12], "/gop") / first - 1.0).abs() < 1e-9);
+    assert!(number(&results[3], "/gop") < number(&results[2], "/gop"));
 }
 
 #[test]
@@ -121,11 +135,22 @@ fn the_table_has_a_row_for_each_stage_and_profiles_go_to_stderr() {
     let ran = demo.bench(&["--images", "1", "--profile", "--trace", &trace_argument]);
     assert!(ran.stderr.contains("decode, 1 images") && ran.stderr.contains("self_attention"));
     let table = ran.ok();
-    let stages =
-        ["load", "encode", "resample", "prefill", "decode", "first_token", "first_token_warm"];
+    let stages = [
+        "load",
+        "preprocess",
+        "encode",
+        "resample",
+        "media_kv",
+        "prefill",
+        "decode",
+        "first_token",
+        "first_token_warm",
+        "first_token_hot",
+    ];
     for stage in stages {
         assert!(table.lines().any(|line| line.trim_start().starts_with(stage)), "{stage}: {table}");
     }
+    assert!(table.contains("governor") && table.contains("energy: "), "{table}");
     check_trace(&fs::read_to_string(&trace).unwrap());
 }
 
@@ -389,9 +414,81 @@ fn the_page_has_its_plots() {
     let sizes = ["--images", "0,2", "--context", "16", "--prompt-tokens", "12", "--html", &page];
     demo.bench(&sizes).ok();
     let text = fs::read_to_string(&page).unwrap();
-    assert_eq!(text.matches("<svg").count(), 3, "pictures, tokens, ceiling");
-    for part in ["</html>", "first_token", "pictures in the prompt", "p99", "peak resident"] {
+    assert_eq!(
+        text.matches("<svg").count(),
+        6,
+        "pictures, tokens, ceiling, roofline, parts, memory"
+    );
+    for part in
+        ["</html>", "first_token", "pictures in the prompt", "p99", "peak resident", "Roofline"]
+    {
         assert!(text.contains(part), "{part}");
     }
     assert!(!text.contains("src=") && !text.contains("<script"), "nothing from outside");
+}
+
+/// Artifacts, threads and batches take turns in one run, each result with its own ceiling and name.
+#[test]
+fn variants_share_a_run() {
+    let (demo, small) = (Demo::new(), Demo::in_precision("int8"));
+    let copy = small.path().display().to_string();
+    let sizes = ["--images", "1", "--context", "8,16", "--prompt-tokens", "8", "--batch", "1,3"];
+    let others = [copy.as_str(), "--threads", "1,2", "--json"];
+    let found = parse(&demo.bench(&[&others[..], &sizes[..]].concat()).ok());
+    let results = at(&found, "/results").as_array().unwrap();
+    let decodes: Vec<&Value> = results.iter().filter(|r| at(r, "/stage") == "decode").collect();
+    assert_eq!(decodes.len(), 2 * 2 * 2 * 2, "artifacts, threads, contexts, batches");
+    let of = |precision: &str, threads: usize, context: usize, batch: usize| {
+        let place = json!([precision, threads, context, batch]);
+        let found = decodes.iter().find(|r| {
+            let own =
+                ["/precision", "/threads", "/context", "/batch"].map(|key| at(r, key).clone());
+            json!(own) == place
+        });
+        *found.unwrap_or_else(|| panic!("{place} in {decodes:#?}"))
+    };
+    for threads in [1, 2] {
+        let (one, three) = (of("f32", threads, 16, 1), of("f32", threads, 16, 3));
+        let more = number(three, "/weight_bytes") / number(one, "/weight_bytes");
+        assert!((1.0..1.001).contains(&more), "but for rows of the embedding: {more}");
+        assert!((number(three, "/gop") / number(one, "/gop") - 3.0).abs() < 1e-6);
+        let rate = 3.0 / number(three, "/ms/median") * 1e3;
+        assert!((number(three, "/tokens_per_s") / rate - 1.0).abs() < 1e-9);
+        assert!(number(of("int8", threads, 8, 1), "/weight_bytes") < number(one, "/weight_bytes"));
+    }
+    let table = demo.bench(&[&copy]).ok();
+    assert!(table.contains("artifact") && table.contains("engine"), "{table}");
+}
+
+#[test]
+fn scenarios_tell_what_a_user_waits_for() {
+    let demo = Demo::new();
+    let page = demo.scratch.path().join("scenarios.html").display().to_string();
+    let ran = demo.bench(&["--scenario", "all", "--fps", "50", "--html", &page, "--json"]);
+    let notes = ran.stderr.clone();
+    let found = parse(&ran.ok());
+    let scenarios = at(&found, "/scenarios").as_array().unwrap();
+    let names: Vec<&str> = scenarios.iter().filter_map(|s| at(s, "/scenario").as_str()).collect();
+    let all = ["caption", "vqa-4shot", "few-shot-32", "chat", "video", "camera-stream"];
+    let left: Vec<&str> = all.into_iter().filter(|name| !names.contains(name)).collect();
+    for name in &left {
+        assert!(notes.contains(&format!("no room for scenario `{name}`")), "{notes}");
+    }
+    assert!(names.len() >= 4, "{names:?}");
+    for scenario in scenarios {
+        let [first, whole, token] = ["first_token_ms", "end_to_end_ms", "token_ms"]
+            .map(|time| number(scenario, &format!("/{time}/median")));
+        assert!(0.0 < token && token < whole && first < whole, "{scenario:#}");
+        assert!(number(scenario, "/session_bytes") > 0.0);
+    }
+    let stream = scenarios.iter().find(|s| at(s, "/scenario") == "camera-stream").unwrap();
+    let [arrived, answered, dropped] =
+        ["arrived", "answered", "dropped"].map(|count| number(stream, &format!("/stream/{count}")));
+    assert!((24.0..=60.0).contains(&arrived), "half a second at 50: {arrived}");
+    assert!(answered >= 1.0 && arrived == answered + dropped, "{stream:#}");
+    assert_eq!(at(&found, "/results").as_array().unwrap().len(), 1, "load alone");
+    assert!(fs::read_to_string(&page).unwrap().contains("camera-stream"));
+    let unknown = demo.bench(&["--scenario", "nap"]);
+    assert_eq!(unknown.status, Some(2));
+    assert!(unknown.stderr.contains("camera-stream"), "{}", unknown.stderr);
 }

@@ -193,6 +193,11 @@ impl NativeStage {
         }
     }
 
+    /// Gives back the memory of the weights; the next run reads them again.
+    pub fn release_weights(&self) {
+        self.weights.release();
+    }
+
     /// Starts or stops recording what each instruction does.
     pub fn set_profiling(&self, is_on: bool) {
         self.recorder.set(is_on);
