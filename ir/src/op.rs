@@ -57,7 +57,7 @@ pub use panel_linear::PanelLinear;
 pub use panels::{
     Fit, Inputs, PANEL_ROWS, PackPanels, PanelFormat, UnpackPanels, output_sqnr_db, sqnr_db,
 };
-pub use pixels::{AveragePool, ChannelGate, MeanPool, PictureMean};
+pub use pixels::{AveragePool, ChannelGate, GlobalAveragePool, MeanPool, PictureMean};
 pub use rotary_embedding::{RotaryEmbedding, RotaryEmbeddingOfRows};
 pub use rounding::Rounding;
 pub use scaled_dot_product_attention::ScaledDotProductAttention;
@@ -378,6 +378,8 @@ ops! {
     Conv,
     /// ONNX's mean of squares of pixels.
     AveragePool,
+    /// ONNX's mean of all pixels.
+    GlobalAveragePool,
     /// Permutation of axes.
     Transpose,
     /// Change of shape.
@@ -545,6 +547,7 @@ impl Op {
             Op::ReduceMean(_)
             | Op::ReduceMax(_)
             | Op::AveragePool(_)
+            | Op::GlobalAveragePool(_)
             | Op::Sqrt(_)
             | Op::Cos(_)
             | Op::Sin(_) => Width::Wide,

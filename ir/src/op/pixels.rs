@@ -5,8 +5,8 @@ use ndarray::IxDyn;
 
 use super::convolution::known;
 use super::{
-    Add, Attributes, Flavour, Mul, OnnxForm, OpError, Operator, ReduceMean, Reshape, Sigmoid,
-    Transpose, expect_fact, expect_inputs, expect_rank, input_error,
+    Add, Attributes, Flavour, Mul, OnnxForm, OpError, Operator, Reshape, Sigmoid, Transpose,
+    expect_fact, expect_inputs, expect_rank, input_error,
 };
 use crate::graph::{Graph, GraphError};
 use crate::{DType, Dim, Fact, Tensor};
@@ -21,6 +21,11 @@ pub struct AveragePool {
     /// Rows and columns that the last squares lack.
     pub missing: [usize; 2],
 }
+
+/// ONNX's mean of all pixels, `[n, c, H, W]` → `[n, c, 1, 1]`
+/// (<https://onnx.ai/onnx/operators/onnx__GlobalAveragePool.html>).
+#[derive(Debug, Clone, PartialEq)]
+pub struct GlobalAveragePool;
 
 /// Mean of each square of pixels, `[n, H, W, c]` → `[n, ⌈H / window⌉, ⌈W / window⌉, c]`; those at the end are of the
 /// pixels that they have.
@@ -128,6 +133,58 @@ impl Operator for AveragePool {
     }
 }
 
+impl GlobalAveragePool {
+    pub(crate) fn parse(attributes: &Attributes) -> Result<GlobalAveragePool, OpError> {
+        attributes.expect_only(&[]).map(|()| GlobalAveragePool)
+    }
+}
+
+impl Operator for GlobalAveragePool {
+    fn name(&self) -> &'static str {
+        "GlobalAveragePool"
+    }
+
+    fn attributes(&self) -> Attributes {
+        Attributes::none()
+    }
+
+    fn onnx_form(&self) -> OnnxForm {
+        OnnxForm::Node {
+            domain: "",
+            op_type: "GlobalAveragePool",
+            attributes: Attributes::none(),
+            extra_inputs: Vec::new(),
+            absent: &[],
+        }
+    }
+
+    fn infer(&self, inputs: &[Fact]) -> Result<Vec<Fact>, OpError> {
+        expect_inputs(inputs, 1)?;
+        expect_rank(inputs, 0, "x", 4)?;
+        match known(&inputs[0], 2) {
+            Some([height, width]) if height > 0 && width > 0 => {
+                let ones = [Dim::from(1), Dim::from(1)];
+                Ok(vec![Fact::f32([&inputs[0].shape[..2], &ones[..]].concat())])
+            }
+            _ => Err(input_error(0, "x", &"pictures [n, c, H, W] with pixels", &inputs[0])),
+        }
+    }
+
+    fn evaluate(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>, OpError> {
+        let failed = || OpError::Evaluation("GlobalAveragePool takes an f32 tensor".into());
+        let x = inputs.first().and_then(Tensor::as_f32).ok_or_else(failed)?;
+        let shape = self.infer(&[inputs[0].fact()])?[0].known_shape().ok_or_else(failed)?;
+        let n_pixels = x.shape()[2] * x.shape()[3];
+        let values: Vec<f32> = x.iter().copied().collect();
+        let mean = |pixels: &[f32]| {
+            let sum: f64 = pixels.iter().copied().map(f64::from).sum();
+            (sum / n_pixels as f64) as f32
+        };
+        let means = values.chunks(n_pixels).map(mean).collect();
+        Ok(vec![Tensor::f32(&shape, means).ok_or_else(failed)?])
+    }
+}
+
 impl MeanPool {
     pub(crate) fn parse(attributes: &Attributes) -> Result<MeanPool, OpError> {
         attributes.expect_only(&["window"])?;
@@ -199,14 +256,11 @@ impl Operator for PictureMean {
         let build = || {
             let mut graph = Graph::new("PictureMean");
             let x = graph.input("x", inputs[0].clone());
-            let [n, height, width, channels] =
-                [0, 1, 2, 3].map(|axis| inputs[0].shape[axis].clone());
-            let shape = vec![n.clone(), height * width, channels.clone()];
-            let pixels = graph.add("pixels", Reshape { shape }, &[x])?;
-            let by_channel = Transpose { permutation: vec![0, 2, 1] };
-            let by_channel = graph.add("by_channel", by_channel, &[pixels])?;
-            let means = graph.add("means", ReduceMean, &[by_channel])?;
-            let y = graph.add("y", Reshape { shape: vec![n, channels] }, &[means])?;
+            let channels_first = Transpose { permutation: vec![0, 3, 1, 2] };
+            let pictures = graph.add("channels_first", channels_first, &[x])?;
+            let means = graph.add("means", GlobalAveragePool, &[pictures])?;
+            let shape = [0, 3].map(|axis| inputs[0].shape[axis].clone()).to_vec();
+            let y = graph.add("y", Reshape { shape }, &[means])?;
             graph.output("y", y);
             Ok(graph)
         };

@@ -300,6 +300,7 @@ pub(crate) fn standard_cases() -> Vec<Case> {
             AveragePool { window: 2, missing: [1, 0] },
             &[("x", Noise, "n_media*n_frames, 3, 7, 6")],
         ),
+        case("pool.all", GlobalAveragePool, &[("x", Noise, "n_media*n_frames, 3, 7, 6")]),
     ]
 }
 

@@ -167,7 +167,7 @@ impl Nfnet<'_, '_, '_> {
                 x = self.activation(&format!("vision.stem.activation_{index}"), x, 1.0)?;
             }
             let number = index + 1;
-            let (key, name) = (format!("stem.conv{number}"), format!("vision.stem.{number}"));
+            let (key, name) = (format!("stem.conv{number}"), format!("vision.stem.conv{number}"));
             x = self.convolution((&key, &name), [*c_out, width], (stride, 1), x)?;
             width = *c_out;
         }

@@ -85,6 +85,7 @@ impl Planner<'_> {
             }
             Op::Conv(_) => Err(no_kernel("`Convolution`")),
             Op::AveragePool(_) => Err(no_kernel("`MeanPool`")),
+            Op::GlobalAveragePool(_) => Err(no_kernel("`PictureMean`")),
             Op::Expand(_) => Err(no_kernel("`ExpandBatch`")),
             Op::Max(_) | Op::Abs(_) | Op::Floor(_) | Op::Round(_) | Op::ReduceMax(_) => {
                 Err(no_kernel("`Linear` with `rounding`, or `UnpackPanels`"))
