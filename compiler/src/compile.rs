@@ -569,7 +569,8 @@ pub(crate) fn precision_of_groups(stages: &[&Verified]) -> BTreeMap<String, Stri
         let (producers, known) = (graph.producers(), graph.build_time_values());
         for node in graph.nodes() {
             let group = LayerGroup::of(&graph.name, &node.name);
-            let Some(group) = group.filter(|_| has_weights(&node.op)) else { continue };
+            let is_stored = has_weights(&node.op) || matches!(node.op, Op::Convolution(_));
+            let Some(group) = group.filter(|_| is_stored) else { continue };
             for input in node.inputs.iter().filter(|input| graph.fact(**input).rank() == 2) {
                 let format = match producers.get(input).map(|id| &graph.node(*id).op) {
                     Some(Op::UnpackPanels(op)) => op.format.to_string(),

@@ -232,7 +232,7 @@ impl Model {
         let (vision, resampler) = (&self.config.vision, &self.config.resampler);
         let n_layers = resampler.as_ref().map_or(0, |resampler| resampler.n_layers);
         let own = resampler.is_some().then(|| load(work.iter().filter(is_resampler), n_layers));
-        Ok((load(work.iter(), vision.n_layers.saturating_add(n_layers)), own))
+        Ok((load(work.iter(), vision.n_layers().saturating_add(n_layers)), own))
     }
 
     /// Of text that sees a picture, with what it reads of the caches.

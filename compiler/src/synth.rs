@@ -6,7 +6,7 @@
 //!
 //! | file | written as |
 //! |---|---|
-//! | `checkpoint.pt`, `clip_visual.pt` | what `torch.save` writes: zip, pickle protocol 2, f32, 64-byte aligned |
+//! | `checkpoint.pt`, `clip_visual.pt` or `nfnet.pt` | what `torch.save` writes: zip, pickle protocol 2, f32, 64-byte aligned |
 //! | `lang_encoder/`, IDEFICS | `config.json`, `model.safetensors` (shards and an index above 5 GB), in the released precision |
 //! | `tokenizer.json` | byte-level BPE without merges: 256 bytes and the special tokens at their ids |
 //! | `recipe.toml` | how the files of an OpenFlamingo belong together |
@@ -14,6 +14,7 @@
 mod files;
 mod idefics;
 mod language;
+mod nfnet;
 mod openflamingo;
 mod pickle;
 mod preset;
@@ -126,8 +127,8 @@ fn write_openflamingo(
     let part = "language_model";
     let tensors = language.tensors();
     files::write_safetensors(&language_folder, part, tensors, language.storage, generator)?;
-    let clip = folder.join("clip_visual.pt");
-    files::write_pt(&clip, "vision_encoder", &model.vision.tensors(), generator)?;
+    let vision = folder.join(model.vision.file());
+    files::write_pt(&vision, "vision_encoder", &model.vision.tensors(), generator)?;
     files::write_pt(&folder.join("checkpoint.pt"), "checkpoint", &model.checkpoint(), generator)?;
     files::write_json(&folder.join("tokenizer.json"), &model.tokens.tokenizer())?;
     files::write_text(&folder.join("recipe.toml"), &model.recipe())
@@ -316,7 +317,7 @@ mod tests {
                 Model::Idefics(model) => vec![(folder.clone(), model.tensors())],
                 Model::OpenFlamingo(model) => vec![
                     (folder.join("checkpoint.pt"), model.checkpoint()),
-                    (folder.join("clip_visual.pt"), model.vision.tensors()),
+                    (folder.join(model.vision.file()), model.vision.tensors()),
                     (folder.join("lang_encoder"), model.language.tensors()),
                 ],
             };
@@ -345,6 +346,53 @@ mod tests {
             let graphs = Source::open(&folder).and_then(|source| source.graphs());
             assert!(graphs.is_ok(), "{preset}: {}", graphs.err().unwrap());
         }
+    }
+
+    /// A safetensors file of these tensors that takes no space: its values are a hole.
+    fn hollow(path: &Path, list: TensorList) {
+        let (mut header, mut end) = (serde_json::Map::new(), 0);
+        for spec in list.specs() {
+            let begin = end;
+            end += 4 * spec.n_values();
+            let entry = serde_json::json!({"dtype": "F32", "shape": spec.shape, "data_offsets": [begin, end]});
+            header.insert(spec.name.clone(), entry);
+        }
+        let mut header = serde_json::to_vec(&header).unwrap();
+        header.resize(header.len().next_multiple_of(8), b' ');
+        let bytes = [&(header.len() as u64).to_le_bytes()[..], &header].concat();
+        fs::write(path, &bytes).unwrap();
+        let file = fs::OpenOptions::new().write(true).open(path).unwrap();
+        file.set_len((bytes.len() + end) as u64).unwrap();
+    }
+
+    /// The paper's encoder at its own size, by shapes alone: 320 × 320 pixels become 10 × 10 tokens.
+    #[test]
+    fn importer_takes_the_shapes_of_nfnet_f6() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let Some((Model::OpenFlamingo(model), _)) = preset::find("nfnet-f6") else {
+            panic!("no such preset");
+        };
+        fs::create_dir(at("lang_encoder")).unwrap();
+        files::write_json(&at("lang_encoder/config.json"), &model.language.config(&model.tokens))
+            .unwrap();
+        hollow(&at("lang_encoder/model.safetensors"), model.language.tensors());
+        hollow(&at("nfnet.safetensors"), model.vision.tensors());
+        hollow(&at("checkpoint.safetensors"), model.checkpoint());
+        files::write_json(&at("tokenizer.json"), &model.tokens.tokenizer()).unwrap();
+        let recipe = model.recipe().replace(".pt\"", ".safetensors\"");
+        let recipe = recipe.replace("[vision]\n", "[vision]\nvariant = \"f6\"\n");
+        files::write_text(&at("recipe.toml"), &recipe).unwrap();
+        let source = Source::open(dir.path()).unwrap();
+        let vision = &source.config.vision;
+        assert_eq!((vision.n_tokens(), vision.width, vision.n_layers()), (100, 3072, 84));
+        let media = source.graphs().unwrap().media;
+        let tokens = media.nodes().iter().find(|node| node.name == "vision.tokens").unwrap();
+        let shape = media.fact(tokens.outputs[0]).shape.iter().map(ToString::to_string);
+        assert_eq!(shape.collect::<Vec<_>>(), ["n_frames*n_media", "100", "3072"]);
+        let shape: Vec<String> =
+            media.fact(media.outputs()[0].1).shape.iter().map(ToString::to_string).collect();
+        assert_eq!(shape, ["n_media", "64", "3072"]);
     }
 
     #[test]

@@ -49,6 +49,10 @@ impl Damaged {
         Damaged::copy_of("tests/golden/openflamingo-llama")
     }
 
+    fn nfnet() -> Damaged {
+        Damaged::copy_of("tests/golden/nfnet-paper")
+    }
+
     fn path(&self, name: &str) -> PathBuf {
         self.scratch.path().join("source").join(name)
     }
@@ -388,6 +392,29 @@ fn recipes_that_are_wrong() {
     let source = tempfile::tempdir().unwrap();
     let ran = flamingoc!("compile", source.path().join("none.toml"), "-o", source.path().join("x"));
     self::refused(&ran, &["none.toml"]);
+}
+
+#[test]
+fn recipes_of_nfnets_that_are_wrong() {
+    let refused = |from: &str, to: &str, words: &[&str]| {
+        let words = [&["recipe.toml"], words].concat();
+        Damaged::nfnet().replace("recipe.toml", from, to).refused(&words);
+    };
+    refused("image_size = 36", "", &["`vision.image_size`", "any size", "320", "hint: "]);
+    refused("image_size = 36", "image_size = 0", &["`vision.image_size`", "1 to 4096", "got 0"]);
+    refused("image_size = 36", "image_size = 999999", &["`vision.image_size`", "999999"]);
+    refused("[vision]", "[vision]\nheads = 4", &["`vision.heads`", "hint: "]);
+    refused("\"nfnet\"", "\"resnet\"", &["resnet", "`clip` or `nfnet`"]);
+    refused("\"nfnet\"", "\"clip\"", &["no tensor", "conv1.weight", "hint: "]);
+    let other = "[vision]\nvariant = \"f6\"";
+    refused("[vision]", other, &["`vision.variant`", "says f6", "none of f0 to f6", "2 x 48"]);
+    Damaged::open_flamingo()
+        .replace("recipe.toml", "[vision]", "[vision]\nkind = \"nfnet\"")
+        .replace("recipe.toml", "patch_size = 14\nheads = 4\nactivation = \"quick_gelu\"\n", "")
+        .refused(&["stem.conv1.weight", "dm_nfnet_f0", "hint: "]);
+    Damaged::open_flamingo()
+        .replace("recipe.toml", "[vision]", other)
+        .refused(&["`vision.variant`", "CLIP"]);
 }
 
 #[test]

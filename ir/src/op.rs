@@ -10,6 +10,7 @@ mod attribute;
 mod broadcast;
 mod contrib;
 mod contrib_attention;
+mod convolution;
 mod cross_attention;
 mod elementwise;
 mod feed_forward;
@@ -22,6 +23,7 @@ mod media;
 mod norm;
 mod panel_linear;
 mod panels;
+mod pixels;
 mod rotary_embedding;
 mod rounding;
 mod scaled_dot_product_attention;
@@ -37,6 +39,7 @@ pub use attention::{Attention, ResamplerAttention};
 pub use attribute::{Attribute, Attributes};
 pub use contrib::{FusedMatMul, Gelu, MatMulIntegerToFloat, MatMulNBits, QuickGelu};
 pub use contrib_attention::{BiasedAttention, MultiHeadAttention};
+pub use convolution::{Conv, Convolution};
 pub use cross_attention::CrossAttention;
 pub use elementwise::{
     Abs, Add, And, Cos, Div, Equal, Erf, Floor, LessOrEqual, Max, Mul, Neg, Relu, Round, Sigmoid,
@@ -54,6 +57,7 @@ pub use panel_linear::PanelLinear;
 pub use panels::{
     Fit, Inputs, PANEL_ROWS, PackPanels, PanelFormat, UnpackPanels, output_sqnr_db, sqnr_db,
 };
+pub use pixels::{AveragePool, ChannelGate, GlobalAveragePool, MeanPool, PictureMean};
 pub use rotary_embedding::{RotaryEmbedding, RotaryEmbeddingOfRows};
 pub use rounding::Rounding;
 pub use scaled_dot_product_attention::ScaledDotProductAttention;
@@ -370,6 +374,12 @@ ops! {
     ReduceMean,
     /// Maximum along the last axis.
     ReduceMax,
+    /// ONNX's convolution of pictures.
+    Conv,
+    /// ONNX's mean of squares of pixels.
+    AveragePool,
+    /// ONNX's mean of all pixels.
+    GlobalAveragePool,
     /// Permutation of axes.
     Transpose,
     /// Change of shape.
@@ -450,6 +460,14 @@ ops! {
     MergeFrames,
     /// Repeat for each medium.
     ExpandBatch,
+    /// Grouped convolution with SAME padding, channels last.
+    Convolution,
+    /// Mean of each square of pixels.
+    MeanPool,
+    /// Mean of all pixels of a picture.
+    PictureMean,
+    /// Channels times their gates.
+    ChannelGate,
 }
 
 impl Op {
@@ -508,6 +526,7 @@ impl Op {
     pub(crate) fn width(&self) -> Option<Width> {
         Some(match self {
             Op::MatMul(_)
+            | Op::Conv(_)
             | Op::FusedMatMul(_)
             | Op::MatMulNBits(_)
             | Op::MultiHeadAttention(_)
@@ -525,9 +544,13 @@ impl Op {
             | Op::Erf(_)
             | Op::Sigmoid(_)
             | Op::Tanh(_) => Width::WideForTensorRt,
-            Op::ReduceMean(_) | Op::ReduceMax(_) | Op::Sqrt(_) | Op::Cos(_) | Op::Sin(_) => {
-                Width::Wide
-            }
+            Op::ReduceMean(_)
+            | Op::ReduceMax(_)
+            | Op::AveragePool(_)
+            | Op::GlobalAveragePool(_)
+            | Op::Sqrt(_)
+            | Op::Cos(_)
+            | Op::Sin(_) => Width::Wide,
             Op::Add(_)
             | Op::Sub(_)
             | Op::Mul(_)

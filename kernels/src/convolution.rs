@@ -1,6 +1,8 @@
-//! What NFNet encoders are made of beside linear layers: grouped convolutions and squeeze-excite (Brock et al. 2021,
-//! High-Performance Large-Scale Image Recognition Without Normalization, §4). Pictures are `[height * width, channels]`,
-//! so a convolution of 1 × 1 is a linear layer.
+//! What NFNet encoders are made of beside linear layers: grouped convolutions, means of pixels, and gates that all pixels
+//! of a channel share (Brock et al. 2021, High-Performance Large-Scale Image Recognition Without Normalization, §4).
+//! Pictures are `[height * width, channels]`, so a convolution of 1 × 1 is a linear layer.
+
+use std::ops::Range;
 
 use crate::{
     Activation, Kernels,
@@ -110,47 +112,68 @@ impl Kernels {
         });
     }
 
-    /// `out = x * gain σ(excite(relu(squeeze(mean of x)))) + residual`.
+    /// `mean = mean of the rows of x`.
     ///
-    /// x, residual and out `[pixels, c]`; squeeze: weight `[s, c]` and bias `[s]`; excite: weight `[c, s]` and bias
-    /// `[c]`. Hu et al. 2018, Squeeze-and-Excitation Networks, §3.
+    /// x `[pixels, c]`; mean `[c]`, zeros where there are no rows.
     ///
     /// # Panics
     /// If the shapes disagree.
-    pub fn squeeze_excite(
+    pub fn mean_of_rows(&self, x: Matrix<'_>, mean: &mut [f32]) {
+        assert_eq!(x.cols(), mean.len(), "mean of rows: columns of x");
+        let n_channels = mean.len();
+        let row = MatrixMut::new(mean, 1, n_channels);
+        self.pool.run_tiles(row, &[0], TASK_CHANNELS, &|_, col, mut tile| {
+            let x = x.columns(col..col + tile.cols());
+            self.token.run(MeanOfRows { x, mean: tile.row_mut(0) });
+        });
+    }
+
+    /// `out = mean of each square of pixels`; those at the end are of the pixels that they have.
+    ///
+    /// x `[input pixels, c]`; out `[output pixels, c]`, ⌈size / side⌉ in both directions.
+    ///
+    /// # Panics
+    /// If the shapes disagree, or the side is 0.
+    pub fn mean_pool(&self, x: Matrix<'_>, input: [usize; 2], side: usize, out: MatrixMut<'_>) {
+        let [height, width] = input;
+        let n_across = width.div_ceil(side);
+        assert_eq!(x.rows(), height * width, "mean pool: pixels of x");
+        assert_eq!(out.rows(), height.div_ceil(side) * n_across, "mean pool: pixels of out");
+        assert_eq!(out.cols(), x.cols(), "mean pool: channels");
+        self.for_row_blocks(out, &|first, mut tile| {
+            for i in 0..tile.rows() {
+                let pixel = first + i;
+                let [top, left] = [pixel / n_across * side, pixel % n_across * side];
+                let rows = top..height.min(top + side);
+                let cols = left..width.min(left + side);
+                self.token.run(MeanOfSquare { x, width, rows, cols, mean: tile.row_mut(i) });
+            }
+        });
+    }
+
+    /// `out = x * gain σ(gates) + residual`: the end of squeeze-excite (Hu et al. 2018, Squeeze-and-Excitation
+    /// Networks, §3).
+    ///
+    /// x, residual and out `[pixels, c]`; gates `[c]`.
+    ///
+    /// # Panics
+    /// If the shapes disagree.
+    pub fn gate_channels(
         &self,
         x: Matrix<'_>,
-        squeeze: (Matrix<'_>, &[f32]),
-        excite: (Matrix<'_>, &[f32]),
+        gates: &[f32],
         gain: f32,
         residual: Option<Matrix<'_>>,
         out: MatrixMut<'_>,
     ) {
-        let (n_pixels, n_channels) = (out.rows(), out.cols());
-        let n_squeezed = squeeze.0.rows();
-        assert_eq!((x.rows(), x.cols()), (n_pixels, n_channels), "squeeze-excite: shape of x");
-        assert!(
-            residual.is_none_or(|r| (r.rows(), r.cols()) == (n_pixels, n_channels)),
-            "squeeze-excite: residual"
-        );
-        self.scratch.with(2 * n_channels + n_squeezed, |memory| {
-            let (mean, rest) = memory.split_at_mut(n_channels);
-            let (gates, squeezed) = rest.split_at_mut(n_channels);
-            let row = MatrixMut::new(mean, 1, n_channels);
-            self.pool.run_tiles(row, &[0], TASK_CHANNELS, &|_, col, mut tile| {
-                let x = x.columns(col..col + tile.cols());
-                self.token.run(MeanOfRows { x, mean: tile.row_mut(0) });
-            });
-            let mean = Matrix::new(mean, 1, n_channels);
-            let (weight, bias) = squeeze;
-            let out_row = MatrixMut::new(squeezed, 1, n_squeezed);
-            self.linear(mean, weight.into(), Some(bias), Some(Activation::Relu), None, out_row);
-            let (weight, bias) = excite;
-            let out_row = MatrixMut::new(gates, 1, n_channels);
-            let squeezed = Matrix::new(squeezed, 1, n_squeezed);
-            self.linear(squeezed, weight.into(), Some(bias), None, None, out_row);
-            self.token.run(Gates { gates, gain });
-            let gates = &*gates;
+        let shape = (out.rows(), out.cols());
+        assert_eq!((x.rows(), x.cols()), shape, "gates: shape of x");
+        assert_eq!(gates.len(), out.cols(), "gates: channels");
+        assert!(residual.is_none_or(|r| (r.rows(), r.cols()) == shape), "gates: residual");
+        self.scratch.with(gates.len(), |factors| {
+            factors.copy_from_slice(gates);
+            self.token.run(Gates { gates: factors, gain });
+            let gates = &*factors;
             self.for_row_blocks(out, &|row, mut tile| {
                 let rows = row..row + tile.rows();
                 tile.copy_from(x.row_range(rows.clone()));
@@ -213,6 +236,32 @@ impl Task for MeanOfRows<'_> {
             math::add_in_place(simd, self.mean, self.x.row(i));
         }
         math::scale_in_place(simd, self.mean, 1.0 / self.x.rows().max(1) as f32);
+    }
+}
+
+/// Mean of the pixels in some rows and columns of a picture.
+struct MeanOfSquare<'a> {
+    x: Matrix<'a>,
+    /// Pixels of a row.
+    width: usize,
+    rows: Range<usize>,
+    cols: Range<usize>,
+    mean: &'a mut [f32],
+}
+
+impl Task for MeanOfSquare<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        self.mean.fill(0.0);
+        for row in self.rows.clone() {
+            for col in self.cols.clone() {
+                math::add_in_place(simd, self.mean, self.x.row(row * self.width + col));
+            }
+        }
+        let n_pixels = self.rows.len() * self.cols.len();
+        math::scale_in_place(simd, self.mean, 1.0 / n_pixels.max(1) as f32);
     }
 }
 

@@ -109,26 +109,42 @@ pub fn convolution(
     out
 }
 
-/// Squeeze-excite, `[pixels, c]`; arguments as in [`Kernels::squeeze_excite`](crate::Kernels::squeeze_excite).
-pub fn squeeze_excite(
+/// Mean of the rows, `[c]`.
+pub fn mean_of_rows(x: Matrix<'_>) -> Vec<f64> {
+    let column = |j: usize| (0..x.rows()).map(move |i| f64::from(x.row(i)[j]));
+    (0..x.cols()).map(|j| column(j).sum::<f64>() / x.rows() as f64).collect()
+}
+
+/// Means of squares, `[output pixels, c]`; arguments as in [`Kernels::mean_pool`](crate::Kernels::mean_pool).
+pub fn mean_pool(x: Matrix<'_>, [height, width]: [usize; 2], side: usize) -> Vec<f64> {
+    let mut out = Vec::new();
+    for (top, left) in (0..height)
+        .step_by(side)
+        .flat_map(|top| (0..width).step_by(side).map(move |left| (top, left)))
+    {
+        for j in 0..x.cols() {
+            let pixels = (0..height * width)
+                .filter(|at| at / width / side * side == top && at % width / side * side == left);
+            let values: Vec<f64> = pixels.map(|at| f64::from(x.row(at)[j])).collect();
+            out.push(values.iter().sum::<f64>() / values.len() as f64);
+        }
+    }
+    out
+}
+
+/// Channels times their gates, `[pixels, c]`; arguments as in
+/// [`Kernels::gate_channels`](crate::Kernels::gate_channels).
+pub fn gate_channels(
     x: Matrix<'_>,
-    squeeze: (Matrix<'_>, &[f32]),
-    excite: (Matrix<'_>, &[f32]),
+    gates: &[f32],
     gain: f32,
     residual: Option<Matrix<'_>>,
 ) -> Vec<f64> {
-    let column = |j: usize| (0..x.rows()).map(move |i| f64::from(x.row(i)[j]));
-    let mean: Vec<f64> = (0..x.cols()).map(|j| column(j).sum::<f64>() / x.rows() as f64).collect();
-    let layer = |(weight, bias): (Matrix<'_>, &[f32]), input: &[f64]| -> Vec<f64> {
-        let products = |j: usize| weight.row(j).iter().zip(input).map(|(w, x)| f64::from(*w) * x);
-        (0..weight.rows()).map(|j| products(j).sum::<f64>() + f64::from(bias[j])).collect()
-    };
-    let squeezed: Vec<f64> = layer(squeeze, &mean).into_iter().map(|y| y.max(0.0)).collect();
-    let gates = layer(excite, &squeezed);
     let mut out = Vec::new();
     for i in 0..x.rows() {
         for (j, gate) in gates.iter().enumerate() {
-            let gated = f64::from(x.row(i)[j]) * f64::from(gain) / (1.0 + (-gate).exp());
+            let gated =
+                f64::from(x.row(i)[j]) * f64::from(gain) / (1.0 + (-f64::from(*gate)).exp());
             out.push(gated + residual.map_or(0.0, |residual| f64::from(residual.row(i)[j])));
         }
     }

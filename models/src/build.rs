@@ -4,6 +4,7 @@
 mod decoder;
 mod language;
 mod media;
+mod nfnet;
 mod resampler;
 mod vision;
 
@@ -17,8 +18,12 @@ use crate::source::Binder;
 
 /// Names of the tensors of one model part, and where the families differ in spelling.
 pub(crate) trait KeyMap {
-    /// A tensor of the vision encoder.
+    /// A tensor of a CLIP vision transformer.
     fn vision(&self, key: VisionKey) -> String;
+    /// A tensor of an NFNet by its name in timm, which all files have.
+    fn nfnet(&self, key: &str) -> String {
+        format!("vision_encoder/{key}")
+    }
     /// A tensor of the resampler.
     fn resampler(&self, key: ResamplerKey) -> String;
     /// A tensor of the gated block before decoder layer `layer` (the `index`-th block).

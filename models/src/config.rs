@@ -45,15 +45,33 @@ impl ModelConfig {
     }
 }
 
-/// A CLIP vision transformer.
+/// A vision encoder.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VisionConfig {
     /// Side of the square input in pixels.
     pub image_size: usize,
-    /// Side of a patch in pixels.
-    pub patch_size: usize,
     /// Width of a token.
     pub width: usize,
+    /// What is between pixels and tokens.
+    #[serde(flatten)]
+    pub encoder: VisionEncoder,
+}
+
+/// What is between pixels and tokens; the fields tell which it is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum VisionEncoder {
+    /// A CLIP vision transformer.
+    Clip(ClipConfig),
+    /// An NFNet.
+    Nfnet(NfnetConfig),
+}
+
+/// A CLIP vision transformer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ClipConfig {
+    /// Side of a patch in pixels.
+    pub patch_size: usize,
     /// Transformer layers.
     pub n_layers: usize,
     /// Attention heads.
@@ -69,15 +87,75 @@ pub struct VisionConfig {
     pub keep_class_token: bool,
 }
 
+/// A normaliser-free ResNet of the F family (Brock et al. 2021), as timm's `dm_nfnet_f0` to `dm_nfnet_f6`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NfnetConfig {
+    /// Channels after each convolution of the stem.
+    pub stem: Vec<usize>,
+    /// The stages; each but the first halves the sides of its input.
+    pub stages: Vec<NfnetStage>,
+}
+
+/// Blocks of one width.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NfnetStage {
+    /// Blocks.
+    pub n_blocks: usize,
+    /// Channels between blocks.
+    pub width: usize,
+    /// Channels within a block.
+    pub inner_width: usize,
+    /// Channels of a group of the 3 × 3 convolutions.
+    pub group_width: usize,
+    /// Channels between the two linears of squeeze-excite.
+    pub squeezed_width: usize,
+}
+
+impl NfnetConfig {
+    /// Pixels between windows of each convolution of the stem.
+    pub const STEM_STRIDES: [usize; 4] = [2, 1, 1, 2];
+
+    /// Pixels between windows of the first block of a stage.
+    pub fn stride(stage: usize) -> usize {
+        if stage == 0 { 1 } else { 2 }
+    }
+
+    /// `f0` to `f6`, where widths and depths are those of one.
+    pub fn variant(&self) -> Option<String> {
+        let depths: Vec<usize> = self.stages.iter().map(|stage| stage.n_blocks).collect();
+        let widths: Vec<usize> = self.stages.iter().map(|stage| stage.width).collect();
+        let number = depths.first()?.checked_sub(1).filter(|number| *number <= 6)?;
+        let expected = [1, 2, 6, 3].map(|n_blocks| n_blocks * (number + 1));
+        (depths == expected && widths == [256, 512, 1536, 1536]).then(|| format!("f{number}"))
+    }
+}
+
 impl VisionConfig {
-    /// Patches along one side.
+    /// Patches, or pixels of the last stage, along one side.
     pub fn grid(&self) -> usize {
-        self.image_size / self.patch_size
+        match &self.encoder {
+            VisionEncoder::Clip(clip) => self.image_size / clip.patch_size,
+            VisionEncoder::Nfnet(nfnet) => {
+                let stages = (0..nfnet.stages.len()).map(NfnetConfig::stride);
+                let strides = NfnetConfig::STEM_STRIDES.into_iter().chain(stages);
+                strides.fold(self.image_size, usize::div_ceil)
+            }
+        }
     }
 
     /// Tokens handed on for one picture.
     pub fn n_tokens(&self) -> usize {
-        self.grid() * self.grid() + usize::from(self.keep_class_token)
+        let keeps_class_token =
+            matches!(&self.encoder, VisionEncoder::Clip(clip) if clip.keep_class_token);
+        self.grid() * self.grid() + usize::from(keeps_class_token)
+    }
+
+    /// Layers or blocks.
+    pub fn n_layers(&self) -> usize {
+        match &self.encoder {
+            VisionEncoder::Clip(clip) => clip.n_layers,
+            VisionEncoder::Nfnet(nfnet) => nfnet.stages.iter().map(|stage| stage.n_blocks).sum(),
+        }
     }
 }
 
@@ -254,5 +332,57 @@ mod activation_name {
         let name = String::deserialize(d)?;
         let unknown = || D::Error::custom(format!("unknown activation `{name}`"));
         Activation::from_name(&name).ok_or_else(unknown)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn nfnet(depths: [usize; 4], image_size: usize) -> VisionConfig {
+        let widths = [256, 512, 1536, 1536];
+        let stage = |(n_blocks, width): (usize, usize)| NfnetStage {
+            n_blocks,
+            width,
+            inner_width: width / 2,
+            group_width: 128,
+            squeezed_width: width / 2,
+        };
+        let stages = depths.into_iter().zip(widths).map(stage).collect();
+        let encoder = VisionEncoder::Nfnet(NfnetConfig { stem: vec![16, 32, 64, 128], stages });
+        VisionConfig { image_size, width: 3072, encoder }
+    }
+
+    #[test]
+    fn nfnets_halve_and_round_up_five_times() {
+        for (image_size, grid) in [(320, 10), (319, 10), (321, 11), (36, 2), (1, 1)] {
+            assert_eq!(nfnet([7, 14, 42, 21], image_size).grid(), grid, "{image_size}");
+        }
+    }
+
+    #[test]
+    fn depths_and_widths_tell_the_variant() {
+        let variant = |depths| match nfnet(depths, 320).encoder {
+            VisionEncoder::Nfnet(nfnet) => nfnet.variant(),
+            VisionEncoder::Clip(_) => None,
+        };
+        assert_eq!(variant([7, 14, 42, 21]).as_deref(), Some("f6"));
+        assert_eq!(variant([1, 2, 6, 3]).as_deref(), Some("f0"));
+        assert_eq!(variant([1, 2, 6, 4]), None);
+        assert_eq!(variant([0, 2, 6, 3]), None);
+        assert_eq!(variant([8, 16, 48, 24]), None);
+    }
+
+    /// The manifest's form of CLIP is that of versions that knew no other encoder.
+    #[test]
+    fn fields_tell_the_kind_of_encoder() {
+        let clip = r#"{"image_size":28,"patch_size":14,"width":16,"n_layers":2,"n_heads":4,"mlp_width":64,
+            "activation":"quick_gelu","epsilon":1e-5,"keep_class_token":false}"#;
+        let clip: VisionConfig = serde_json::from_str(clip).unwrap();
+        assert!(matches!(clip.encoder, VisionEncoder::Clip(_)));
+        for config in [clip, nfnet([1, 2, 6, 3], 192)] {
+            let json = serde_json::to_string(&config).unwrap();
+            assert_eq!(serde_json::from_str::<VisionConfig>(&json).unwrap(), config, "{json}");
+        }
     }
 }

@@ -2,6 +2,7 @@
 
 mod hugging_face;
 mod idefics;
+mod nfnet;
 mod open_flamingo;
 mod otter;
 mod recipe;

@@ -12,6 +12,12 @@ pub const CLIP_MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
 /// Channel standard deviations of OpenAI CLIP, RGB, on the 0 to 1 scale (open_clip `constants.py`).
 pub const CLIP_STD: [f32; 3] = [0.268_629_54, 0.261_302_6, 0.275_777_1];
 
+/// Channel means of ImageNet, RGB, on the 0 to 1 scale (timm `constants.py`).
+pub const IMAGENET_MEAN: [f32; 3] = [0.485, 0.456, 0.406];
+
+/// Channel standard deviations of ImageNet, RGB, on the 0 to 1 scale (timm `constants.py`).
+pub const IMAGENET_STD: [f32; 3] = [0.229, 0.224, 0.225];
+
 /// Largest side a spec may ask for, in pixels: a bound on what a manifest can make the runtime allocate.
 pub const MAX_IMAGE_SIZE: usize = 4096;
 

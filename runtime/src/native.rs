@@ -10,6 +10,7 @@
 mod encoder;
 mod execute;
 mod lower;
+mod pictures;
 mod plan;
 mod plans;
 mod size;

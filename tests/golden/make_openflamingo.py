@@ -15,6 +15,7 @@ import shutil
 import types
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,10 +57,36 @@ N_NEW_TOKENS, N_BEAMS = 8, 3
 
 
 @dataclass(frozen=True)
+class Vision:
+    """A vision encoder: the module gives (pooled, tokens), its state dict is the file."""
+
+    image_size: int
+    width: int
+    file: str
+    recipe: str  # the lines of `[vision]`
+    build: Callable[[], nn.Module]
+    randomise: Callable[[nn.Module, int], None] = randomise
+
+
+CLIP = Vision(
+    image_size=IMAGE_SIZE,
+    width=VISION_WIDTH,
+    file="clip_visual.pt",
+    recipe=f"""image_size = {IMAGE_SIZE}
+patch_size = {PATCH_SIZE}
+heads = {VISION_HEADS}
+activation = "quick_gelu"
+""",
+    build=lambda: build_visual(),
+)
+
+
+@dataclass(frozen=True)
 class Variant:
     """What sets one folder apart from the others."""
 
     lm: str
+    vision: Vision = CLIP
     form: str = "released"  # released | training | torchscript | otter
     max_num_frames: int | None = None
     squared_relu: bool = False
@@ -123,8 +150,8 @@ def encode_media(model: Flamingo, vision_x: Tensor) -> Tensor:
 
 def build(variant: Variant) -> tuple[Flamingo, nn.Module]:
     """The assembled model, and its language model as it was before the surgery."""
-    visual, lm = build_visual(), build_lm(variant.lm)
-    randomise(visual, 11)
+    visual, lm = variant.vision.build(), build_lm(variant.lm)
+    variant.vision.randomise(visual, 11)
     randomise(lm, 12)
     if variant.form == "torchscript":
         visual.half().float()
@@ -197,11 +224,11 @@ def assemble(visual: nn.Module, lm: nn.Module, variant: Variant) -> Flamingo:
         lm,
         END_OF_CHUNK,
         IMAGE,
-        vis_dim=VISION_WIDTH,
+        vis_dim=variant.vision.width,
         cross_attn_every_n_layers=CROSS_ATTENTION_EVERY,
     )
     model.perceiver = PerceiverResampler(
-        dim=VISION_WIDTH,
+        dim=variant.vision.width,
         depth=RESAMPLER_DEPTH,
         num_latents=N_LATENTS,
         max_num_frames=variant.max_num_frames,
@@ -243,7 +270,7 @@ def fill_new_rows(lm: nn.Module, form: str) -> None:
 
 def write_released(folder: Path, variant: Variant, model: Flamingo, base_lm: nn.Module) -> None:
     torch.save(released_state(model), folder / "checkpoint.pt")
-    torch.save(model.vision_encoder.state_dict(), folder / "clip_visual.pt")
+    torch.save(model.vision_encoder.state_dict(), folder / variant.vision.file)
     write_lm_and_recipe(folder, variant, base_lm)
 
 
@@ -269,14 +296,10 @@ def recipe(variant: Variant) -> str:
     return f"""family = "openflamingo"
 checkpoint = "checkpoint.pt"
 language_model = "lang_encoder"
-vision_encoder = "clip_visual.pt"
+vision_encoder = "{variant.vision.file}"
 
 [vision]
-image_size = {IMAGE_SIZE}
-patch_size = {PATCH_SIZE}
-heads = {VISION_HEADS}
-activation = "quick_gelu"
-{resampler}
+{variant.vision.recipe}{resampler}
 [tokens]
 end_of_chunk = {END_OF_CHUNK}
 image = {IMAGE}
@@ -481,7 +504,7 @@ class Batch:
         return self.rows[idx].count(IMAGE)
 
 
-def batches(n_frames: dict[str, int]) -> list[Batch]:
+def batches(variant: Variant) -> list[Batch]:
     """A: text before the first image. B: two rows, left padding. C: text only. D: five images."""
     generator = torch.Generator().manual_seed(2)
 
@@ -489,7 +512,8 @@ def batches(n_frames: dict[str, int]) -> list[Batch]:
         return torch.randint(3, BASE_VOCAB, (count,), generator=generator).tolist()
 
     def pixels(batch: str, n_rows: int, n_media: int) -> Tensor:
-        shape = (n_rows, n_media, n_frames.get(batch, 1), 3, IMAGE_SIZE, IMAGE_SIZE)
+        n_frames, side = variant.n_frames.get(batch, 1), variant.vision.image_size
+        shape = (n_rows, n_media, n_frames, 3, side, side)
         return torch.randn(shape, generator=generator)
 
     chunk = [END_OF_CHUNK]
@@ -515,7 +539,7 @@ def batches(n_frames: dict[str, int]) -> list[Batch]:
 def run_cases(model: Flamingo, variant: Variant) -> dict[str, Tensor]:
     """Runs each batch and takes its rows apart: no batch dimension, no padding, no empty media."""
     golden: dict[str, Tensor] = {}
-    for batch in batches(variant.n_frames):
+    for batch in batches(variant):
         ids, mask = pad_left(batch.rows, PAD)
         visual_tokens = encode_media(model, batch.pixels)
         logits = model(batch.pixels, ids, mask).logits
@@ -559,9 +583,10 @@ def generate(model: Flamingo, pixels: Tensor, ids: Tensor, mask: Tensor, **optio
 def verify(folder: Path, variant: Variant) -> None:
     """Rebuilds the model from the files and runs every case again, one row at a time."""
     model, margin = load(folder, variant), torch.inf
+    side = variant.vision.image_size
     for case, golden in sorted(read_golden(folder).items()):
         ids = golden["input_ids"][None]
-        pixels = golden.get("pixel_values", torch.zeros(1, 1, 3, IMAGE_SIZE, IMAGE_SIZE))[None]
+        pixels = golden.get("pixel_values", torch.zeros(1, 1, 3, side, side))[None]
         mask = torch.ones_like(ids)
         place = f"{folder.name}/{case}"
         if "visual_tokens" in golden:
@@ -580,8 +605,8 @@ def load(folder: Path, variant: Variant) -> Flamingo:
     if variant.form == "otter":
         return load_otter(folder, variant)
     lm = transformers.AutoModelForCausalLM.from_pretrained(folder / "lang_encoder")
-    visual = build_visual()
-    visual.load_state_dict(read_visual(folder / "clip_visual.pt", variant.form))
+    visual = variant.vision.build()
+    visual.load_state_dict(read_visual(folder / variant.vision.file, variant.form))
     model = assemble(visual, lm, variant)
     fill_new_rows(model.lang_encoder, variant.form)
     state = torch.load(folder / "checkpoint.pt", weights_only=True)

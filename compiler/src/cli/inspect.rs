@@ -7,6 +7,7 @@ use anyhow::{Result, bail};
 use clap::Args;
 use flamingo_ir::op::Flavour;
 use flamingo_models::Source;
+use flamingo_models::config::VisionEncoder;
 use flamingo_models::manifest::Limits;
 use flamingo_runtime::Artifact;
 use serde_json::json;
@@ -224,10 +225,19 @@ fn part_sizes(source: &Source) -> BTreeMap<String, (usize, u64)> {
 fn describe_config(output: &mut Output, config: &flamingo_models::ModelConfig) -> Result<()> {
     let (vision, language, cross) = (&config.vision, &config.language, &config.cross_attention);
     output.line(&format!("family            {:?}", config.family))?;
-    output.line(&format!(
-        "vision encoder    CLIP ViT, {0} x {0} pixels, patch {1}, {2} layers of width {3}",
-        vision.image_size, vision.patch_size, vision.n_layers, vision.width
-    ))?;
+    let (size, width) = (vision.image_size, vision.width);
+    output.line(&match &vision.encoder {
+        VisionEncoder::Clip(clip) => format!(
+            "vision encoder    CLIP ViT, {size} x {size} pixels, patch {}, {} layers of width {width}",
+            clip.patch_size, clip.n_layers
+        ),
+        VisionEncoder::Nfnet(nfnet) => format!(
+            "vision encoder    NFNet{}, {size} x {size} pixels, {} blocks, {} tokens of width {width}",
+            nfnet.variant().map_or_else(String::new, |name| format!("-{}", name.to_uppercase())),
+            vision.n_layers(),
+            vision.n_tokens()
+        ),
+    })?;
     match &config.resampler {
         Some(resampler) => output.line(&format!(
             "resampler         {} layers, {} visual tokens, {} heads of {}",

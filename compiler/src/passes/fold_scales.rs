@@ -1,9 +1,10 @@
-//! Constant factors next to a linear become part of its weight:
+//! Constant factors next to a linear or a convolution become part of its weight:
 //!
 //! * (x Wᵀ + b) · c → x (cW)ᵀ + cb, for a number or one factor a feature: the tanh gates;
+//! * (x · c) Wᵀ → x (cW)ᵀ for a number, also through means of pixels: what keeps the variance of an NFNet;
 //! * the scale of attention scores → the query projection.
 
-use flamingo_ir::op::{Linear, Mul, Op, Reshape};
+use flamingo_ir::op::{Linear, MeanPool, Mul, Op, Reshape};
 use flamingo_ir::{Dim, GraphError, Node, Patch, ValueId};
 
 use super::Context;
@@ -12,6 +13,7 @@ pub(super) fn run(patch: &mut Patch, _context: &Context) -> Result<(), GraphErro
     for node in patch.nodes() {
         match &node.op {
             Op::Mul(_) => fold_factor(patch, &node)?,
+            Op::Linear(_) | Op::Convolution(_) => fold_input_factor(patch, &node)?,
             Op::Attention(op) if op.scale != 1.0 => {
                 let scaled = Op::Attention(flamingo_ir::op::Attention { scale: 1.0, ..op.clone() });
                 fold_attention(patch, &node, op.scale, scaled)?;
@@ -88,6 +90,37 @@ fn fold_factor(patch: &mut Patch, node: &Node) -> Result<(), GraphError> {
         }
     }
     Ok(())
+}
+
+/// The value that `value` is a known number times, and that number.
+fn scaled(patch: &Patch, value: ValueId) -> Option<(ValueId, ValueId)> {
+    let node = patch.producer(value).filter(|_| !patch.is_build_time(value))?;
+    let (Op::Mul(_), &[left, right]) = (&node.op, node.inputs.as_slice()) else { return None };
+    let is_number = |factor: ValueId| patch.fact(factor).shape.is_empty();
+    [(left, right), (right, left)]
+        .into_iter()
+        .find(|(_, factor)| patch.is_build_time(*factor) && is_number(*factor))
+}
+
+/// Moves a factor of the input into the weight.
+fn fold_input_factor(patch: &mut Patch, node: &Node) -> Result<(), GraphError> {
+    let [x, weight, rest @ ..] = node.inputs.as_slice() else { return Ok(()) };
+    if !patch.is_build_time(*weight) {
+        return Ok(());
+    }
+    let pool = patch.producer(*x).and_then(|before| match before.op {
+        Op::MeanPool(MeanPool { window }) => Some((before.name, window, before.inputs[0])),
+        _ => None,
+    });
+    let Some((mut x, factor)) = scaled(patch, pool.as_ref().map_or(*x, |pool| pool.2)) else {
+        return Ok(());
+    };
+    if let Some((name, window, _)) = pool {
+        x = patch.add(&name, MeanPool { window }, &[x])?;
+    }
+    let weight = patch.add("scaled_weight", Mul, &[*weight, factor])?;
+    let new = patch.add(&node.name, node.op.clone(), &[&[x, weight], rest].concat())?;
+    patch.replace(node.outputs[0], new)
 }
 
 fn fold_attention(

@@ -2,7 +2,8 @@
 
 use flamingo_ir::op::Concat;
 use flamingo_ir::op::{
-    Activation, FeedForward, GatedCrossAttention, Linear, Op, ResamplerAttention, Rounding,
+    Activation, ChannelGate, Convolution, FeedForward, GatedCrossAttention, Linear, Op,
+    ResamplerAttention, Rounding,
 };
 use flamingo_ir::{GraphError, Node, Patch, ValueId};
 
@@ -20,32 +21,60 @@ fn linear_before(patch: &Patch, value: ValueId) -> Option<(Node, Linear)> {
     }
 }
 
-/// Activate(Linear(x)) → Linear with activation.
+/// The node that computes `value`, on the device and for one reader.
+fn before(patch: &Patch, value: ValueId) -> Option<Node> {
+    let is_free = patch.is_read_once(value) && !patch.is_build_time(value);
+    patch.producer(value).filter(|_| is_free)
+}
+
+/// The op followed by an activation, if it can do both.
+fn activated(op: &Op, activation: Activation) -> Option<Op> {
+    let activation = Some(activation);
+    match op {
+        Op::Linear(op) if op.activation.is_none() && !op.residual => {
+            Some(Linear { activation, ..op.clone() }.into())
+        }
+        Op::Convolution(op) if op.activation.is_none() => {
+            Some(Convolution { activation, ..op.clone() }.into())
+        }
+        _ => None,
+    }
+}
+
+/// Activate(Linear(x)) → Linear with activation; the same of convolutions.
 pub(super) fn activations(patch: &mut Patch, _context: &Context) -> Result<(), GraphError> {
     for node in patch.nodes() {
         let Op::Activate(activate) = &node.op else { continue };
-        let Some((before, linear)) = linear_before(patch, node.inputs[0]) else { continue };
-        if linear.activation.is_some() || linear.residual {
-            continue;
-        }
-        let op = Linear { activation: Some(activate.activation), ..linear };
+        let Some(before) = before(patch, node.inputs[0]) else { continue };
+        let Some(op) = activated(&before.op, activate.activation) else { continue };
         let new = patch.add(&before.name, op, &before.inputs)?;
         patch.replace(node.outputs[0], new)?;
     }
     Ok(())
 }
 
-/// x + Linear(y) → Linear with residual x.
+/// The op with a residual, if it can have one.
+fn with_residual(op: &Op) -> Option<Op> {
+    match op {
+        Op::Linear(op) if !op.residual => Some(Linear { residual: true, ..op.clone() }.into()),
+        Op::ChannelGate(ChannelGate { residual: false }) => {
+            Some(ChannelGate { residual: true }.into())
+        }
+        _ => None,
+    }
+}
+
+/// x + Linear(y) → Linear with residual x; the same of gated channels.
 pub(super) fn residuals(patch: &mut Patch, _context: &Context) -> Result<(), GraphError> {
     for node in patch.nodes() {
         let (Op::Add(_), &[left, right]) = (&node.op, node.inputs.as_slice()) else { continue };
         for (residual, value) in [(left, right), (right, left)] {
-            let Some((before, linear)) = linear_before(patch, value) else { continue };
+            let Some(before) = before(patch, value) else { continue };
             let same_shape = patch.fact(residual) == patch.fact(value);
-            if linear.residual || !same_shape || patch.is_build_time(residual) {
+            if !same_shape || patch.is_build_time(residual) {
                 continue;
             }
-            let op = Linear { residual: true, ..linear };
+            let Some(op) = with_residual(&before.op) else { continue };
             let inputs = [before.inputs.as_slice(), &[residual]].concat();
             let new = patch.add(&before.name, op, &inputs)?;
             patch.replace(node.outputs[0], new)?;

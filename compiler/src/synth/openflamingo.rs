@@ -1,23 +1,74 @@
 //! OpenFlamingo checkpoints: resampler, gated blocks and embeddings under their genuine names,
-//! open_clip's visual tower, and the recipe that joins the files.
+//! open_clip's visual tower or an NFNet, and the recipe that joins the files.
 
 use super::language::Language;
+use super::nfnet::Nfnet;
 use super::tensor::{Fill, TensorList};
 use super::tokens::Tokens;
 
 /// Heads × head width of resampler and cross-attention: 8 × 64, whatever the widths.
 const INNER_WIDTH: usize = 512;
 const N_LATENTS: usize = 64;
+/// Rows of the paper's temporal embeddings: frames of a clip in training.
+const N_FRAMES: usize = 8;
 
 /// Shape of an OpenFlamingo.
 #[derive(Clone, Debug)]
 pub(super) struct OpenFlamingo {
-    pub(super) vision: Vision,
+    pub(super) vision: Encoder,
     pub(super) resampler_depth: usize,
+    /// Whether the resampler has temporal embeddings and squared ReLU, as the paper's.
+    pub(super) is_paper: bool,
     pub(super) language: Language,
     /// A gated block before every `interval`-th decoder layer: `interval − 1`, `2·interval − 1`, ….
     pub(super) interval: usize,
     pub(super) tokens: Tokens,
+}
+
+/// A vision encoder.
+#[derive(Clone, Debug)]
+pub(super) enum Encoder {
+    Clip(Vision),
+    Nfnet(Nfnet),
+}
+
+impl Encoder {
+    /// Width of a token.
+    pub(super) fn width(&self) -> usize {
+        match self {
+            Encoder::Clip(clip) => clip.width,
+            Encoder::Nfnet(nfnet) => nfnet.width,
+        }
+    }
+
+    /// Name of its file.
+    pub(super) fn file(&self) -> &'static str {
+        match self {
+            Encoder::Clip(_) => "clip_visual.pt",
+            Encoder::Nfnet(_) => "nfnet.pt",
+        }
+    }
+
+    /// The tensors of its file.
+    pub(super) fn tensors(&self) -> TensorList {
+        match self {
+            Encoder::Clip(clip) => clip.tensors(),
+            Encoder::Nfnet(nfnet) => nfnet.tensors(),
+        }
+    }
+
+    /// The lines of the recipe's `[vision]`.
+    fn recipe(&self) -> String {
+        match self {
+            Encoder::Clip(Vision { image_size, patch_size, n_heads, .. }) => format!(
+                "image_size = {image_size}\npatch_size = {patch_size}\nheads = {n_heads}\n\
+                 activation = \"quick_gelu\"\n"
+            ),
+            Encoder::Nfnet(Nfnet { image_size, .. }) => {
+                format!("kind = \"nfnet\"\nimage_size = {image_size}\n")
+            }
+        }
+    }
 }
 
 /// Shape of open_clip's visual tower; its MLP is four times as wide.
@@ -48,8 +99,11 @@ impl OpenFlamingo {
     }
 
     fn resampler(&self, list: &mut TensorList) {
-        let width = self.vision.width;
+        let width = self.vision.width();
         list.add("perceiver.latents", &[N_LATENTS, width], Fill::Latents);
+        if self.is_paper {
+            list.add("perceiver.frame_embs", &[N_FRAMES, width], Fill::Embedding);
+        }
         for layer_idx in 0..self.resampler_depth {
             let attention = format!("perceiver.layers.{layer_idx}.0");
             list.layer_norm(&format!("{attention}.norm_media"), width);
@@ -70,7 +124,7 @@ impl OpenFlamingo {
         list.add(format!("{block}.ff_gate"), &[1], Fill::Gate);
         list.residual_layer_norm(&format!("{block}.attn.norm"), width);
         list.linear(&format!("{block}.attn.to_q"), INNER_WIDTH, width);
-        list.linear(&format!("{block}.attn.to_kv"), 2 * INNER_WIDTH, self.vision.width);
+        list.linear(&format!("{block}.attn.to_kv"), 2 * INNER_WIDTH, self.vision.width());
         list.linear(&format!("{block}.attn.to_out"), width, INNER_WIDTH);
         list.residual_layer_norm(&format!("{block}.ff.0"), width);
         feed_forward(list, &format!("{block}.ff"), width);
@@ -78,7 +132,11 @@ impl OpenFlamingo {
 
     /// `recipe.toml`: which file is what, and what no file says.
     pub(super) fn recipe(&self) -> String {
-        let Vision { image_size, patch_size, n_heads, .. } = self.vision;
+        let (file, vision) = (self.vision.file(), self.vision.recipe());
+        let resampler = match self.is_paper {
+            true => "\n[resampler]\nactivation = \"squared_relu\"\n",
+            false => "",
+        };
         let specials = &self.tokens.added;
         let id = |name: &str| specials.iter().find(|(n, _)| *n == name).map_or(0, |(_, id)| *id);
         let (end_of_chunk, image, pad) = (id("<|endofchunk|>"), id("<image>"), id("<PAD>"));
@@ -86,13 +144,9 @@ impl OpenFlamingo {
             "family = \"openflamingo\"\n\
              checkpoint = \"checkpoint.pt\"\n\
              language_model = \"lang_encoder\"\n\
-             vision_encoder = \"clip_visual.pt\"\n\
+             vision_encoder = \"{file}\"\n\
              tokenizer = \"tokenizer.json\"\n\n\
-             [vision]\n\
-             image_size = {image_size}\n\
-             patch_size = {patch_size}\n\
-             heads = {n_heads}\n\
-             activation = \"quick_gelu\"\n\n\
+             [vision]\n{vision}{resampler}\n\
              [tokens]\n\
              end_of_chunk = {end_of_chunk}\n\
              image = {image}\n\

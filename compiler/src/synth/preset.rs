@@ -2,7 +2,8 @@
 
 use super::idefics::{self, Idefics};
 use super::language::{Architecture, Language};
-use super::openflamingo::{self, OpenFlamingo};
+use super::nfnet::Nfnet;
+use super::openflamingo::{self, Encoder, OpenFlamingo};
 use super::random::Storage;
 use super::tensor::Spread;
 use super::tokens::{Kind, Tokens};
@@ -15,12 +16,13 @@ pub(super) enum Model {
 }
 
 /// Names in the order in which they are listed.
-pub(super) const NAMES: [&str; 12] = [
+pub(super) const NAMES: [&str; 14] = [
     "tiny-openflamingo-mpt1b",
     "tiny-openflamingo-mpt",
     "tiny-openflamingo-gpt-neox",
     "tiny-openflamingo-llama",
     "tiny-openflamingo-opt",
+    "tiny-nfnet",
     "tiny-idefics",
     "of-mini",
     "of-3b-quarter",
@@ -28,6 +30,7 @@ pub(super) const NAMES: [&str; 12] = [
     "of-4b",
     "of-9b",
     "idefics-9b",
+    "nfnet-f6",
 ];
 
 /// Rows of the embedding of MPT and RedPajama-INCITE.
@@ -44,6 +47,7 @@ pub(super) fn find(name: &str) -> Option<(Model, Spread)> {
         "tiny-openflamingo-gpt-neox" => tiny_openflamingo(GptNeox, 256),
         "tiny-openflamingo-llama" => tiny_openflamingo(Llama, 112),
         "tiny-openflamingo-opt" => tiny_openflamingo(Opt, 128),
+        "tiny-nfnet" => tiny_nfnet(),
         "tiny-idefics" => Model::Idefics(tiny_idefics()),
         "of-mini" => Model::OpenFlamingo(of_mini()),
         "of-3b-quarter" => Model::OpenFlamingo(of_3b_quarter()),
@@ -51,6 +55,7 @@ pub(super) fn find(name: &str) -> Option<(Model, Spread)> {
         "of-4b" => released(neox_vocabulary(GptNeox, 2560, 32, 32, Storage::F16), 2),
         "of-9b" => released(neox_vocabulary(Mpt, 4096, 32, 32, Storage::Bf16), 4),
         "idefics-9b" => Model::Idefics(idefics_9b()),
+        "nfnet-f6" => Model::OpenFlamingo(nfnet_f6()),
         _ => return None,
     };
     let spread = if name.starts_with("tiny-") { Spread::TINY } else { Spread::LARGE };
@@ -67,15 +72,16 @@ fn tiny_openflamingo(architecture: Architecture, mlp_width: usize) -> Model {
     };
     let n_tokens = kind.n_base_tokens();
     Model::OpenFlamingo(OpenFlamingo {
-        vision: openflamingo::Vision {
+        vision: Encoder::Clip(openflamingo::Vision {
             width: 48,
             n_layers: 2,
             n_heads: 4,
             image_size: 28,
             patch_size: 14,
             output_width: 16,
-        },
+        }),
         resampler_depth: 6,
+        is_paper: false,
         language: Language {
             architecture,
             width: 64,
@@ -89,6 +95,29 @@ fn tiny_openflamingo(architecture: Architecture, mlp_width: usize) -> Model {
         interval: 2,
         tokens: Tokens::openflamingo(kind, n_tokens),
     })
+}
+
+/// The tiny model over LLaMA with a small NFNet, whose sides are odd after the stem, and the paper's resampler.
+fn tiny_nfnet() -> Model {
+    let Model::OpenFlamingo(model) = tiny_openflamingo(Architecture::Llama, 112) else {
+        unreachable!("made from an OpenFlamingo")
+    };
+    let nfnet = Nfnet {
+        image_size: 36,
+        stem_width: 32,
+        stages: vec![(2, 48), (1, 32), (2, 48), (1, 48)],
+        group_width: 8,
+        width: 24,
+    };
+    let vision = Encoder::Nfnet(nfnet);
+    Model::OpenFlamingo(OpenFlamingo { vision, resampler_depth: 2, is_paper: true, ..model })
+}
+
+/// The paper's NFNet-F6 at 320 pixels and its kind of resampler, before the language model of `of-mini`: what a picture
+/// costs. The resampler is as wide as the encoder; the paper's has 194 million parameters, this one 491.
+fn nfnet_f6() -> OpenFlamingo {
+    let vision = Encoder::Nfnet(Nfnet::f(6));
+    OpenFlamingo { vision, resampler_depth: 6, is_paper: true, ..of_mini() }
 }
 
 /// A language model over the GPT-NeoX-20B tokenizer.
@@ -113,9 +142,14 @@ fn neox_vocabulary(
 
 /// A released OpenFlamingo: CLIP ViT-L/14 at 224 pixels and six resampler layers.
 fn released(language: Language, interval: usize) -> Model {
-    let vision = clip_vit_large();
-    let tokens = Tokens::openflamingo(Kind::GptNeox, NEOX_TOKENS);
-    Model::OpenFlamingo(OpenFlamingo { vision, resampler_depth: 6, language, interval, tokens })
+    Model::OpenFlamingo(OpenFlamingo {
+        vision: Encoder::Clip(clip_vit_large()),
+        resampler_depth: 6,
+        is_paper: false,
+        language,
+        interval,
+        tokens: Tokens::openflamingo(Kind::GptNeox, NEOX_TOKENS),
+    })
 }
 
 /// CLIP ViT-L/14 at 224 pixels.
@@ -134,8 +168,9 @@ fn clip_vit_large() -> openflamingo::Vision {
 /// real shape, and a stage takes a quarter of the time (`benches/peers`).
 fn of_3b_quarter() -> OpenFlamingo {
     OpenFlamingo {
-        vision: openflamingo::Vision { n_layers: 6, ..clip_vit_large() },
+        vision: Encoder::Clip(openflamingo::Vision { n_layers: 6, ..clip_vit_large() }),
         resampler_depth: 6,
+        is_paper: false,
         language: neox_vocabulary(Architecture::MosaicGpt, 2048, 6, 16, Storage::F32),
         interval: 1,
         tokens: Tokens::openflamingo(Kind::GptNeox, NEOX_TOKENS),
@@ -145,15 +180,16 @@ fn of_3b_quarter() -> OpenFlamingo {
 /// Small enough to make and run in seconds, with the proportions of a released model.
 fn of_mini() -> OpenFlamingo {
     OpenFlamingo {
-        vision: openflamingo::Vision {
+        vision: Encoder::Clip(openflamingo::Vision {
             width: 512,
             n_layers: 6,
             n_heads: 8,
             image_size: 224,
             patch_size: 14,
             output_width: 512,
-        },
+        }),
         resampler_depth: 2,
+        is_paper: false,
         language: neox_vocabulary(Architecture::Mpt, 1024, 6, 8, Storage::F32),
         interval: 1,
         tokens: Tokens::openflamingo(Kind::GptNeox, NEOX_TOKENS),
@@ -243,7 +279,19 @@ mod tests {
         let (whole, quarter) = (openflamingo("of-3b"), openflamingo("of-3b-quarter"));
         let missing = whole.checkpoint().n_values() - quarter.checkpoint().n_values();
         assert_eq!(missing, 18 * block);
-        assert_eq!((quarter.vision.n_layers, quarter.language.n_layers), (6, 6));
+        let Encoder::Clip(vision) = quarter.vision else { panic!("{:?}", quarter.vision) };
+        assert_eq!((vision.n_layers, quarter.language.n_layers), (6, 6));
+    }
+
+    /// A layer: q, k, v and output of 8 × 64, a feed-forward, three norms; then the last norm, latents and embeddings.
+    #[test]
+    fn the_resampler_of_nfnet_f6_has_491_million_parameters() {
+        let layer = 4 * 3072 * 512 + 8 * 3072 * 3072 + 6 * 3072;
+        let expected = 6 * layer + 2 * 3072 + (64 + 8) * 3072;
+        let list = openflamingo("nfnet-f6").checkpoint();
+        let own = list.specs().iter().filter(|spec| spec.name.starts_with("perceiver."));
+        assert_eq!(own.map(|spec| spec.n_values()).sum::<usize>(), expected);
+        assert_eq!(expected / 1_000_000, 491);
     }
 
     #[test]

@@ -71,6 +71,21 @@ pub(super) fn op_from_node(
         "RotaryEmbedding" => {
             own.with("n_heads", get("num_heads")?).with("n_dims", get("rotary_embedding_dim")?)
         }
+        "Conv" => own
+            .with("strides", get("strides")?)
+            .with("pads", get("pads")?)
+            .with("group", get("group")?),
+        "AveragePool" => {
+            let (window, pads) = (get("kernel_shape")?, get("pads")?);
+            let (Attribute::Ints(window), Attribute::Ints(pads)) = (window, pads) else {
+                return Err("`kernel_shape` and `pads`: expected integers".into());
+            };
+            let ([window, ..], [_, _, missing @ ..]) = (&window[..], &pads[..]) else {
+                return Err("`kernel_shape` and `pads`: expected 2 and 4 integers".into());
+            };
+            own.with("window", Attribute::Int(*window))
+                .with("missing", Attribute::Ints(missing.to_vec()))
+        }
         "Attention" => own.with("scale", get("scale")?),
         "MultiHeadAttention" => own.with("n_heads", get("num_heads")?).with("scale", get("scale")?),
         _ => own,

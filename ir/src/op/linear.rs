@@ -62,7 +62,7 @@ impl Activation {
     }
 
     /// Appends the activation of `x` to `graph`.
-    fn define(
+    pub(super) fn define(
         self,
         graph: &mut Graph,
         x: ValueId,

@@ -281,6 +281,26 @@ pub(crate) fn standard_cases() -> Vec<Case> {
             ],
         ),
         case("norm.plain", LayerNormalization { epsilon: 1e-5 }, &[X, ("scale", Weight, "8")]),
+        case(
+            "conv",
+            Conv { strides: [2, 1], pads: [0, 1, 2, 1], n_groups: 3 },
+            &[
+                ("x", Noise, "n_media, 6, 7, 5"),
+                ("weight", Weight, "9, 2, 3, 2"),
+                ("bias", Weight, "9"),
+            ],
+        ),
+        case(
+            "conv.plain",
+            Conv { strides: [1, 1], pads: [0; 4], n_groups: 1 },
+            &[("x", Noise, "n_media*n_frames, 3, 4, 6"), ("weight", Weight, "5, 3, 1, 1")],
+        ),
+        case(
+            "pool",
+            AveragePool { window: 2, missing: [1, 0] },
+            &[("x", Noise, "n_media*n_frames, 3, 7, 6")],
+        ),
+        case("pool.all", GlobalAveragePool, &[("x", Noise, "n_media*n_frames, 3, 7, 6")]),
     ]
 }
 
@@ -598,8 +618,44 @@ pub(crate) fn function_cases() -> Vec<Case> {
             ExpandBatch,
             &[("x", Weight, "3, 8"), media("like", "n_media, n_frames, 3, 4, 6")],
         ),
+        convolution("convolution.even", [8, 6], 2, 1, false),
+        convolution("convolution.odd", [7, 5], 2, 2, true),
+        convolution("convolution.kept", [5, 4], 1, 3, true),
+        convolution("convolution.far", [9, 10], 4, 1, true),
+        convolution("convolution.pixel", [1, 1], 2, 2, true),
+        case("mean_pool.even", MeanPool { window: 2 }, &[media("x", "n_media*n_frames, 4, 6, 3")]),
+        case("mean_pool.odd", MeanPool { window: 2 }, &[media("x", "n_media*n_frames, 5, 3, 3")]),
+        case("mean_pool.pixel", MeanPool { window: 3 }, &[media("x", "n_media, 1, 4, 2")]),
+        case("picture_mean", PictureMean, &[media("x", "n_media*n_frames, 5, 3, 4")]),
+        channel_gate("channel_gate", false),
+        channel_gate("channel_gate.residual", true),
     ]);
     cases
+}
+
+/// Windows of 3 × 3, each group with 2 channels in and 3 out.
+fn convolution(
+    name: &'static str,
+    [height, width]: [usize; 2],
+    stride: usize,
+    n_groups: usize,
+    is_full: bool,
+) -> Case {
+    let activation = is_full.then_some(Activation::Gelu);
+    let op = Convolution { window: [3, 3], stride, n_groups, activation, bias: is_full };
+    let x = format!("n_media*n_frames, {height}, {width}, {}", 2 * n_groups);
+    let (weight, bias) = (format!("{}, 18", 3 * n_groups), format!("{}", 3 * n_groups));
+    let mut inputs = vec![("x", Noise, x.as_str()), ("weight", Weight, weight.as_str())];
+    inputs.extend(is_full.then_some(("bias", Weight, bias.as_str())));
+    case(name, op, &inputs)
+}
+
+fn channel_gate(name: &'static str, residual: bool) -> Case {
+    let picture = |name| (name, Noise, "n_media*n_frames, 3, 2, 4");
+    let gates = ("gates", Noise, "n_media*n_frames, 4");
+    let mut inputs = vec![picture("x"), gates, ("gain", Weight, "")];
+    inputs.extend(residual.then(|| picture("residual")));
+    case(name, ChannelGate { residual }, &inputs)
 }
 
 fn unpack(format: &str, n: usize, k: usize) -> UnpackPanels {

@@ -1,4 +1,4 @@
-//! Convolutions and squeeze-excite against their references.
+//! Convolutions, means and gates against their references.
 
 use super::*;
 
@@ -35,24 +35,37 @@ fn convolutions_agree_on_awkward_sizes() {
 }
 
 #[test]
-fn squeeze_excite_agrees() {
+fn means_and_gates_agree() {
     for kernels in all_kernels() {
-        for (n_pixels, n_channels, n_squeezed) in [(1, 1, 1), (7, 65, 3), (100, 130, 33)] {
+        for (n_pixels, n_channels) in [(1, 1), (7, 65), (100, 130), (900, 33)] {
             let x = Random::new(1, n_pixels, n_channels, 2);
             let residual = Random::new(2, n_pixels, n_channels, 0);
-            let weights = [(n_squeezed, n_channels), (n_channels, n_squeezed)];
-            let weights = weights.map(|(rows, cols)| Random::new(3, rows, cols, 0));
-            let biases = [random(4, n_squeezed), random(5, n_channels)];
-            let squeeze = (weights[0].view(), &*biases[0]);
-            let excite = (weights[1].view(), &*biases[1]);
+            let mut mean = vec![0.0; n_channels];
+            kernels.mean_of_rows(x.view(), &mut mean);
+            let expected = reference::mean_of_rows(x.view());
+            check(&format!("{} mean of rows", kernels.isa()), &mean, &expected, 1e-5);
+            let gates = random(3, n_channels);
             for residual in [None, Some(residual.view())] {
                 let run = |out: MatrixMut<'_>| {
-                    kernels.squeeze_excite(x.view(), squeeze, excite, 0.4, residual, out);
+                    kernels.gate_channels(x.view(), &gates, 0.4, residual, out);
                 };
                 let out = output(n_pixels, n_channels, run);
-                let expected = reference::squeeze_excite(x.view(), squeeze, excite, 0.4, residual);
-                check(&format!("{} squeeze-excite", kernels.isa()), &out, &expected, 1e-5);
+                let expected = reference::gate_channels(x.view(), &gates, 0.4, residual);
+                check(&format!("{} gates", kernels.isa()), &out, &expected, 1e-5);
             }
+        }
+    }
+}
+
+#[test]
+fn means_of_squares_agree_at_the_ends() {
+    for kernels in all_kernels() {
+        for (size, side) in [([1, 1], 2), ([4, 6], 2), ([5, 7], 2), ([9, 4], 3), ([0, 3], 2)] {
+            let x = Random::new(1, size[0] * size[1], 19, 1);
+            let n_pixels = size.map(|size: usize| size.div_ceil(side)).iter().product();
+            let out = output(n_pixels, 19, |out| kernels.mean_pool(x.view(), size, side, out));
+            let expected = reference::mean_pool(x.view(), size, side);
+            check(&format!("{} {size:?} {side}", kernels.isa()), &out, &expected, 1e-5);
         }
     }
 }

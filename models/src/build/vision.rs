@@ -1,14 +1,15 @@
-//! CLIP's vision transformer (pre-norm), from pixels to tokens
+//! Vision encoders, from pixels to tokens; and CLIP's vision transformer (pre-norm)
 //! (open_clip 2.20 `VisionTransformer.forward`, transformers `CLIPVisionTransformer`).
 
 use flamingo_ir::op::{Activate, Add, Attention, ClassEmbedding, LayerNorm, Patches, Slice};
 use flamingo_ir::{Graph, GraphError, ValueId};
 
+use super::nfnet::build_nfnet;
 use super::{KeyMap, VisionKey, linear, reshaped, rows};
-use crate::config::VisionConfig;
+use crate::config::{ClipConfig, VisionConfig, VisionEncoder};
 use crate::source::Binder;
 
-/// Pictures [n, 3, S, S] → tokens [n, tokens, width]: the last layer's output without final norm.
+/// Pictures [n, 3, S, S] → tokens [n, tokens, width], as the encoder hands them on.
 pub(super) fn build_vision(
     graph: &mut Graph,
     binder: &mut Binder,
@@ -16,14 +17,28 @@ pub(super) fn build_vision(
     config: &VisionConfig,
     pictures: ValueId,
 ) -> Result<ValueId, GraphError> {
-    let mut vision = Vision { graph, binder, keys, config };
+    match &config.encoder {
+        VisionEncoder::Clip(clip) => build_clip(graph, binder, keys, (config, clip), pictures),
+        VisionEncoder::Nfnet(nfnet) => build_nfnet(graph, binder, keys, (config, nfnet), pictures),
+    }
+}
+
+/// The last layer's output without final norm.
+fn build_clip(
+    graph: &mut Graph,
+    binder: &mut Binder,
+    keys: &dyn KeyMap,
+    (config, clip): (&VisionConfig, &ClipConfig),
+    pictures: ValueId,
+) -> Result<ValueId, GraphError> {
+    let (width, grid) = (config.width, config.grid() * config.grid());
+    let mut vision = Vision { graph, binder, keys, width, n_patches: grid, config: clip };
     let mut x = vision.embed(pictures)?;
-    for layer in 0..config.n_layers {
+    for layer in 0..clip.n_layers {
         x = vision.attention(layer, x)?;
         x = vision.feed_forward(layer, x)?;
     }
-    let grid = config.grid() * config.grid();
-    match config.keep_class_token {
+    match clip.keep_class_token {
         true => Ok(x),
         false => graph.add("vision.patch_tokens", Slice { axis: 1, start: 1, end: grid + 1 }, &[x]),
     }
@@ -33,7 +48,9 @@ struct Vision<'g, 'b, 'p> {
     graph: &'g mut Graph,
     binder: &'b mut Binder<'p>,
     keys: &'b dyn KeyMap,
-    config: &'b VisionConfig,
+    width: usize,
+    n_patches: usize,
+    config: &'b ClipConfig,
 }
 
 impl Vision<'_, '_, '_> {
@@ -53,8 +70,8 @@ impl Vision<'_, '_, '_> {
     }
 
     fn embed(&mut self, pictures: ValueId) -> Result<ValueId, GraphError> {
-        let VisionConfig { patch_size, width, .. } = *self.config;
-        let n_tokens = self.config.grid() * self.config.grid() + 1;
+        let (patch_size, width) = (self.config.patch_size, self.width);
+        let n_tokens = self.n_patches + 1;
         let patches = self.graph.add("vision.patches", Patches { patch_size }, &[pictures])?;
         let weight = self.weight(VisionKey::Patch, &[width, 3, patch_size, patch_size]);
         let weight = reshaped(self.graph, weight, &[width, 3 * patch_size * patch_size])?;
@@ -68,7 +85,7 @@ impl Vision<'_, '_, '_> {
 
     /// Weight and bias of q, k and v, cut out of a fused tensor where the file has one.
     fn projections(&mut self, layer: usize) -> Result<[[ValueId; 2]; 3], GraphError> {
-        let width = self.config.width;
+        let width = self.width;
         let fused = self.binder.has(&self.keys.vision(VisionKey::Qkv(layer, "weight")));
         if !fused {
             return Ok(["q", "k", "v"].map(|name| {
@@ -88,7 +105,7 @@ impl Vision<'_, '_, '_> {
     }
 
     fn attention(&mut self, layer: usize, x: ValueId) -> Result<ValueId, GraphError> {
-        let VisionConfig { width, n_heads, .. } = *self.config;
+        let (width, n_heads) = (self.width, self.config.n_heads);
         let name = |part: &str| format!("vision.{layer}.attention.{part}");
         let affine = ["weight", "bias"]
             .map(|part| self.weight(VisionKey::AttentionNorm(layer, part), &[width]));
@@ -106,7 +123,8 @@ impl Vision<'_, '_, '_> {
     }
 
     fn feed_forward(&mut self, layer: usize, x: ValueId) -> Result<ValueId, GraphError> {
-        let VisionConfig { width, mlp_width, activation, .. } = *self.config;
+        let ClipConfig { mlp_width, activation, .. } = *self.config;
+        let width = self.width;
         let name = |part: &str| format!("vision.{layer}.mlp.{part}");
         let affine =
             ["weight", "bias"].map(|part| self.weight(VisionKey::MlpNorm(layer, part), &[width]));

@@ -11,7 +11,8 @@ use super::open_flamingo::buffer;
 use super::otter::hugging_face_vision;
 use crate::build::{GatedKey, KeyMap, ResamplerKey, VisionKey};
 use crate::config::{
-    CrossAttentionConfig, Family, ModelConfig, ResamplerConfig, SpecialTokens, VisionConfig,
+    ClipConfig, CrossAttentionConfig, Family, ModelConfig, ResamplerConfig, SpecialTokens,
+    VisionConfig, VisionEncoder,
 };
 use crate::image_spec::ImageSpec;
 use crate::source::{Binder, Parts, SourceError};
@@ -57,14 +58,16 @@ fn vision_config(config: &Config) -> Result<VisionConfig, SourceError> {
     config.must_be("num_channels", Value::from(3))?;
     Ok(VisionConfig {
         image_size: config.size_or("image_size", 224)?,
-        patch_size: config.size_or("patch_size", 14)?,
         width: config.size_or("embed_dim", 768)?,
-        n_layers: config.layers_or("num_hidden_layers", 32)?,
-        n_heads: config.size_or("num_attention_heads", 16)?,
-        mlp_width: config.size_or("intermediate_size", 5120)?,
-        activation: config.activation("hidden_act", "gelu")?,
-        epsilon: config.float_or("layer_norm_eps", 1e-5)?,
-        keep_class_token: true,
+        encoder: VisionEncoder::Clip(ClipConfig {
+            patch_size: config.size_or("patch_size", 14)?,
+            n_layers: config.layers_or("num_hidden_layers", 32)?,
+            n_heads: config.size_or("num_attention_heads", 16)?,
+            mlp_width: config.size_or("intermediate_size", 5120)?,
+            activation: config.activation("hidden_act", "gelu")?,
+            epsilon: config.float_or("layer_norm_eps", 1e-5)?,
+            keep_class_token: true,
+        }),
     })
 }
 

@@ -6,13 +6,14 @@ use std::path::Path;
 use flamingo_ir::op::Activation;
 
 use super::hugging_face::{Config, language_config};
-use super::{Recipe, Source};
+use super::recipe::VisionKind;
+use super::{Recipe, Source, nfnet};
 use crate::build::{GatedKey, KeyMap, ResamplerKey, VisionKey};
 use crate::config::{
-    Architecture, CrossAttentionConfig, Family, LanguageConfig, ModelConfig, ResamplerConfig,
-    SpecialTokens, VisionConfig,
+    Architecture, ClipConfig, CrossAttentionConfig, Family, LanguageConfig, ModelConfig,
+    ResamplerConfig, SpecialTokens, VisionConfig, VisionEncoder,
 };
-use crate::image_spec::ImageSpec;
+use crate::image_spec::{IMAGENET_MEAN, IMAGENET_STD, ImageSpec};
 use crate::source::{Binder, Parts, SourceError};
 use crate::tokenizer::flamingo_token_ids;
 
@@ -45,7 +46,7 @@ pub(super) fn open(path: &Path) -> Result<Source, SourceError> {
         language,
     };
     Ok(Source {
-        image: image_spec(&recipe, model.vision.image_size),
+        image: image_spec(&recipe, &model.vision),
         notes: notes(&parts, &keys, &model),
         config: model,
         parts,
@@ -55,9 +56,12 @@ pub(super) fn open(path: &Path) -> Result<Source, SourceError> {
     })
 }
 
-/// OpenFlamingo's picture preparation, with the recipe's resize rule.
-fn image_spec(recipe: &Recipe, image_size: usize) -> ImageSpec {
-    let spec = ImageSpec::open_flamingo(image_size);
+/// The encoder's picture preparation, with the recipe's resize rule.
+fn image_spec(recipe: &Recipe, vision: &VisionConfig) -> ImageSpec {
+    let spec = match vision.encoder {
+        VisionEncoder::Clip(_) => ImageSpec::open_flamingo(vision.image_size),
+        VisionEncoder::Nfnet(_) => ImageSpec::paper(vision.image_size, IMAGENET_MEAN, IMAGENET_STD),
+    };
     ImageSpec { resize: recipe.vision.resize.unwrap_or(spec.resize), ..spec }
 }
 
@@ -98,6 +102,17 @@ fn vocabulary(parts: &Parts, keys: &Keys, config: &Config) -> Result<usize, Sour
 }
 
 fn vision_config(parts: &Parts, keys: &Keys, recipe: &Recipe) -> Result<VisionConfig, String> {
+    let kind = if nfnet::is_nfnet(parts) { VisionKind::Nfnet } else { VisionKind::Clip };
+    match recipe.vision.kind.unwrap_or(kind) {
+        VisionKind::Clip => clip_config(parts, keys, recipe),
+        VisionKind::Nfnet => nfnet::config(parts, &recipe.vision),
+    }
+}
+
+fn clip_config(parts: &Parts, keys: &Keys, recipe: &Recipe) -> Result<VisionConfig, String> {
+    if recipe.vision.variant.is_some() {
+        return Err("`vision.variant`: only an NFNet has one; the files are read as CLIP".into());
+    }
     let shape = |key| {
         let name = keys.vision(key);
         parts.get(&name).map(|info| info.shape.as_slice()).ok_or(format!(
@@ -130,14 +145,16 @@ fn vision_config(parts: &Parts, keys: &Keys, recipe: &Recipe) -> Result<VisionCo
     let activation = recipe.vision.activation.as_deref().unwrap_or("quick_gelu");
     Ok(VisionConfig {
         image_size: grid * patch_size,
-        patch_size,
         width,
-        n_layers,
-        n_heads,
-        mlp_width,
-        activation: activation_named("vision.activation", activation)?,
-        epsilon: 1e-5,
-        keep_class_token: false,
+        encoder: VisionEncoder::Clip(ClipConfig {
+            patch_size,
+            n_layers,
+            n_heads,
+            mlp_width,
+            activation: activation_named("vision.activation", activation)?,
+            epsilon: 1e-5,
+            keep_class_token: false,
+        }),
     })
 }
 
@@ -157,7 +174,7 @@ fn activation_named(key: &str, name: &str) -> Result<Activation, String> {
 }
 
 /// How many of 0, 1, … satisfy `exists`, up to the first that does not.
-fn count(exists: impl Fn(usize) -> bool) -> usize {
+pub(super) fn count(exists: impl Fn(usize) -> bool) -> usize {
     (0..4096).take_while(|index| exists(*index)).count()
 }
 
@@ -409,8 +426,11 @@ pub(super) fn buffer(key: &str) -> bool {
     ends.iter().any(|end| key.ends_with(end)) || key.ends_with("attn_bias")
 }
 
-/// The projection and final norm that the patch tokens do not pass, and CLIP's text tower.
+/// The projection and final norm that the patch tokens do not pass, and CLIP's text tower; an NFNet's classifier.
 fn ignorable_vision(parts: &Parts, key: &str) -> bool {
+    if nfnet::is_nfnet(parts) {
+        return key.starts_with("head.");
+    }
     let both_towers = parts.get("vision_encoder/visual.conv1.weight").is_some();
     let visual = match (both_towers, key.strip_prefix("visual.")) {
         (true, None) => return true,

@@ -11,7 +11,7 @@ use super::open_flamingo::{
     buffer, gated_key, in_flamingo, layers_path, shape_gated, shape_resampler,
 };
 use crate::build::{GatedKey, KeyMap, ResamplerKey, VisionKey};
-use crate::config::{Family, ModelConfig, SpecialTokens, VisionConfig};
+use crate::config::{ClipConfig, Family, ModelConfig, SpecialTokens, VisionConfig, VisionEncoder};
 use crate::image_spec::ImageSpec;
 use crate::source::{Binder, Parts, SourceError};
 use crate::tokenizer::token_ids;
@@ -59,14 +59,16 @@ fn vision_config(config: &Config) -> Result<VisionConfig, SourceError> {
     config.must_be("num_channels", Value::from(3))?;
     Ok(VisionConfig {
         image_size: config.size_or("image_size", 224)?,
-        patch_size: config.size_or("patch_size", 14)?,
         width: config.size_or("hidden_size", 1024)?,
-        n_layers: config.layers_or("num_hidden_layers", 24)?,
-        n_heads: config.size_or("num_attention_heads", 16)?,
-        mlp_width: config.size_or("intermediate_size", 4096)?,
-        activation: config.activation("hidden_act", "quick_gelu")?,
-        epsilon: config.float_or("layer_norm_eps", 1e-5)?,
-        keep_class_token: false,
+        encoder: VisionEncoder::Clip(ClipConfig {
+            patch_size: config.size_or("patch_size", 14)?,
+            n_layers: config.layers_or("num_hidden_layers", 24)?,
+            n_heads: config.size_or("num_attention_heads", 16)?,
+            mlp_width: config.size_or("intermediate_size", 4096)?,
+            activation: config.activation("hidden_act", "quick_gelu")?,
+            epsilon: config.float_or("layer_norm_eps", 1e-5)?,
+            keep_class_token: false,
+        }),
     })
 }
 

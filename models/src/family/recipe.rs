@@ -17,7 +17,7 @@ pub struct Recipe {
     pub checkpoint: PathBuf,
     /// Hugging Face folder of the language model.
     pub language_model: PathBuf,
-    /// open_clip visual weights.
+    /// open_clip visual weights, or those of timm's `dm_nfnet_f0` to `dm_nfnet_f6`.
     pub vision_encoder: PathBuf,
     /// `tokenizer.json`; default: the one in the language model's folder, if any.
     pub tokenizer: Option<PathBuf>,
@@ -36,7 +36,9 @@ pub struct Recipe {
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VisionRecipe {
-    /// Side of the input in pixels; default: from the positional embeddings.
+    /// What kind of encoder; default: what the tensors' names tell.
+    pub kind: Option<VisionKind>,
+    /// Side of the input in pixels; default: from the positional embeddings. An NFNet has none, and needs it.
     pub image_size: Option<usize>,
     /// Side of a patch in pixels; default: from the patch weight.
     pub patch_size: Option<usize>,
@@ -44,9 +46,21 @@ pub struct VisionRecipe {
     pub heads: Option<usize>,
     /// `quick_gelu` (default: OpenAI's weights) or `gelu`.
     pub activation: Option<String>,
-    /// How pictures of any shape become square: `shortest_side_center_crop` (default), `squash`,
-    /// or `pad_to_mean` (the paper's).
+    /// Of an NFNet: `f0` to `f6`. Depths and widths are read from the files, and must be these.
+    pub variant: Option<String>,
+    /// How pictures of any shape become square: `shortest_side_center_crop` (default of CLIP), `squash`,
+    /// or `pad_to_mean` (the paper's, and the default of an NFNet).
     pub resize: Option<ResizeMode>,
+}
+
+/// Kinds of vision encoders.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum VisionKind {
+    /// A CLIP vision transformer.
+    Clip,
+    /// An NFNet of the F family.
+    Nfnet,
 }
 
 /// Section `[resampler]`.

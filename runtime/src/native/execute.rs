@@ -69,24 +69,24 @@ pub(super) struct Context<'a> {
 
 /// A resolved view.
 #[derive(Clone, Copy)]
-struct Rows<'a> {
+pub(super) struct Rows<'a> {
     /// From the first element of row 0 on.
     data: &'a [f32],
-    rows: usize,
+    pub(super) rows: usize,
     cols: usize,
     stride: usize,
 }
 
 impl<'a> Rows<'a> {
-    fn matrix(&self) -> Matrix<'a> {
+    pub(super) fn matrix(&self) -> Matrix<'a> {
         Matrix::strided(self.data, self.rows, self.cols, self.stride)
     }
 
-    fn row(&self, i: usize) -> &'a [f32] {
+    pub(super) fn row(&self, i: usize) -> &'a [f32] {
         &self.data[i * self.stride..][..self.cols]
     }
 
-    fn range(&self, range: Range<usize>) -> Rows<'a> {
+    pub(super) fn range(&self, range: Range<usize>) -> Rows<'a> {
         let data = if range.is_empty() { &[] } else { &self.data[range.start * self.stride..] };
         Rows { data, rows: range.len(), ..*self }
     }
@@ -163,6 +163,10 @@ impl<'a> Context<'a> {
             Action::Patches { x, channels, height, patch_size } => {
                 patches(self.rows(x)?, [*channels, *height, *patch_size], out);
             }
+            Action::Convolution { .. }
+            | Action::MeanPool { .. }
+            | Action::PictureMean { .. }
+            | Action::ChannelGate { .. } => self.pictures(action, out, shape)?,
             Action::Add { a, b, repeat } => {
                 self.add(self.rows(a)?, self.rows(b)?, self.sizes.get(*repeat), out, shape);
             }
@@ -185,7 +189,7 @@ impl<'a> Context<'a> {
         Ok(out)
     }
 
-    fn rows(&self, view: &View) -> Result<Rows<'a>, Unresolved> {
+    pub(super) fn rows(&self, view: &View) -> Result<Rows<'a>, Unresolved> {
         let data: &'a [f32] = match view.source {
             Source::Weight(place) => self.weights.get(place).and_then(|stored| stored.numbers()),
             Source::Literal(place) => self.plan.literals.get(place).map(Vec::as_slice),
@@ -229,7 +233,7 @@ impl<'a> Context<'a> {
     }
 
     /// A bias or scale.
-    fn vector(&self, view: Option<&View>) -> Result<Option<&'a [f32]>, Unresolved> {
+    pub(super) fn vector(&self, view: Option<&View>) -> Result<Option<&'a [f32]>, Unresolved> {
         view.map(|view| self.rows(view).map(|rows| rows.data)).transpose()
     }
 

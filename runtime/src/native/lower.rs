@@ -3,7 +3,7 @@
 
 use flamingo_ir::op::{self, Op, PANEL_ROWS, Rounding, alibi_slopes, rotary_frequencies};
 use flamingo_ir::{Constant, DType, Dim, Fact, Node, Tensor, ValueId};
-use flamingo_kernels::{Activation, PanelFormat, Position, SelfAttention};
+use flamingo_kernels::{Activation, Convolution, PanelFormat, Position, SelfAttention};
 
 use super::plan::{
     Action, Bound, CacheShape, Indices, MediaInput, PanelPlaces, Part, Planner, Refusal, Role,
@@ -42,6 +42,10 @@ impl Planner<'_> {
             Op::CrossAttention(op) => self.cross_attention(node, op),
             Op::GatedCrossAttention(op) => self.gated_cross_attention(node, op),
             Op::Patches(op) => self.patches(node, op.patch_size),
+            Op::Convolution(op) => self.convolution(node, op),
+            Op::MeanPool(op) => self.mean_pool(node, op.window),
+            Op::PictureMean(_) => self.picture_mean(node),
+            Op::ChannelGate(op) => self.channel_gate(node, op.residual),
             Op::ClassEmbedding(_) => self.class_embedding(node),
             Op::FrameEmbedding(_) => self.frame_embedding(node),
             Op::MergeFrames(_) | Op::Reshape(_) => self.reshape(node),
@@ -79,6 +83,9 @@ impl Planner<'_> {
             | Op::Transpose(_) => {
                 Err(no_kernel("`Attention`, `SelfAttention` or `CrossAttention`"))
             }
+            Op::Conv(_) => Err(no_kernel("`Convolution`")),
+            Op::AveragePool(_) => Err(no_kernel("`MeanPool`")),
+            Op::GlobalAveragePool(_) => Err(no_kernel("`PictureMean`")),
             Op::Expand(_) => Err(no_kernel("`ExpandBatch`")),
             Op::Max(_) | Op::Abs(_) | Op::Floor(_) | Op::Round(_) | Op::ReduceMax(_) => {
                 Err(no_kernel("`Linear` with `rounding`, or `UnpackPanels`"))
@@ -378,6 +385,53 @@ impl Planner<'_> {
         };
         let x = self.view(node.inputs[0])?;
         self.finish(node, Action::Patches { x, channels, height, patch_size })
+    }
+
+    /// Height and width of the pictures `[n, H, W, c]` that a node reads.
+    fn picture_size(&self, node: &Node) -> Result<[usize; 2], Refusal> {
+        let shape = self.fact(node, 0)?.shape;
+        match shape.get(1).and_then(Dim::known).zip(shape.get(2).and_then(Dim::known)) {
+            Some((height, width)) => Ok([height, width]),
+            None => Err(refuse("the size of the pictures is not known")),
+        }
+    }
+
+    fn convolution(&mut self, node: &Node, op: &op::Convolution) -> Lowered {
+        let size = self.picture_size(node)?;
+        let mut operands = self.operands(&node.inputs)?;
+        let action = Action::Convolution {
+            x: operands.next()?,
+            weight: operands.next()?,
+            bias: operands.next_if(op.bias)?,
+            activation: op.activation.map(activation),
+            geometry: Convolution::same(size, op.window, op.stride, op.n_groups),
+        };
+        self.finish(node, action)
+    }
+
+    fn mean_pool(&mut self, node: &Node, side: usize) -> Lowered {
+        let input = self.picture_size(node)?;
+        let x = self.operands(&node.inputs)?.next()?;
+        self.finish(node, Action::MeanPool { x, input, side })
+    }
+
+    fn picture_mean(&mut self, node: &Node) -> Lowered {
+        let n_pixels = self.picture_size(node)?.iter().product();
+        let x = self.operands(&node.inputs)?.next()?;
+        self.finish(node, Action::PictureMean { x, n_pixels })
+    }
+
+    fn channel_gate(&mut self, node: &Node, residual: bool) -> Lowered {
+        let n_pixels = self.picture_size(node)?.iter().product();
+        let mut operands = self.operands(&node.inputs)?;
+        let action = Action::ChannelGate {
+            x: operands.next()?,
+            gates: operands.next()?,
+            gain: operands.next()?,
+            residual: operands.next_if(residual)?,
+            n_pixels,
+        };
+        self.finish(node, action)
     }
 
     /// The class token before each picture's tokens, then the positions added to all.

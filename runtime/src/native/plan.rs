@@ -10,7 +10,7 @@
 use std::collections::BTreeMap;
 
 use flamingo_ir::{Bindings, Constant, DType, Dim, Fact, Graph, ValueId};
-use flamingo_kernels::{Activation, PanelFormat, SelfAttention};
+use flamingo_kernels::{Activation, Convolution, PanelFormat, SelfAttention};
 
 use super::size::{Size, SizeTable};
 use crate::backend::{BackendError, UnsupportedNode};
@@ -150,6 +150,20 @@ pub(super) enum Action {
     CrossAttention { q: View, media: MediaInput, n_heads: usize, scale: f32 },
     /// Patches of pictures `[n, channels, height, width]`, as rows.
     Patches { x: View, channels: usize, height: usize, patch_size: usize },
+    /// act(convolution(x) + bias) of each picture.
+    Convolution {
+        x: View,
+        weight: View,
+        bias: Option<View>,
+        activation: Option<Activation>,
+        geometry: Convolution,
+    },
+    /// Mean of each square of `side` pixels of pictures `[height, width]`.
+    MeanPool { x: View, input: [usize; 2], side: usize },
+    /// Mean of the pixels of each picture.
+    PictureMean { x: View, n_pixels: usize },
+    /// x · gain σ(gates) + residual, with gates of a picture for all its pixels.
+    ChannelGate { x: View, gates: View, gain: View, residual: Option<View>, n_pixels: usize },
     /// Row i is a's row i plus b's row (i / repeat) mod (rows of b).
     Add { a: View, b: View, repeat: Size },
     /// Row i is a's row i times b's row i mod (rows of b).
@@ -173,7 +187,16 @@ impl Action {
             Action::GatedLinear { x, weight, bias, .. } => {
                 optional(&[Some(*x), weight.view(), *bias])
             }
-            Action::Activate { x, .. } | Action::Patches { x, .. } => vec![*x],
+            Action::Activate { x, .. }
+            | Action::Patches { x, .. }
+            | Action::MeanPool { x, .. }
+            | Action::PictureMean { x, .. } => vec![*x],
+            Action::Convolution { x, weight, bias, .. } => {
+                optional(&[Some(*x), Some(*weight), *bias])
+            }
+            Action::ChannelGate { x, gates, gain, residual, .. } => {
+                optional(&[Some(*x), Some(*gates), Some(*gain), *residual])
+            }
             Action::Norm { x, scale, bias, .. } => optional(&[Some(*x), *scale, *bias]),
             Action::Attention { q, segments, .. } => [&[*q], segments.as_flattened()].concat(),
             Action::SelfAttention { q, k, v, .. } => vec![*q, *k, *v],

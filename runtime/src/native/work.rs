@@ -36,6 +36,10 @@ impl Action {
             Action::SelfAttention { .. } => "self_attention",
             Action::CrossAttention { .. } => "cross_attention",
             Action::Patches { .. } => "patches",
+            Action::Convolution { .. } => "convolution",
+            Action::MeanPool { .. } => "mean_pool",
+            Action::PictureMean { .. } => "picture_mean",
+            Action::ChannelGate { .. } => "channel_gate",
             Action::Add { .. } => "add",
             Action::Mul { .. } => "mul",
             Action::Product { .. } => "product",
@@ -55,6 +59,10 @@ impl Action {
             | Action::SelfAttention { .. }
             | Action::CrossAttention { .. }
             | Action::Patches { .. }
+            | Action::Convolution { .. }
+            | Action::MeanPool { .. }
+            | Action::PictureMean { .. }
+            | Action::ChannelGate { .. }
             | Action::Add { .. }
             | Action::Mul { .. }
             | Action::Product { .. }
@@ -90,6 +98,7 @@ impl Tally<'_> {
                 (all, self.seen_latents(*media).saturating_mul(product([2, cols(q)])))
             }
             Action::Product { a, .. } => (all, product([n_rows, n_cols, cols(a)])),
+            Action::Convolution { weight, .. } => (all, product([n_rows, n_cols, cols(weight)])),
             // Only the rows that are picked are read.
             Action::Gather { table, .. } => {
                 let n_table_rows = match table {
@@ -101,6 +110,9 @@ impl Tally<'_> {
             Action::Activate { .. }
             | Action::Norm { .. }
             | Action::Patches { .. }
+            | Action::MeanPool { .. }
+            | Action::PictureMean { .. }
+            | Action::ChannelGate { .. }
             | Action::Add { .. }
             | Action::Mul { .. }
             | Action::Copy { .. } => (all, 0),

@@ -1,10 +1,10 @@
 //! Each op alone, over ugly sizes, against its reference.
 
 use flamingo_ir::op::{
-    Activate, Activation, Add, Attention, ClassEmbedding, Concat, CrossAttention, ExpandBatch,
-    FeedForward, FrameEmbedding, GatedCrossAttention, Gather, LayerNorm, Linear, MergeFrames, Mul,
-    Op, Patches, Position, ResamplerAttention, Reshape, RmsNorm, Rounding, SelfAttention, Slice,
-    Split,
+    Activate, Activation, Add, Attention, ChannelGate, ClassEmbedding, Concat, Convolution,
+    CrossAttention, ExpandBatch, FeedForward, FrameEmbedding, GatedCrossAttention, Gather,
+    LayerNorm, Linear, MeanPool, MergeFrames, Mul, Op, Patches, PictureMean, Position,
+    ResamplerAttention, Reshape, RmsNorm, Rounding, SelfAttention, Slice, Split,
 };
 use flamingo_ir::{Dim, Fact, Tensor, ValueId};
 
@@ -155,6 +155,36 @@ fn media_ops() {
     check_op(FrameEmbedding, &[&[6, 4, 7], &[3, 5], &[5, 7], &[2, 3, 1, 2, 2]]);
     check_op(MergeFrames, &[&[6, 4, 7], &[2, 3, 1, 2, 2]]);
     check_op(ExpandBatch, &[&[3, 7], &[4, 2]]);
+}
+
+#[test]
+fn convolutions_of_any_size() {
+    for size in [[1, 1], [2, 3], [5, 4], [13, 9]] {
+        for (stride, n_groups, n_in, n_out) in [(1, 1, 3, 5), (2, 2, 8, 4), (2, 1, 1, 17)] {
+            let (c_in, c_out) = (n_groups * n_in, n_groups * n_out);
+            for window in [[3, 3], [2, 1]] {
+                let op =
+                    |activation, bias| Convolution { window, stride, n_groups, activation, bias };
+                let x: &[usize] = &[2, size[0], size[1], c_in];
+                let weight: &[usize] = &[c_out, window[0] * window[1] * n_in];
+                check_op(op(None, false), &[x, weight]);
+                check_op(op(Some(Activation::Gelu), true), &[x, weight, &[c_out]]);
+            }
+        }
+    }
+}
+
+#[test]
+fn means_and_gates_of_pictures() {
+    for [height, width] in [[1, 1], [4, 6], [5, 3]] {
+        let x: &[usize] = &[3, height, width, 19];
+        for window in [1, 2, 3] {
+            check_op(MeanPool { window }, &[x]);
+        }
+        check_op(PictureMean, &[x]);
+        check_op(ChannelGate { residual: false }, &[x, &[3, 19], &[]]);
+        check_op(ChannelGate { residual: true }, &[x, &[3, 19], &[], x]);
+    }
 }
 
 #[test]
