@@ -4,8 +4,11 @@
 use std::path::Path;
 
 use flamingo_ir::op::Activation;
+use serde_json::Value;
 
 use super::hugging_face::{Config, language_config};
+use super::otter::hugging_face_vision;
+use super::recipe::VisionRecipe;
 use super::{Recipe, Source};
 use crate::build::{GatedKey, KeyMap, ResamplerKey, VisionKey};
 use crate::config::{
@@ -19,9 +22,8 @@ use crate::tokenizer::flamingo_token_ids;
 /// Width of a head of the gated blocks, fixed in open_flamingo's `GatedCrossAttentionBlock`.
 const GATED_HEAD_DIM: usize = 64;
 
-/// Opens the parts that a recipe names.
-pub(super) fn open(path: &Path) -> Result<Source, SourceError> {
-    let recipe = Recipe::read(path)?;
+/// Opens the parts that a recipe names; `path` is what errors call it.
+pub(super) fn open(recipe: &Recipe, path: &Path) -> Result<Source, SourceError> {
     let parts = Parts::open(&[
         ("checkpoint", recipe.checkpoint.clone()),
         ("language_model", recipe.language_model.clone()),
@@ -38,14 +40,14 @@ pub(super) fn open(path: &Path) -> Result<Source, SourceError> {
     let wrong = |reason| SourceError::Config { path: path.to_owned(), reason };
     let model = ModelConfig {
         family: Family::OpenFlamingo,
-        vision: vision_config(&parts, &keys, &recipe).map_err(wrong)?,
-        resampler: Some(resampler_config(&parts, &recipe).map_err(wrong)?),
+        vision: vision_config(&parts, &keys, recipe)?,
+        resampler: Some(resampler_config(&parts, recipe).map_err(wrong)?),
         cross_attention: cross_attention_config(&parts, &keys, &language).map_err(wrong)?,
-        tokens: special_tokens(&recipe, &config, tokenizer.as_deref(), path)?,
+        tokens: special_tokens(recipe, &config, tokenizer.as_deref(), path)?,
         language,
     };
     Ok(Source {
-        image: image_spec(&recipe, model.vision.image_size),
+        image: image_spec(recipe, model.vision.image_size),
         notes: notes(&parts, &keys, &model),
         config: model,
         parts,
@@ -97,11 +99,52 @@ fn vocabulary(parts: &Parts, keys: &Keys, config: &Config) -> Result<usize, Sour
     rows.copied().ok_or_else(missing)
 }
 
-fn vision_config(parts: &Parts, keys: &Keys, recipe: &Recipe) -> Result<VisionConfig, String> {
+/// The vision encoder's shape from its tensors; a Hugging Face folder also tells heads and activation.
+fn vision_config(parts: &Parts, keys: &Keys, recipe: &Recipe) -> Result<VisionConfig, SourceError> {
+    let told = told_vision(&recipe.vision_encoder)?;
+    let wrong = |reason| SourceError::Config { path: recipe.vision_encoder.clone(), reason };
+    shape_vision(parts, keys, &recipe.vision, told).map_err(wrong)
+}
+
+/// What a vision encoder's `config.json` tells.
+struct ToldVision {
+    n_heads: Option<usize>,
+    activation: Activation,
+    epsilon: f32,
+}
+
+/// From the folder's `config.json`, where the section `vision_config` of a whole CLIP is entered; OpenAI's ViT-L/14
+/// without one.
+fn told_vision(path: &Path) -> Result<ToldVision, SourceError> {
+    let file = path.join("config.json");
+    if !file.is_file() {
+        let activation = Activation::QuickGelu;
+        return Ok(ToldVision { n_heads: None, activation, epsilon: 1e-5 });
+    }
+    let whole = Config::read(&file)?;
+    let vision = match whole.has("vision_config") {
+        true => whole.section("vision_config"),
+        false => whole,
+    };
+    vision.must_be("num_channels", Value::from(3))?;
+    Ok(ToldVision {
+        n_heads: Some(vision.size_or("num_attention_heads", 12)?),
+        activation: vision.activation("hidden_act", "quick_gelu")?,
+        epsilon: vision.float_or("layer_norm_eps", 1e-5)?,
+    })
+}
+
+fn shape_vision(
+    parts: &Parts,
+    keys: &Keys,
+    recipe: &VisionRecipe,
+    told: ToldVision,
+) -> Result<VisionConfig, String> {
     let shape = |key| {
         let name = keys.vision(key);
         parts.get(&name).map(|info| info.shape.as_slice()).ok_or(format!(
-            "no tensor `{name}`\n\nhint: `vision_encoder` takes open_clip's `visual` weights or OpenAI's CLIP file"
+            "no tensor `{name}`\n\nhint: `vision_encoder` takes open_clip's `visual` weights, OpenAI's CLIP file, or \
+             a Hugging Face folder of CLIP"
         ))
     };
     let &[width, 3, patch_size, other] = shape(VisionKey::Patch)? else {
@@ -119,15 +162,18 @@ fn vision_config(parts: &Parts, keys: &Keys, recipe: &Recipe) -> Result<VisionCo
         [mlp_width, _] => *mlp_width,
         other => return Err(format!("the first feed-forward weight has the shape {other:?}")),
     };
-    expect("vision.patch_size", recipe.vision.patch_size, patch_size)?;
-    expect("vision.image_size", recipe.vision.image_size, grid * patch_size)?;
-    let n_heads = recipe.vision.heads.unwrap_or(width / 64);
+    expect("vision.patch_size", recipe.patch_size, patch_size)?;
+    expect("vision.image_size", recipe.image_size, grid * patch_size)?;
+    let n_heads = recipe.heads.or(told.n_heads).unwrap_or(width / 64);
     if n_heads == 0 || !width.is_multiple_of(n_heads) {
         return Err(format!(
             "`vision.heads`: expected a divisor of the width {width}, got {n_heads}"
         ));
     }
-    let activation = recipe.vision.activation.as_deref().unwrap_or("quick_gelu");
+    let activation = match &recipe.activation {
+        Some(name) => activation_named("vision.activation", name)?,
+        None => told.activation,
+    };
     Ok(VisionConfig {
         image_size: grid * patch_size,
         patch_size,
@@ -135,8 +181,8 @@ fn vision_config(parts: &Parts, keys: &Keys, recipe: &Recipe) -> Result<VisionCo
         n_layers,
         n_heads,
         mlp_width,
-        activation: activation_named("vision.activation", activation)?,
-        epsilon: 1e-5,
+        activation,
+        epsilon: told.epsilon,
         keep_class_token: false,
     })
 }
@@ -270,17 +316,26 @@ fn special_tokens(
 struct Keys {
     /// Path of the decoder layers inside the language model.
     layers: &'static str,
-    /// `visual.` where the vision file holds both CLIP towers.
-    visual_prefix: &'static str,
+    vision: VisionNames,
+}
+
+/// Whose names the vision encoder's tensors have.
+enum VisionNames {
+    /// open_clip's and OpenAI's, behind this prefix: `visual.` where the file holds both CLIP towers.
+    OpenClip(&'static str),
+    /// transformers' `CLIPModel` or `CLIPVisionModel`.
+    HuggingFace,
 }
 
 impl Keys {
     fn new(parts: &Parts, model_type: &str) -> Keys {
-        let prefixed = parts.get("vision_encoder/visual.conv1.weight").is_some();
-        Keys {
-            layers: layers_path(model_type),
-            visual_prefix: if prefixed { "visual." } else { "" },
-        }
+        let has = |key: &str| parts.get(&format!("vision_encoder/{key}")).is_some();
+        let vision = match () {
+            () if has("visual.conv1.weight") => VisionNames::OpenClip("visual."),
+            () if has("vision_model.embeddings.patch_embedding.weight") => VisionNames::HuggingFace,
+            () => VisionNames::OpenClip(""),
+        };
+        Keys { layers: layers_path(model_type), vision }
     }
 }
 
@@ -337,6 +392,12 @@ pub(super) fn gated_key(key: GatedKey, mlp: &str) -> String {
 
 impl KeyMap for Keys {
     fn vision(&self, key: VisionKey) -> String {
+        let prefix = match self.vision {
+            VisionNames::OpenClip(prefix) => prefix,
+            VisionNames::HuggingFace => {
+                return hugging_face_vision("vision_encoder/vision_model.", key);
+            }
+        };
         let block = |i: usize, rest: String| format!("transformer.resblocks.{i}.{rest}");
         let key = match key {
             VisionKey::ClassToken => "class_embedding".to_owned(),
@@ -351,7 +412,7 @@ impl KeyMap for Keys {
             VisionKey::Up(i, part) => block(i, format!("mlp.c_fc.{part}")),
             VisionKey::Down(i, part) => block(i, format!("mlp.c_proj.{part}")),
         };
-        format!("vision_encoder/{}{key}", self.visual_prefix)
+        format!("vision_encoder/{prefix}{key}")
     }
 
     fn resampler(&self, key: ResamplerKey) -> String {
@@ -411,6 +472,13 @@ pub(super) fn buffer(key: &str) -> bool {
 
 /// The projection and final norm that the patch tokens do not pass, and CLIP's text tower.
 fn ignorable_vision(parts: &Parts, key: &str) -> bool {
+    let unused = ["text_model.", "text_projection.", "visual_projection.", "logit_scale"];
+    let in_hugging_face = parts.get("vision_encoder/vision_model.pre_layrnorm.weight").is_some();
+    if in_hugging_face {
+        return buffer(key)
+            || key.starts_with("vision_model.post_layernorm.")
+            || unused.iter().any(|unused| key.starts_with(unused));
+    }
     let both_towers = parts.get("vision_encoder/visual.conv1.weight").is_some();
     let visual = match (both_towers, key.strip_prefix("visual.")) {
         (true, None) => return true,

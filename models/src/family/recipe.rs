@@ -17,7 +17,7 @@ pub struct Recipe {
     pub checkpoint: PathBuf,
     /// Hugging Face folder of the language model.
     pub language_model: PathBuf,
-    /// open_clip visual weights.
+    /// open_clip visual weights, OpenAI's CLIP file, or a Hugging Face folder of CLIP.
     pub vision_encoder: PathBuf,
     /// `tokenizer.json`; default: the one in the language model's folder, if any.
     pub tokenizer: Option<PathBuf>,
@@ -40,9 +40,9 @@ pub struct VisionRecipe {
     pub image_size: Option<usize>,
     /// Side of a patch in pixels; default: from the patch weight.
     pub patch_size: Option<usize>,
-    /// Attention heads; default: width / 64.
+    /// Attention heads; default: the folder's `config.json`, else width / 64.
     pub heads: Option<usize>,
-    /// `quick_gelu` (default: OpenAI's weights) or `gelu`.
+    /// `quick_gelu` (OpenAI's weights) or `gelu`; default: the folder's `config.json`, else `quick_gelu`.
     pub activation: Option<String>,
     /// How pictures of any shape become square: `shortest_side_center_crop` (default), `squash`,
     /// or `pad_to_mean` (the paper's).
