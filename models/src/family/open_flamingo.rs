@@ -8,7 +8,6 @@ use serde_json::Value;
 
 use super::hugging_face::{Config, language_config};
 use super::otter::hugging_face_vision;
-use super::recipe::VisionRecipe;
 use super::{Recipe, Source};
 use crate::build::{GatedKey, KeyMap, ResamplerKey, VisionKey};
 use crate::config::{
@@ -40,7 +39,8 @@ pub(super) fn open(recipe: &Recipe, path: &Path) -> Result<Source, SourceError> 
     let wrong = |reason| SourceError::Config { path: path.to_owned(), reason };
     let model = ModelConfig {
         family: Family::OpenFlamingo,
-        vision: vision_config(&parts, &keys, recipe)?,
+        vision: vision_config(&parts, &keys, recipe, told_vision(&recipe.vision_encoder)?)
+            .map_err(wrong)?,
         resampler: Some(resampler_config(&parts, recipe).map_err(wrong)?),
         cross_attention: cross_attention_config(&parts, &keys, &language).map_err(wrong)?,
         tokens: special_tokens(recipe, &config, tokenizer.as_deref(), path)?,
@@ -99,13 +99,6 @@ fn vocabulary(parts: &Parts, keys: &Keys, config: &Config) -> Result<usize, Sour
     rows.copied().ok_or_else(missing)
 }
 
-/// The vision encoder's shape from its tensors; a Hugging Face folder also tells heads and activation.
-fn vision_config(parts: &Parts, keys: &Keys, recipe: &Recipe) -> Result<VisionConfig, SourceError> {
-    let told = told_vision(&recipe.vision_encoder)?;
-    let wrong = |reason| SourceError::Config { path: recipe.vision_encoder.clone(), reason };
-    shape_vision(parts, keys, &recipe.vision, told).map_err(wrong)
-}
-
 /// What a vision encoder's `config.json` tells.
 struct ToldVision {
     n_heads: Option<usize>,
@@ -134,12 +127,14 @@ fn told_vision(path: &Path) -> Result<ToldVision, SourceError> {
     })
 }
 
-fn shape_vision(
+/// The vision encoder's shape from its tensors, and what they cannot tell from recipe or folder.
+fn vision_config(
     parts: &Parts,
     keys: &Keys,
-    recipe: &VisionRecipe,
+    recipe: &Recipe,
     told: ToldVision,
 ) -> Result<VisionConfig, String> {
+    let recipe = &recipe.vision;
     let shape = |key| {
         let name = keys.vision(key);
         parts.get(&name).map(|info| info.shape.as_slice()).ok_or(format!(
