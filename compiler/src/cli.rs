@@ -18,6 +18,7 @@ mod profile;
 mod prompt;
 mod run;
 mod score;
+mod source;
 mod synth;
 mod thumbnail;
 mod trace;

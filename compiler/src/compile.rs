@@ -31,7 +31,7 @@ use crate::scheme::{Choice, LayerGroup, Precision, Scheme};
 /// What to compile, and how.
 #[derive(Debug, Clone)]
 pub struct CompileOptions {
-    /// Recipe, folder with a recipe, or Hugging Face folder.
+    /// Recipe, folder with a recipe, or Hugging Face folder; for [`compile_source`] what the artifact's page calls it.
     pub source: PathBuf,
     /// The artifact's folder.
     pub output: PathBuf,
@@ -159,15 +159,26 @@ pub fn compile(
     progress: &mut dyn FnMut(Progress),
 ) -> Result<(Manifest, Report)> {
     progress(Progress::Stage("reading the source"));
-    let source = Source::open(&options.source)?;
-    let limits = limits(&source, options.max_context, options.max_images)?;
-    require_tokens_in_vocabulary(&source)?;
+    compile_source(&Source::open(&options.source)?, options, progress)
+}
+
+/// As [`compile`], of a source that is open already.
+///
+/// # Errors
+/// As [`compile`].
+pub fn compile_source(
+    source: &Source,
+    options: &CompileOptions,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<(Manifest, Report)> {
+    let limits = limits(source, options.max_context, options.max_images)?;
+    require_tokens_in_vocabulary(source)?;
     let is_compared = options.gate.is_some() || options.calibrate != CalibrateOn::Nothing;
     let original = match is_compared && options.scheme.is_rounded() {
         true => {
             // Before long work: the output must be free.
             drop(Staging::begin(&options.output, options.overwrite)?);
-            Some(Original::prepare(&source, options, progress)?)
+            Some(Original::prepare(source, options, progress)?)
         }
         false => None,
     };
@@ -175,7 +186,7 @@ pub fn compile(
     progress(Progress::Stage("hashing the source"));
     let hashed: Result<Vec<FileEntry>> =
         source.parts.files().iter().map(|path| hash_file(path)).collect();
-    let inputs = StageInputs { source: &source, options, limits, sources: hashed?, calibration };
+    let inputs = StageInputs { source, options, limits, sources: hashed?, calibration };
     let (mut scheme, mut raised, mut bounds) = (options.scheme.clone(), Vec::new(), None);
     loop {
         let mut staged = stage(&inputs, &scheme, progress)?;
@@ -363,11 +374,12 @@ fn stage(
         files,
         provenance: provenance(sources, options, scheme),
     };
-    let name = options.source.canonicalize().ok();
-    let name = name.as_deref().and_then(|path| match path.is_dir() {
-        true => path.file_name(),
-        false => path.parent()?.file_name(),
-    });
+    let path = options.source.canonicalize().ok();
+    let name = match &path {
+        Some(path) if path.is_dir() => path.file_name(),
+        Some(path) => path.parent().and_then(Path::file_name),
+        None => options.source.file_name(),
+    };
     let title = name.unwrap_or_default().to_string_lossy().into_owned();
     let mut staged = Staged { staging, manifest, report, title };
     staged.write()?;
@@ -603,14 +615,4 @@ fn pretty_json(value: &impl Serialize) -> Result<Vec<u8>> {
     let mut bytes = serde_json::to_vec_pretty(value)?;
     bytes.push(b'\n');
     Ok(bytes)
-}
-
-/// The artifact's folder for a source when none is given: beside the working folder.
-pub fn default_output(source: &Path) -> PathBuf {
-    let name = match source.extension().is_some_and(|extension| extension == "toml") {
-        true => source.parent().and_then(Path::file_name),
-        false => source.file_name(),
-    };
-    let name = name.map_or("model".into(), |name| name.to_string_lossy().into_owned());
-    PathBuf::from(format!("{name}.flamingo"))
 }

@@ -7,7 +7,7 @@
 //! | file | written as |
 //! |---|---|
 //! | `checkpoint.pt`, `clip_visual.pt` or `nfnet.pt` | what `torch.save` writes: zip, pickle protocol 2, f32, 64-byte aligned |
-//! | `lang_encoder/`, IDEFICS | `config.json`, `model.safetensors` (shards and an index above 5 GB), in the released precision |
+//! | `lang_encoder/`, IDEFICS, Otter | `config.json`, `model.safetensors` (shards and an index above 5 GB), in the released precision |
 //! | `tokenizer.json` | byte-level BPE without merges: 256 bytes and the special tokens at their ids |
 //! | `recipe.toml` | how the files of an OpenFlamingo belong together |
 
@@ -16,6 +16,7 @@ mod idefics;
 mod language;
 mod nfnet;
 mod openflamingo;
+mod otter;
 mod pickle;
 mod preset;
 mod random;
@@ -28,9 +29,14 @@ use std::path::{Path, PathBuf};
 
 use idefics::Idefics;
 use openflamingo::OpenFlamingo;
+use otter::Otter;
 use preset::Model;
 use random::{Generator, Storage};
+use serde_json::Value;
 use tensor::{Spread, TensorList};
+use tokens::Tokens;
+
+const CHECKPOINT: &str = "checkpoint.pt";
 
 /// Why no checkpoint was made.
 #[derive(Debug, thiserror::Error)]
@@ -110,6 +116,41 @@ pub fn synthesize(
     match &model {
         Model::OpenFlamingo(model) => write_openflamingo(model, &staging.folder, &mut generator)?,
         Model::Idefics(model) => write_idefics(model, &staging.folder, &mut generator)?,
+        Model::Otter(model) => write_otter(model, &staging.folder, &mut generator)?,
+    }
+    staging.publish(out)?;
+    Ok(report)
+}
+
+/// Writes the shapes of a preset only: the same files with the same names and sizes, whose numbers take no room on the
+/// disk. Enough to say what a model is and takes, and what it would take to compile it.
+///
+/// # Errors
+///
+/// As [`synthesize`].
+pub fn outline(preset: &str, out: &Path) -> Result<SynthReport, SynthError> {
+    let unknown = || SynthError::UnknownPreset { found: preset.to_owned(), known: presets() };
+    let (model, _) = preset::find(preset).ok_or_else(unknown)?;
+    require_empty(out)?;
+    let report = report(out, &parts(&model));
+    let staging = Staging::new(out)?;
+    let folder = &staging.folder;
+    match &model {
+        Model::OpenFlamingo(model) => {
+            let language_folder = write_openflamingo_texts(model, folder)?;
+            let language = &model.language;
+            files::outline_safetensors(&language_folder, language.tensors(), language.storage)?;
+            files::outline_pt(&folder.join(model.vision.file()), &model.vision.tensors())?;
+            files::outline_pt(&folder.join(CHECKPOINT), &model.checkpoint())?;
+        }
+        Model::Idefics(model) => {
+            write_folder_texts(&model.config(), &model.tokens, folder)?;
+            files::outline_safetensors(folder, model.tensors(), model.storage)?;
+        }
+        Model::Otter(model) => {
+            write_folder_texts(&model.config(), &model.model.tokens, folder)?;
+            files::outline_safetensors(folder, model.tensors(), Otter::STORAGE)?;
+        }
     }
     staging.publish(out)?;
     Ok(report)
@@ -120,18 +161,40 @@ fn write_openflamingo(
     folder: &Path,
     generator: &mut Generator<'_>,
 ) -> Result<(), SynthError> {
-    let language_folder = folder.join("lang_encoder");
-    fs::create_dir(&language_folder).map_err(SynthError::io(&language_folder))?;
+    let language_folder = write_openflamingo_texts(model, folder)?;
     let language = &model.language;
-    files::write_json(&language_folder.join("config.json"), &language.config(&model.tokens))?;
     let part = "language_model";
     let tensors = language.tensors();
     files::write_safetensors(&language_folder, part, tensors, language.storage, generator)?;
     let vision = folder.join(model.vision.file());
     files::write_pt(&vision, "vision_encoder", &model.vision.tensors(), generator)?;
-    files::write_pt(&folder.join("checkpoint.pt"), "checkpoint", &model.checkpoint(), generator)?;
+    files::write_pt(&folder.join(CHECKPOINT), "checkpoint", &model.checkpoint(), generator)
+}
+
+/// Recipe, tokenizer, and the language model's config; gives its folder.
+fn write_openflamingo_texts(model: &OpenFlamingo, folder: &Path) -> Result<PathBuf, SynthError> {
+    let language_folder = folder.join("lang_encoder");
+    fs::create_dir(&language_folder).map_err(SynthError::io(&language_folder))?;
+    let config = model.language.config(&model.tokens);
+    files::write_json(&language_folder.join("config.json"), &config)?;
     files::write_json(&folder.join("tokenizer.json"), &model.tokens.tokenizer())?;
-    files::write_text(&folder.join("recipe.toml"), &model.recipe())
+    files::write_text(&folder.join("recipe.toml"), &model.recipe())?;
+    Ok(language_folder)
+}
+
+/// Config and tokenizer of a folder that is a whole model.
+fn write_folder_texts(config: &Value, tokens: &Tokens, folder: &Path) -> Result<(), SynthError> {
+    files::write_json(&folder.join("config.json"), config)?;
+    files::write_json(&folder.join("tokenizer.json"), &tokens.tokenizer())
+}
+
+fn write_otter(
+    model: &Otter,
+    folder: &Path,
+    generator: &mut Generator<'_>,
+) -> Result<(), SynthError> {
+    write_folder_texts(&model.config(), &model.model.tokens, folder)?;
+    files::write_safetensors(folder, "model", model.tensors(), Otter::STORAGE, generator)
 }
 
 fn write_idefics(
@@ -139,9 +202,8 @@ fn write_idefics(
     folder: &Path,
     generator: &mut Generator<'_>,
 ) -> Result<(), SynthError> {
-    files::write_json(&folder.join("config.json"), &model.config())?;
-    files::write_safetensors(folder, "model", model.tensors(), model.storage, generator)?;
-    files::write_json(&folder.join("tokenizer.json"), &model.tokens.tokenizer())
+    write_folder_texts(&model.config(), &model.tokens, folder)?;
+    files::write_safetensors(folder, "model", model.tensors(), model.storage, generator)
 }
 
 /// All tensors of a model by file, with their precision.
@@ -153,6 +215,7 @@ fn parts(model: &Model) -> Vec<(TensorList, Storage)> {
             (model.checkpoint(), Storage::F32),
         ],
         Model::Idefics(model) => vec![(model.tensors(), model.storage)],
+        Model::Otter(model) => vec![(model.tensors(), Otter::STORAGE)],
     }
 }
 
@@ -315,6 +378,7 @@ mod tests {
             let (model, _) = preset::find(preset).unwrap();
             let files: Vec<(PathBuf, TensorList)> = match &model {
                 Model::Idefics(model) => vec![(folder.clone(), model.tensors())],
+                Model::Otter(model) => vec![(folder.clone(), model.tensors())],
                 Model::OpenFlamingo(model) => vec![
                     (folder.join("checkpoint.pt"), model.checkpoint()),
                     (folder.join(model.vision.file()), model.vision.tensors()),

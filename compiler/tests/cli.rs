@@ -12,6 +12,8 @@ mod device;
 mod doctor;
 #[path = "cli/gpu.rs"]
 mod gpu;
+#[path = "cli/inspect.rs"]
+mod inspect;
 #[path = "cli/talk.rs"]
 mod talk;
 

@@ -24,6 +24,7 @@ mod torch_zip;
 mod view;
 
 pub use error::{CheckpointError, PickleError};
+pub use folder::{WEIGHT_FILES, shard_names};
 use view::View;
 
 /// A view may be this many times larger than its storage …
@@ -40,6 +41,19 @@ pub struct TensorInfo {
     pub dtype: DType,
     /// Sizes of the dimensions, outermost first.
     pub shape: Vec<usize>,
+}
+
+impl TensorInfo {
+    /// How many numbers it has.
+    pub fn n_values(&self) -> u64 {
+        let sizes = self.shape.iter().map(|size| u64::try_from(*size).unwrap_or(u64::MAX));
+        sizes.fold(1, u64::saturating_mul)
+    }
+
+    /// How many bytes they take.
+    pub fn n_bytes(&self) -> u64 {
+        self.n_values().saturating_mul(u64::try_from(self.dtype.size()).unwrap_or(u64::MAX))
+    }
 }
 
 /// An open checkpoint: a set of named tensors in memory-mapped files.
@@ -120,6 +134,11 @@ impl Checkpoint {
         }
         checkpoint.sort()?;
         Ok(checkpoint)
+    }
+
+    /// The file or folder.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// All tensors, sorted by name.

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use flamingo_ir::Graph;
 
-pub use recipe::Recipe;
+pub use recipe::{Recipe, TokensRecipe};
 
 use crate::build::{KeyMap, build_decoder, build_media};
 use crate::config::ModelConfig;
@@ -49,9 +49,9 @@ impl Source {
         let recipe = path.join("recipe.toml");
         match () {
             () if path.extension().is_some_and(|extension| extension == "toml") => {
-                open_flamingo::open(path)
+                Source::from_recipe(&Recipe::read(path)?, path)
             }
-            () if recipe.is_file() => open_flamingo::open(&recipe),
+            () if recipe.is_file() => Source::from_recipe(&Recipe::read(&recipe)?, &recipe),
             () if path.join("config.json").is_file() => open_folder(path),
             () => Err(SourceError::Config {
                 path: path.to_owned(),
@@ -61,6 +61,11 @@ impl Source {
                     .into(),
             }),
         }
+    }
+
+    /// Opens the parts that a recipe names; `path` is what errors call the recipe.
+    pub fn from_recipe(recipe: &Recipe, path: &Path) -> Result<Source, SourceError> {
+        open_flamingo::open(recipe, path)
     }
 
     /// Builds both graphs. Every tensor of the files must be used or be known to be of no use.

@@ -12,6 +12,7 @@
 
 mod build;
 pub mod checkpoint;
+pub mod components;
 pub mod config;
 mod family;
 pub mod image_spec;
@@ -20,10 +21,12 @@ pub mod map;
 mod media_time;
 pub mod profile;
 mod source;
+mod survey;
 mod tokenizer;
 
 pub use config::{Family, ModelConfig, SpecialTokens};
-pub use family::{Graphs, Recipe, Source};
+pub use family::{Graphs, Recipe, Source, TokensRecipe};
 pub use media_time::{MediaClock, media_time};
 pub use source::{Parts, SourceError, WeightProblem};
+pub use survey::{Survey, SurveyedPart};
 pub use tokenizer::{read_tokenizer, token_ids, tokenizer_json};

@@ -119,7 +119,8 @@ impl Parts {
         self.parts.iter().map(|(name, _)| *name)
     }
 
-    fn part(&self, part: &str) -> Option<&Checkpoint> {
+    /// The file or folder of a part, opened.
+    pub fn part(&self, part: &str) -> Option<&Checkpoint> {
         self.parts.iter().find(|(name, _)| *name == part).map(|(_, checkpoint)| checkpoint)
     }
 }

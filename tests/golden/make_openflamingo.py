@@ -103,6 +103,7 @@ VARIANTS = {
     "openflamingo-llama-torchscript": Variant("llama", form="torchscript"),
     "openflamingo-frames": Variant("llama", max_num_frames=4, n_frames={"A": 3, "D": 2}),
     "otter-image": Variant("llama", form="otter"),
+    "otter-video": Variant("llama", form="otter", max_num_frames=4, n_frames={"A": 3, "D": 2}),
 }
 
 

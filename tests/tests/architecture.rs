@@ -285,6 +285,18 @@ fn crates_use_only_what_they_may() {
     );
 }
 
+/// The crate that reaches a network belongs to the compiler: what runs on a device has none.
+#[test]
+fn only_the_compiler_reaches_a_network() {
+    let problem = |folder: &str, manifest: &str| {
+        let found = packages_used(manifest).iter().any(|p| p == "hf-hub" || p == "ureq");
+        (found && folder != "compiler").then(|| format!("{folder}: a crate that reaches a network"))
+    };
+    assert!(problem("runtime", "[dependencies]\nhf-hub = { workspace = true }").is_some());
+    let manifest = |folder: &str| read(&format!("{folder}/Cargo.toml"));
+    assert_none(ARROWS.iter().filter_map(|(f, _, _)| problem(f, &manifest(f))).collect());
+}
+
 /// Nodes that read what belongs to pictures, and may not.
 fn media_problems(graph: &Graph) -> Vec<String> {
     let mut problems = Vec::new();

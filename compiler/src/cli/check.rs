@@ -6,14 +6,15 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use clap::Args;
 use flamingo_ir::op::Flavour;
-use flamingo_models::Source;
 use flamingo_models::manifest::Manifest;
 use flamingo_runtime::Model;
 use serde_json::{Value, json};
 
 use super::output::Output;
+use super::source::PartOptions;
 use super::{Opening, Outcome};
 use crate::emit::write_file;
+use crate::origin::Origin;
 use crate::parity::{Comparison, Divergence, F32_BOUND, MIN_COSINE, Parity, check};
 
 /// Compare an artifact with the checkpoint it was compiled from
@@ -29,9 +30,11 @@ use crate::parity::{Comparison, Divergence, F32_BOUND, MIN_COSINE, Parity, check
 pub(super) struct Check {
     /// The artifact
     artifact: PathBuf,
-    /// The recipe or checkpoint folder it was compiled from
+    /// The recipe, checkpoint folder or name on the hub that it was compiled from
     #[arg(long, value_name = "SOURCE")]
     against: PathBuf,
+    #[command(flatten)]
+    parts: PartOptions,
     /// Seed of the prompts
     #[arg(long, value_name = "N", default_value = "0")]
     seed: u64,
@@ -49,7 +52,7 @@ impl Check {
     pub(super) fn run(self, output: &mut Output) -> Result<Outcome> {
         let model = Model::open(&self.artifact, &self.opening.options())?;
         output.warnings(&model);
-        let source = Source::open(&self.against)?;
+        let source = self.parts.open(&Origin::of(&self.against)?, output)?;
         let found = check(&model, &source, self.seed, self.opening.flavour())?;
         drop(model);
         let pass = found.pass();

@@ -13,10 +13,12 @@ use serde_json::json;
 use super::Outcome;
 use super::device::{DevicePlan, choose, device_parser};
 use super::output::{Output, byte_bar, bytes, count_bar};
+use super::source::PartOptions;
 use crate::compile::{
-    CalibrateOn, CompileOptions, Gate, Progress, Raised, Report, compile, default_output, limits,
+    CalibrateOn, CompileOptions, Gate, Progress, Raised, Report, compile_source, limits,
 };
 use crate::gate::{OUTLIERS, Refused, worst_first};
+use crate::origin::Origin;
 use crate::passes::{pass_names, pass_reasons};
 use crate::plan::Model;
 use crate::plan::devices::Device;
@@ -25,12 +27,17 @@ use crate::scheme::{Choice, INT4_BLOCK, Precision, Scheme};
 /// Compile a checkpoint into an artifact
 ///
 /// SOURCE is a recipe `.toml` that names the parts of an OpenFlamingo model, a folder
-/// with a `recipe.toml`, or the Hugging Face folder of an IDEFICS-1 or Otter model.
+/// with a `recipe.toml`, the Hugging Face folder of an IDEFICS-1 or Otter model, or the
+/// name of a model on the Hugging Face hub, `owner/name` or `owner/name@revision`, whose
+/// files are downloaded into the cache that Python has, too (HF_HOME, HF_HUB_CACHE,
+/// HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT).
 #[derive(Args)]
 #[command(after_help = after_help())]
 pub(super) struct Compile {
-    /// Recipe or checkpoint folder
+    /// Recipe, checkpoint folder, or name on the hub
     source: PathBuf,
+    #[command(flatten)]
+    parts: PartOptions,
     /// Where to write the artifact [default: SOURCE's name with .flamingo]
     #[arg(short, long, value_name = "DIR")]
     output: Option<PathBuf>,
@@ -214,7 +221,8 @@ fn after_help() -> String {
     let lines: Vec<String> =
         pass_reasons().map(|(name, reason)| format!("  {name}: {reason}")).collect();
     format!(
-        "Example:\n  flamingoc compile models/demo/recipe.toml -o demo.flamingo\n\nPasses:\n{}",
+        "Examples:\n  flamingoc compile models/demo/recipe.toml -o demo.flamingo\n  flamingoc compile \
+         openflamingo/OpenFlamingo-3B-vitl-mpt1b -o of-3b.flamingo\n\nPasses:\n{}",
         lines.join("\n")
     )
 }
@@ -222,13 +230,15 @@ fn after_help() -> String {
 impl Compile {
     pub(super) fn run(self, output: &mut Output) -> Result<Outcome> {
         self.refuse_what_is_not_there()?;
-        let precision = self.precision(output)?;
+        let origin = Origin::of(&self.source)?;
+        let source = self.parts.open(&origin, output)?;
+        let precision = self.precision(&source, output)?;
         let dump = self.dump_after.clone().map(|pass| (pass, self.dump_dir.clone()));
         let targets: BTreeSet<Target> = self.target.iter().copied().collect();
         let options = CompileOptions {
             flavours: targets.iter().flat_map(|target| target.flavours()).copied().collect(),
-            output: self.output.clone().unwrap_or_else(|| default_output(&self.source)),
-            source: self.source.clone(),
+            output: self.output.clone().unwrap_or_else(|| origin.default_output()),
+            source: origin.to_path(),
             overwrite: self.overwrite,
             max_context: self.max_context,
             max_images: self.max_images,
@@ -249,7 +259,7 @@ impl Compile {
         };
         let bar = byte_bar("weights");
         let prompts = count_bar();
-        let compiled = compile(&options, &mut |progress| match progress {
+        let compiled = compile_source(&source, &options, &mut |progress| match progress {
             Progress::Stage(stage) => bar.println(stage),
             Progress::Bytes(done, total) => {
                 bar.set_length(total);
@@ -311,12 +321,11 @@ impl Compile {
     }
 
     /// The precision asked for, or the finest that fits the device.
-    fn precision(&self, output: &mut Output) -> Result<Precision> {
+    fn precision(&self, source: &Source, output: &mut Output) -> Result<Precision> {
         let Some(device) = self.device else { return Ok(self.precision.unwrap_or_default()) };
-        let source = Source::open(&self.source)?;
-        let limits = limits(&source, self.max_context, self.max_images)?;
+        let limits = limits(source, self.max_context, self.max_images)?;
         let scheme = |precision| self.scheme(precision);
-        let precision = choose(&source, &limits, device, self.precision, &scheme)?;
+        let precision = choose(source, &limits, device, self.precision, &scheme)?;
         output.note(&format!("{} fits {}", precision.name(), device.name));
         Ok(precision)
     }

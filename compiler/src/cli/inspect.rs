@@ -1,12 +1,13 @@
 //! `flamingoc inspect`.
 
+mod source;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use clap::Args;
 use flamingo_ir::op::Flavour;
-use flamingo_models::Source;
 use flamingo_models::config::VisionEncoder;
 use flamingo_models::manifest::Limits;
 use flamingo_runtime::Artifact;
@@ -16,24 +17,37 @@ use super::Outcome;
 use super::coverage;
 use super::device::{DevicePlan, device_parser};
 use super::output::{Output, bytes};
+use super::source::PartOptions;
 use crate::compile::{Quantisation, Report};
 use crate::coverage::TARGETS;
 use crate::emit::LayerStorage;
-use crate::passes::runtime_ops;
 use crate::plan::Model;
 use crate::plan::devices::Device;
 
 /// Show what is in an artifact, or in a checkpoint before it is compiled
+///
+/// Of a checkpoint: its parts, those that are missing, numbers by component, and for each
+/// precision what it takes in memory and which devices have that much. A name on the hub
+/// is downloaded first.
 #[derive(Args)]
 #[command(after_help = "Examples:
   flamingoc inspect demo.flamingo
   flamingoc inspect demo.flamingo --graph decoder
   flamingoc inspect demo.flamingo --device orin-nano-8
   flamingoc inspect demo.flamingo --coverage tensorrt-10.3
-  flamingoc inspect models/demo/recipe.toml")]
+  flamingoc inspect models/demo/recipe.toml
+  flamingoc inspect checkpoint.pt")]
 pub(super) struct Inspect {
-    /// Artifact, recipe or checkpoint folder
+    /// Artifact, recipe, checkpoint folder, weight file, or name on the hub
     path: PathBuf,
+    #[command(flatten)]
+    parts: PartOptions,
+    /// Tokens of a sequence that the memory of a source is counted for [default: what the language model was made for]
+    #[arg(long, value_name = "N")]
+    max_context: Option<usize>,
+    /// Pictures of a prompt that the memory of a source is counted for
+    #[arg(long, value_name = "N", default_value = "64")]
+    max_images: usize,
     /// Print the text form of this graph instead
     #[arg(long, value_name = "STAGE", value_parser = ["media", "decoder"])]
     graph: Option<String>,
@@ -132,54 +146,6 @@ impl Inspect {
             }
         ))
     }
-
-    fn source(&self, output: &mut Output) -> Result<()> {
-        if self.coverage.is_some() {
-            bail!(
-                "`--coverage`: `{}` is not an artifact\n\nhint: compile it first, with `--target`",
-                self.path.display()
-            );
-        }
-        if let Some(device) = self.device {
-            bail!(
-                "`--device`: `{}` is not an artifact\n\n\
-                 hint: `flamingoc compile {0} --device {}` plans a source before it compiles it",
-                self.path.display(),
-                device.name
-            );
-        }
-        let source = Source::open(&self.path)?;
-        let graphs = source.graphs()?;
-        if let Some(stage) = &self.graph {
-            let graph = if stage == "media" { &graphs.media } else { &graphs.decoder };
-            return output.text(&graph.to_string());
-        }
-        let parts = part_sizes(&source);
-        if self.json {
-            let ops = json!({"media": runtime_ops(&graphs.media), "decoder": runtime_ops(&graphs.decoder)});
-            return output.json(&json!({
-                "config": source.config,
-                "parts": parts.iter().map(|(part, (tensors, values))| {
-                    json!({"part": part, "tensors": tensors, "values": values})
-                }).collect::<Vec<_>>(),
-                "ops": ops,
-                "notes": source.notes,
-            }));
-        }
-        describe_config(output, &source.config)?;
-        let rows: Vec<Vec<String>> = parts
-            .iter()
-            .map(|(part, (tensors, values))| {
-                vec![part.clone(), tensors.to_string(), values.to_string()]
-            })
-            .collect();
-        output.line("")?;
-        output.table(&["part", "tensors", "numbers"], &rows)?;
-        for note in &source.notes {
-            output.line(&format!("note: {note}"))?;
-        }
-        Ok(())
-    }
 }
 
 /// How weight matrices are stored, by scheme: bytes, and the layer that lost most.
@@ -207,19 +173,6 @@ fn storage(output: &mut Output, quantisation: &Quantisation) -> Result<()> {
     output.table(&["", "matrices", "size", "worst SQNR, dB", "in"], &rows)?;
     let (found, in_f32) = (bytes(quantisation.bytes), bytes(quantisation.bytes_f32));
     output.line(&format!("weight file: {found}; in f32 {in_f32}"))
-}
-
-/// Tensors and numbers of each part.
-fn part_sizes(source: &Source) -> BTreeMap<String, (usize, u64)> {
-    let mut parts = BTreeMap::new();
-    for part in source.parts.names() {
-        let entry: &mut (usize, u64) = parts.entry(part.to_owned()).or_default();
-        for info in source.parts.infos(part) {
-            entry.0 += 1;
-            entry.1 += info.shape.iter().map(|size| *size as u64).product::<u64>();
-        }
-    }
-    parts
 }
 
 fn describe_config(output: &mut Output, config: &flamingo_models::ModelConfig) -> Result<()> {

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::Outcome;
 use super::output::{Output, byte_bar, bytes};
-use crate::synth::{presets, synthesize};
+use crate::synth::{outline, presets, synthesize};
 
 /// Write a seeded random checkpoint of a named shape, in its family's real format
 ///
@@ -28,13 +28,19 @@ pub(super) struct Synth {
     /// trained models
     #[arg(long)]
     outliers: bool,
+    /// Names and shapes only, in files that take no room on the disk: for `inspect`
+    #[arg(long, conflicts_with_all = ["seed", "outliers"])]
+    shapes_only: bool,
     /// Print what was written as JSON
     #[arg(long)]
     json: bool,
 }
 
 fn after_help() -> String {
-    format!("Presets: {}\n\nExample:\n  flamingoc synth of-mini -o of-mini", presets().join(", "))
+    format!(
+        "Presets: {}\n\nExamples:\n  flamingoc synth of-mini -o of-mini\n  flamingoc synth idefics-80b --shapes-only -o shapes",
+        presets().join(", ")
+    )
 }
 
 impl Synth {
@@ -44,8 +50,12 @@ impl Synth {
             bar.set_length(total);
             bar.set_position(done);
         };
-        let report =
-            synthesize(&self.preset, &self.output, self.seed, self.outliers, &mut progress)?;
+        let report = match self.shapes_only {
+            true => outline(&self.preset, &self.output)?,
+            false => {
+                synthesize(&self.preset, &self.output, self.seed, self.outliers, &mut progress)?
+            }
+        };
         bar.finish_and_clear();
         let path = self.output.display().to_string();
         match self.json {

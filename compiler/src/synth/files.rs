@@ -1,7 +1,7 @@
 //! The two file formats: PyTorch's zip archives and safetensors folders, written as a stream.
 
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
@@ -11,12 +11,14 @@ use zip::{CompressionMethod, DateTime, ZipWriter};
 use super::SynthError;
 use super::pickle;
 use super::random::{Generator, Storage};
-use super::tensor::{TensorList, TensorSpec};
+use super::tensor::{Fill, TensorList, TensorSpec};
 
 /// PyTorch aligns tensors in its archives to this many bytes.
 const PT_ALIGNMENT: u16 = 64;
 /// Above this size a safetensors folder is cut into shards, as Hugging Face does.
 const MAX_SHARD_BYTES: u64 = 5_000_000_000;
+/// Value of gates, and of all tensors in archives, where there are shapes only: a closed gate would drop its block.
+const OUTLINE_VALUE: f32 = 0.5;
 const BUFFER_BYTES: usize = 1 << 20;
 
 /// Writes tensors as `torch.save` writes a state dict: a zip archive, nothing compressed.
@@ -44,6 +46,25 @@ pub(super) fn write_pt(
     write().map_err(SynthError::io(path))
 }
 
+/// Writes an archive of tensors without values, as [`pickle::outline`] has them.
+pub(super) fn outline_pt(path: &Path, tensors: &TensorList) -> Result<(), SynthError> {
+    let write = || -> io::Result<()> {
+        let mut zip = ZipWriter::new(BufWriter::new(File::create(path)?));
+        let entries: [(&str, &[u8]); 4] = [
+            ("data.pkl", &pickle::outline(tensors.specs())),
+            ("byteorder", b"little"),
+            ("data/0", &OUTLINE_VALUE.to_le_bytes()),
+            ("version", b"3\n"),
+        ];
+        for (name, bytes) in entries {
+            start(&mut zip, name, 0)?;
+            zip.write_all(bytes)?;
+        }
+        finish(zip.finish()?)
+    };
+    write().map_err(SynthError::io(path))
+}
+
 fn start<W: Write + io::Seek>(zip: &mut ZipWriter<W>, name: &str, n_bytes: u64) -> io::Result<()> {
     let options = SimpleFileOptions::default()
         .compression_method(CompressionMethod::Stored)
@@ -61,13 +82,33 @@ pub(super) fn write_safetensors(
     storage: Storage,
     generator: &mut Generator<'_>,
 ) -> Result<(), SynthError> {
+    write_shards(folder, tensors, storage, &mut |path, shard| {
+        write_shard(path, part, shard, storage, generator)
+    })
+}
+
+/// The same files with zeros for all values but those of gates, which take no room on the disk.
+pub(super) fn outline_safetensors(
+    folder: &Path,
+    tensors: TensorList,
+    storage: Storage,
+) -> Result<(), SynthError> {
+    write_shards(folder, tensors, storage, &mut |path, shard| outline_shard(path, shard, storage))
+}
+
+fn write_shards(
+    folder: &Path,
+    tensors: TensorList,
+    storage: Storage,
+    write: &mut dyn FnMut(&Path, &[TensorSpec]) -> io::Result<()>,
+) -> Result<(), SynthError> {
     let tensors = tensors.sorted();
     let shards = shards(tensors.specs(), storage, MAX_SHARD_BYTES);
     let mut weight_map = Map::new();
     for (idx, shard) in shards.iter().enumerate() {
         let name = shard_name(idx, shards.len());
         let path = folder.join(&name);
-        write_shard(&path, part, shard, storage, generator).map_err(SynthError::io(&path))?;
+        write(&path, shard).map_err(SynthError::io(&path))?;
         let entries = shard.iter().map(|spec| (spec.name.clone(), Value::from(name.as_str())));
         weight_map.extend(entries);
     }
@@ -109,6 +150,32 @@ fn write_shard(
     storage: Storage,
     generator: &mut Generator<'_>,
 ) -> io::Result<()> {
+    let mut out = BufWriter::with_capacity(BUFFER_BYTES, File::create(path)?);
+    out.write_all(&header(specs, storage)?)?;
+    for spec in specs {
+        generator.write(part, spec, storage, &mut out)?;
+    }
+    finish(out)
+}
+
+fn outline_shard(path: &Path, specs: &[TensorSpec], storage: Storage) -> io::Result<()> {
+    let mut file = File::create(path)?;
+    let header = header(specs, storage)?;
+    file.write_all(&header)?;
+    let mut offset = header.len() as u64;
+    for spec in specs {
+        if spec.fill == Fill::Gate {
+            file.seek(SeekFrom::Start(offset))?;
+            let value = storage.bytes_of(OUTLINE_VALUE);
+            file.write_all(&value.repeat(spec.n_values()))?;
+        }
+        offset += tensor_bytes(spec, storage);
+    }
+    file.set_len(offset)
+}
+
+/// Length and text of a file's header.
+fn header(specs: &[TensorSpec], storage: Storage) -> io::Result<Vec<u8>> {
     let mut header = Map::from_iter([("__metadata__".to_owned(), json!({"format": "pt"}))]);
     let mut offset = 0;
     for spec in specs {
@@ -119,13 +186,7 @@ fn write_shard(
     }
     let mut header = serde_json::to_vec(&header)?;
     header.resize(header.len().next_multiple_of(8), b' ');
-    let mut out = BufWriter::with_capacity(BUFFER_BYTES, File::create(path)?);
-    out.write_all(&(header.len() as u64).to_le_bytes())?;
-    out.write_all(&header)?;
-    for spec in specs {
-        generator.write(part, spec, storage, &mut out)?;
-    }
-    finish(out)
+    Ok([&(header.len() as u64).to_le_bytes(), header.as_slice()].concat())
 }
 
 /// Writes indented JSON with a final line break.
@@ -149,7 +210,6 @@ fn finish(out: BufWriter<File>) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::synth::tensor::Fill;
 
     #[test]
     fn shards_hold_every_tensor_once_and_stay_under_the_limit() {

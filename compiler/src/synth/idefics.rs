@@ -51,7 +51,7 @@ impl Idefics {
         let n_added = self.tokens.added.len();
         list.embedding("model.embed_tokens", self.vocabulary, self.width);
         list.embedding("model.embed_tokens.additional_embedding", n_added, self.width);
-        self.vision.tensors(&mut list);
+        self.vision.tensors(&mut list, "model.vision_model");
         self.resampler(&mut list);
         for layer_idx in 0..self.n_layers {
             let layer = format!("model.layers.{layer_idx}");
@@ -141,10 +141,10 @@ impl Idefics {
 }
 
 impl Vision {
-    fn tensors(&self, list: &mut TensorList) {
+    /// Its tensors, all below `root`.
+    pub(super) fn tensors(&self, list: &mut TensorList, root: &str) {
         let (width, patch) = (self.width, self.patch_size);
         let n_tokens = (self.image_size / patch).pow(2) + 1;
-        let root = "model.vision_model";
         list.add(format!("{root}.embeddings.class_embedding"), &[width], Fill::Embedding);
         let patch_shape = [width, 3, patch, patch];
         list.add(format!("{root}.embeddings.patch_embedding.weight"), &patch_shape, Fill::Linear);

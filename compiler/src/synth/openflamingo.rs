@@ -89,13 +89,25 @@ impl OpenFlamingo {
         let mut list = TensorList::default();
         self.resampler(&mut list);
         self.language.checkpoint_embeddings(&mut list, self.tokens.n_rows());
+        self.gated_blocks(&mut list);
+        list
+    }
+
+    /// What joins vision encoder and language model: resampler and gated blocks.
+    pub(super) fn bridge(&self) -> TensorList {
+        let mut list = TensorList::default();
+        self.resampler(&mut list);
+        self.gated_blocks(&mut list);
+        list
+    }
+
+    fn gated_blocks(&self, list: &mut TensorList) {
         for layer_idx in (0..self.language.n_layers).filter(|idx| (idx + 1) % self.interval == 0) {
             let prefix = self.language.layers_prefix();
             let block = format!("lang_encoder.{prefix}.{layer_idx}.gated_cross_attn_layer");
-            self.gated_block(&mut list, &block);
+            self.gated_block(list, &block);
         }
         list.before_outliers(&format!("lang_encoder.{}.0", self.language.layers_prefix()));
-        list
     }
 
     fn resampler(&self, list: &mut TensorList) {

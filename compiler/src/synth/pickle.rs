@@ -8,6 +8,21 @@ const BATCH: usize = 1000;
 
 /// The bytes of `data.pkl` for f32 tensors, tensor `i` with its values in `data/{i}`.
 pub(super) fn state_dict(specs: &[TensorSpec]) -> Vec<u8> {
+    dict(specs, |pickler, idx, spec| {
+        let whole = Storage { idx, n_values: spec.n_values() };
+        pickler.tensor(whole, spec, &strides(&spec.shape));
+    })
+}
+
+/// The same for tensors without values of their own: each shows one number of `data/0` everywhere, as
+/// `torch.tensor(x).expand(shape)` does.
+pub(super) fn outline(specs: &[TensorSpec]) -> Vec<u8> {
+    dict(specs, |pickler, _, spec| {
+        pickler.tensor(Storage { idx: 0, n_values: 1 }, spec, &vec![0; spec.shape.len()]);
+    })
+}
+
+fn dict(specs: &[TensorSpec], tensor: impl Fn(&mut Pickler, usize, &TensorSpec)) -> Vec<u8> {
     let mut pickler = Pickler::default();
     pickler.bytes.extend([0x80, 2]);
     pickler.ordered_dict();
@@ -15,12 +30,18 @@ pub(super) fn state_dict(specs: &[TensorSpec]) -> Vec<u8> {
         pickler.bytes.push(b'(');
         for (idx, spec) in batch.iter().enumerate() {
             pickler.string(&spec.name);
-            pickler.tensor(batch_idx * BATCH + idx, spec);
+            tensor(&mut pickler, batch_idx * BATCH + idx, spec);
         }
         pickler.bytes.push(b'u');
     }
     pickler.bytes.push(b'.');
     pickler.bytes
+}
+
+/// A run of numbers, `data/{idx}` of the archive.
+struct Storage {
+    idx: usize,
+    n_values: usize,
 }
 
 /// Objects that occur again are written once and fetched by their number afterwards.
@@ -33,20 +54,20 @@ struct Pickler {
 
 impl Pickler {
     /// `_rebuild_tensor_v2(persistent id, offset, shape, strides, requires_grad, hooks)`.
-    fn tensor(&mut self, storage_idx: usize, spec: &TensorSpec) {
+    fn tensor(&mut self, storage: Storage, spec: &TensorSpec, strides: &[usize]) {
         self.known("torch._utils _rebuild_tensor_v2", Self::global);
         self.bytes.extend(*b"((");
         self.known("storage", Self::string);
         self.known("torch FloatStorage", Self::global);
-        self.string(&storage_idx.to_string());
+        self.string(&storage.idx.to_string());
         self.known("cpu", Self::string);
-        self.integer(spec.n_values());
+        self.integer(storage.n_values);
         self.bytes.push(b't');
         self.memoize();
         self.bytes.push(b'Q');
         self.integer(0);
         self.tuple(&spec.shape);
-        self.tuple(&strides(&spec.shape));
+        self.tuple(strides);
         self.bytes.push(0x89);
         self.ordered_dict();
         self.bytes.push(b't');

@@ -4,6 +4,7 @@ use super::idefics::{self, Idefics};
 use super::language::{Architecture, Language};
 use super::nfnet::Nfnet;
 use super::openflamingo::{self, Encoder, OpenFlamingo};
+use super::otter::Otter;
 use super::random::Storage;
 use super::tensor::Spread;
 use super::tokens::{Kind, Tokens};
@@ -13,10 +14,11 @@ use super::tokens::{Kind, Tokens};
 pub(super) enum Model {
     OpenFlamingo(OpenFlamingo),
     Idefics(Idefics),
+    Otter(Otter),
 }
 
 /// Names in the order in which they are listed.
-pub(super) const NAMES: [&str; 14] = [
+pub(super) const NAMES: [&str; 20] = [
     "tiny-openflamingo-mpt1b",
     "tiny-openflamingo-mpt",
     "tiny-openflamingo-gpt-neox",
@@ -24,19 +26,27 @@ pub(super) const NAMES: [&str; 14] = [
     "tiny-openflamingo-opt",
     "tiny-nfnet",
     "tiny-idefics",
+    "tiny-otter",
     "of-mini",
     "of-3b-quarter",
     "of-3b",
     "of-4b",
     "of-9b",
+    "of-9b-llama",
     "idefics-9b",
     "nfnet-f6",
+    "idefics-80b",
+    "otter-mpt1b",
+    "otter-mpt7b",
+    "otter-llama7b",
 ];
 
 /// Rows of the embedding of MPT and RedPajama-INCITE.
 const NEOX_VOCABULARY: usize = 50_432;
 /// Tokens of the GPT-NeoX-20B tokenizer.
 const NEOX_TOKENS: u32 = 50_277;
+/// Tokens of LLaMA's tokenizer.
+const LLAMA_TOKENS: u32 = 32_000;
 
 /// The model of a preset and how its weights are spread.
 pub(super) fn find(name: &str) -> Option<(Model, Spread)> {
@@ -54,8 +64,14 @@ pub(super) fn find(name: &str) -> Option<(Model, Spread)> {
         "of-3b" => released(neox_vocabulary(MosaicGpt, 2048, 24, 16, Storage::F32), 1),
         "of-4b" => released(neox_vocabulary(GptNeox, 2560, 32, 32, Storage::F16), 2),
         "of-9b" => released(neox_vocabulary(Mpt, 4096, 32, 32, Storage::Bf16), 4),
+        "of-9b-llama" => released(llama_7b(), 4),
         "idefics-9b" => Model::Idefics(idefics_9b()),
         "nfnet-f6" => Model::OpenFlamingo(nfnet_f6()),
+        "idefics-80b" => Model::Idefics(idefics_80b()),
+        "tiny-otter" => otter(tiny_openflamingo(Llama, 112)),
+        "otter-mpt1b" => otter(released(neox_vocabulary(MosaicGpt, 2048, 24, 16, Storage::F32), 1)),
+        "otter-mpt7b" => otter(released(neox_vocabulary(Mpt, 4096, 32, 32, Storage::F32), 4)),
+        "otter-llama7b" => otter(released(llama_7b(), 4)),
         _ => return None,
     };
     let spread = if name.starts_with("tiny-") { Spread::TINY } else { Spread::LARGE };
@@ -140,15 +156,49 @@ fn neox_vocabulary(
     }
 }
 
+/// LLaMA-7B, as Hugging Face has it.
+fn llama_7b() -> Language {
+    Language {
+        architecture: Architecture::Llama,
+        width: 4096,
+        n_layers: 32,
+        n_heads: 32,
+        mlp_width: 11_008,
+        vocabulary: LLAMA_TOKENS as usize,
+        max_context: 2048,
+        storage: Storage::F16,
+    }
+}
+
+/// The same model over a CLIP in Otter's form; the embedding of a LLaMA has rows for the tokens that are added.
+fn otter(model: Model) -> Model {
+    match model {
+        Model::OpenFlamingo(mut model) => match model.vision.clone() {
+            Encoder::Clip(vision) => {
+                let rows = model.language.vocabulary.max(model.tokens.n_rows());
+                model.language.vocabulary = rows;
+                Model::Otter(Otter { model, vision })
+            }
+            Encoder::Nfnet(_) => Model::OpenFlamingo(model),
+        },
+        other => other,
+    }
+}
+
 /// A released OpenFlamingo: CLIP ViT-L/14 at 224 pixels and six resampler layers.
 fn released(language: Language, interval: usize) -> Model {
+    let vision = Encoder::Clip(clip_vit_large());
+    let tokens = match language.architecture {
+        Architecture::Llama => Tokens::openflamingo(Kind::Llama, LLAMA_TOKENS),
+        _ => Tokens::openflamingo(Kind::GptNeox, NEOX_TOKENS),
+    };
     Model::OpenFlamingo(OpenFlamingo {
-        vision: Encoder::Clip(clip_vit_large()),
+        vision,
         resampler_depth: 6,
         is_paper: false,
         language,
         interval,
-        tokens: Tokens::openflamingo(Kind::GptNeox, NEOX_TOKENS),
+        tokens,
     })
 }
 
@@ -241,6 +291,11 @@ fn idefics_9b() -> Idefics {
         tokens: Tokens::idefics(32_000),
         storage: Storage::Bf16,
     }
+}
+
+/// LLaMA-65B's shape; the rest is that of the smaller one.
+fn idefics_80b() -> Idefics {
+    Idefics { width: 8192, n_layers: 80, n_heads: 64, mlp_width: 22_016, ..idefics_9b() }
 }
 
 #[cfg(test)]

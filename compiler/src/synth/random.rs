@@ -41,6 +41,15 @@ impl Storage {
         }
     }
 
+    /// A number as it is stored.
+    pub(super) fn bytes_of(self, value: f32) -> Vec<u8> {
+        match self {
+            Storage::F32 => value.to_le_bytes().to_vec(),
+            Storage::F16 => f16::from_f32(value).to_le_bytes().to_vec(),
+            Storage::Bf16 => bf16::from_f32(value).to_le_bytes().to_vec(),
+        }
+    }
+
     /// Name in a safetensors header.
     pub(super) fn safetensors_name(self) -> &'static str {
         match self {

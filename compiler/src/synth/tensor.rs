@@ -168,6 +168,19 @@ impl TensorList {
         own.for_each(|spec| spec.fill = Fill::OutlierWriter { is_gated });
     }
 
+    /// Adds the tensors of another list.
+    pub(super) fn extend(&mut self, other: TensorList) {
+        self.0.extend(other.0);
+    }
+
+    /// The tensors under other names.
+    pub(super) fn renamed(mut self, rename: &dyn Fn(&str) -> String) -> TensorList {
+        for spec in &mut self.0 {
+            (spec.name, spec.values_of) = (rename(&spec.name), rename(&spec.values_of));
+        }
+        self
+    }
+
     /// The tensors.
     pub(super) fn specs(&self) -> &[TensorSpec] {
         &self.0

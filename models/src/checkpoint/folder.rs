@@ -10,8 +10,8 @@ use serde::Deserialize;
 
 use super::{Format, error::CheckpointError, json::Entries};
 
-/// Weight files and indices, in the order in which the first existing one wins.
-const WEIGHTS: [&str; 4] = [
+/// Weight files and indices of a Hugging Face folder, in the order in which the first existing one wins.
+pub const WEIGHT_FILES: [&str; 4] = [
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
@@ -31,8 +31,8 @@ pub(super) struct Weights {
 
 /// Finds the weights of `folder`.
 pub(super) fn find(folder: &Path) -> Result<Weights, CheckpointError> {
-    let Some(name) = WEIGHTS.iter().find(|name| folder.join(name).is_file()) else {
-        return Err(CheckpointError::NoWeights { folder: folder.into(), expected: &WEIGHTS });
+    let Some(name) = WEIGHT_FILES.iter().find(|name| folder.join(name).is_file()) else {
+        return Err(CheckpointError::NoWeights { folder: folder.into(), expected: &WEIGHT_FILES });
     };
     let path = folder.join(name);
     let format = if name.contains("safetensors") { Format::Safetensors } else { Format::TorchZip };
@@ -46,6 +46,18 @@ pub(super) fn find(folder: &Path) -> Result<Weights, CheckpointError> {
 #[derive(Deserialize)]
 struct Index {
     weight_map: Entries<String>,
+}
+
+/// Names of the shards of an index; every one a plain file name.
+///
+/// # Errors
+/// An index that is missing, too large or broken.
+pub fn shard_names(index: &Path) -> Result<Vec<String>, CheckpointError> {
+    let folder = index.parent().unwrap_or(Path::new(""));
+    let name = |(path, _): (PathBuf, Vec<String>)| {
+        path.file_name().map(|name| name.to_string_lossy().into_owned())
+    };
+    Ok(shards(folder, index)?.into_iter().filter_map(name).collect())
 }
 
 /// The shards of an index, by name; every one a plain file name inside the folder.

@@ -55,6 +55,11 @@ impl Config {
         self.error(format!("`{}{key}`: expected {expected}, got {found}", self.prefix))
     }
 
+    /// Whether `key` has a value.
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.get(key).is_some()
+    }
+
     fn get(&self, key: &str) -> Option<&Value> {
         self.object.get(key).filter(|value| !value.is_null())
     }

@@ -4,8 +4,10 @@
 use std::path::Path;
 
 use flamingo_ir::op::Activation;
+use serde_json::Value;
 
 use super::hugging_face::{Config, language_config};
+use super::otter::hugging_face_vision;
 use super::recipe::VisionKind;
 use super::{Recipe, Source, nfnet};
 use crate::build::{GatedKey, KeyMap, ResamplerKey, VisionKey};
@@ -20,9 +22,8 @@ use crate::tokenizer::flamingo_token_ids;
 /// Width of a head of the gated blocks, fixed in open_flamingo's `GatedCrossAttentionBlock`.
 const GATED_HEAD_DIM: usize = 64;
 
-/// Opens the parts that a recipe names.
-pub(super) fn open(path: &Path) -> Result<Source, SourceError> {
-    let recipe = Recipe::read(path)?;
+/// Opens the parts that a recipe names; `path` is what errors call it.
+pub(super) fn open(recipe: &Recipe, path: &Path) -> Result<Source, SourceError> {
     let parts = Parts::open(&[
         ("checkpoint", recipe.checkpoint.clone()),
         ("language_model", recipe.language_model.clone()),
@@ -39,14 +40,15 @@ pub(super) fn open(path: &Path) -> Result<Source, SourceError> {
     let wrong = |reason| SourceError::Config { path: path.to_owned(), reason };
     let model = ModelConfig {
         family: Family::OpenFlamingo,
-        vision: vision_config(&parts, &keys, &recipe).map_err(wrong)?,
-        resampler: Some(resampler_config(&parts, &recipe).map_err(wrong)?),
+        vision: vision_config(&parts, &keys, recipe, told_vision(&recipe.vision_encoder)?)
+            .map_err(wrong)?,
+        resampler: Some(resampler_config(&parts, recipe).map_err(wrong)?),
         cross_attention: cross_attention_config(&parts, &keys, &language).map_err(wrong)?,
-        tokens: special_tokens(&recipe, &config, tokenizer.as_deref(), path)?,
+        tokens: special_tokens(recipe, &config, tokenizer.as_deref(), path)?,
         language,
     };
     Ok(Source {
-        image: image_spec(&recipe, &model.vision),
+        image: image_spec(recipe, &model.vision),
         notes: notes(&parts, &keys, &model),
         config: model,
         parts,
@@ -101,22 +103,63 @@ fn vocabulary(parts: &Parts, keys: &Keys, config: &Config) -> Result<usize, Sour
     rows.copied().ok_or_else(missing)
 }
 
-fn vision_config(parts: &Parts, keys: &Keys, recipe: &Recipe) -> Result<VisionConfig, String> {
+/// What a vision encoder's `config.json` tells.
+struct ToldVision {
+    n_heads: Option<usize>,
+    activation: Activation,
+    epsilon: f32,
+}
+
+/// From the folder's `config.json`, where the section `vision_config` of a whole CLIP is entered; OpenAI's ViT-L/14
+/// without one.
+fn told_vision(path: &Path) -> Result<ToldVision, SourceError> {
+    let file = path.join("config.json");
+    if !file.is_file() {
+        let activation = Activation::QuickGelu;
+        return Ok(ToldVision { n_heads: None, activation, epsilon: 1e-5 });
+    }
+    let whole = Config::read(&file)?;
+    let vision = match whole.has("vision_config") {
+        true => whole.section("vision_config"),
+        false => whole,
+    };
+    vision.must_be("num_channels", Value::from(3))?;
+    Ok(ToldVision {
+        n_heads: Some(vision.size_or("num_attention_heads", 12)?),
+        activation: vision.activation("hidden_act", "quick_gelu")?,
+        epsilon: vision.float_or("layer_norm_eps", 1e-5)?,
+    })
+}
+
+/// The vision encoder's shape from its tensors, and what they cannot tell from recipe or folder.
+fn vision_config(
+    parts: &Parts,
+    keys: &Keys,
+    recipe: &Recipe,
+    told: ToldVision,
+) -> Result<VisionConfig, String> {
     let kind = if nfnet::is_nfnet(parts) { VisionKind::Nfnet } else { VisionKind::Clip };
     match recipe.vision.kind.unwrap_or(kind) {
-        VisionKind::Clip => clip_config(parts, keys, recipe),
+        VisionKind::Clip => clip_config(parts, keys, recipe, told),
         VisionKind::Nfnet => nfnet::config(parts, &recipe.vision),
     }
 }
 
-fn clip_config(parts: &Parts, keys: &Keys, recipe: &Recipe) -> Result<VisionConfig, String> {
+fn clip_config(
+    parts: &Parts,
+    keys: &Keys,
+    recipe: &Recipe,
+    told: ToldVision,
+) -> Result<VisionConfig, String> {
     if recipe.vision.variant.is_some() {
         return Err("`vision.variant`: only an NFNet has one; the files are read as CLIP".into());
     }
+    let recipe = &recipe.vision;
     let shape = |key| {
         let name = keys.vision(key);
         parts.get(&name).map(|info| info.shape.as_slice()).ok_or(format!(
-            "no tensor `{name}`\n\nhint: `vision_encoder` takes open_clip's `visual` weights or OpenAI's CLIP file"
+            "no tensor `{name}`\n\nhint: `vision_encoder` takes open_clip's `visual` weights, OpenAI's CLIP file, or \
+             a Hugging Face folder of CLIP"
         ))
     };
     let &[width, 3, patch_size, other] = shape(VisionKey::Patch)? else {
@@ -134,15 +177,18 @@ fn clip_config(parts: &Parts, keys: &Keys, recipe: &Recipe) -> Result<VisionConf
         [mlp_width, _] => *mlp_width,
         other => return Err(format!("the first feed-forward weight has the shape {other:?}")),
     };
-    expect("vision.patch_size", recipe.vision.patch_size, patch_size)?;
-    expect("vision.image_size", recipe.vision.image_size, grid * patch_size)?;
-    let n_heads = recipe.vision.heads.unwrap_or(width / 64);
+    expect("vision.patch_size", recipe.patch_size, patch_size)?;
+    expect("vision.image_size", recipe.image_size, grid * patch_size)?;
+    let n_heads = recipe.heads.or(told.n_heads).unwrap_or(width / 64);
     if n_heads == 0 || !width.is_multiple_of(n_heads) {
         return Err(format!(
             "`vision.heads`: expected a divisor of the width {width}, got {n_heads}"
         ));
     }
-    let activation = recipe.vision.activation.as_deref().unwrap_or("quick_gelu");
+    let activation = match &recipe.activation {
+        Some(name) => activation_named("vision.activation", name)?,
+        None => told.activation,
+    };
     Ok(VisionConfig {
         image_size: grid * patch_size,
         width,
@@ -151,8 +197,8 @@ fn clip_config(parts: &Parts, keys: &Keys, recipe: &Recipe) -> Result<VisionConf
             n_layers,
             n_heads,
             mlp_width,
-            activation: activation_named("vision.activation", activation)?,
-            epsilon: 1e-5,
+            activation,
+            epsilon: told.epsilon,
             keep_class_token: false,
         }),
     })
@@ -287,17 +333,26 @@ fn special_tokens(
 struct Keys {
     /// Path of the decoder layers inside the language model.
     layers: &'static str,
-    /// `visual.` where the vision file holds both CLIP towers.
-    visual_prefix: &'static str,
+    vision: VisionNames,
+}
+
+/// Whose names the vision encoder's tensors have.
+enum VisionNames {
+    /// open_clip's and OpenAI's, behind this prefix: `visual.` where the file holds both CLIP towers.
+    OpenClip(&'static str),
+    /// transformers' `CLIPModel` or `CLIPVisionModel`.
+    HuggingFace,
 }
 
 impl Keys {
     fn new(parts: &Parts, model_type: &str) -> Keys {
-        let prefixed = parts.get("vision_encoder/visual.conv1.weight").is_some();
-        Keys {
-            layers: layers_path(model_type),
-            visual_prefix: if prefixed { "visual." } else { "" },
-        }
+        let has = |key: &str| parts.get(&format!("vision_encoder/{key}")).is_some();
+        let vision = match () {
+            () if has("visual.conv1.weight") => VisionNames::OpenClip("visual."),
+            () if has("vision_model.embeddings.patch_embedding.weight") => VisionNames::HuggingFace,
+            () => VisionNames::OpenClip(""),
+        };
+        Keys { layers: layers_path(model_type), vision }
     }
 }
 
@@ -354,6 +409,12 @@ pub(super) fn gated_key(key: GatedKey, mlp: &str) -> String {
 
 impl KeyMap for Keys {
     fn vision(&self, key: VisionKey) -> String {
+        let prefix = match self.vision {
+            VisionNames::OpenClip(prefix) => prefix,
+            VisionNames::HuggingFace => {
+                return hugging_face_vision("vision_encoder/vision_model.", key);
+            }
+        };
         let block = |i: usize, rest: String| format!("transformer.resblocks.{i}.{rest}");
         let key = match key {
             VisionKey::ClassToken => "class_embedding".to_owned(),
@@ -368,7 +429,7 @@ impl KeyMap for Keys {
             VisionKey::Up(i, part) => block(i, format!("mlp.c_fc.{part}")),
             VisionKey::Down(i, part) => block(i, format!("mlp.c_proj.{part}")),
         };
-        format!("vision_encoder/{}{key}", self.visual_prefix)
+        format!("vision_encoder/{prefix}{key}")
     }
 
     fn resampler(&self, key: ResamplerKey) -> String {
@@ -430,6 +491,13 @@ pub(super) fn buffer(key: &str) -> bool {
 fn ignorable_vision(parts: &Parts, key: &str) -> bool {
     if nfnet::is_nfnet(parts) {
         return key.starts_with("head.");
+    }
+    let unused = ["text_model.", "text_projection.", "visual_projection.", "logit_scale"];
+    let in_hugging_face = parts.get("vision_encoder/vision_model.pre_layrnorm.weight").is_some();
+    if in_hugging_face {
+        return buffer(key)
+            || key.starts_with("vision_model.post_layernorm.")
+            || unused.iter().any(|unused| key.starts_with(unused));
     }
     let both_towers = parts.get("vision_encoder/visual.conv1.weight").is_some();
     let visual = match (both_towers, key.strip_prefix("visual.")) {

@@ -17,7 +17,8 @@ pub struct Recipe {
     pub checkpoint: PathBuf,
     /// Hugging Face folder of the language model.
     pub language_model: PathBuf,
-    /// open_clip visual weights, or those of timm's `dm_nfnet_f0` to `dm_nfnet_f6`.
+    /// open_clip visual weights, OpenAI's CLIP file, a Hugging Face folder of CLIP, or timm's weights of `dm_nfnet_f0` to
+    /// `dm_nfnet_f6`.
     pub vision_encoder: PathBuf,
     /// `tokenizer.json`; default: the one in the language model's folder, if any.
     pub tokenizer: Option<PathBuf>,
@@ -42,9 +43,9 @@ pub struct VisionRecipe {
     pub image_size: Option<usize>,
     /// Side of a patch in pixels; default: from the patch weight.
     pub patch_size: Option<usize>,
-    /// Attention heads; default: width / 64.
+    /// Attention heads; default: the folder's `config.json`, else width / 64.
     pub heads: Option<usize>,
-    /// `quick_gelu` (default: OpenAI's weights) or `gelu`.
+    /// `quick_gelu` (OpenAI's weights) or `gelu`; default: the folder's `config.json`, else `quick_gelu`.
     pub activation: Option<String>,
     /// Of an NFNet: `f0` to `f6`. Depths and widths are read from the files, and must be these.
     pub variant: Option<String>,
