@@ -140,25 +140,30 @@ fn questions_with_a_common_beginning_score_as_each_alone() {
     assert!(base.score_each(&[empty], &Limits::default()).is_err());
 }
 
-/// Chance without examples; with two the wanted property is known, and 32 run though training saw five pictures.
+/// Without examples the model begins a caption, with the size; with four the wanted property is known, and 32 run though
+/// training saw five pictures.
 #[test]
 fn scores_rise_with_examples() {
     let (_scratch, artifact) = demo();
     let model = Model::open(&artifact, &opening("native")).unwrap();
     let none = |name: &str| Task { text_examples: 0, ..builtin(name, 1).unwrap() };
-    for (name, least) in [("scenes-size", 0.85), ("scenes-place", 0.85)] {
+    for (name, least) in [("scenes-color", 0.85), ("scenes-place", 0.85)] {
         let found = scores(&model, &none(name), &options(Select::Random, 80), &[0, 4, 32]);
-        assert!(found[0].score < 0.6, "{name}: {:?}", found[0]);
-        assert!(found[1].score > least && found[2].score > least, "{name}: {found:?}");
+        assert!(found[0].score < 0.3, "{name}: {}", found[0].score);
+        let found: Vec<f64> = found.iter().map(|found| found.score).collect();
+        assert!(found[1] > least && found[2] > least, "{name}: {found:?}");
     }
     let bind = builtin("scenes-bind", 1).unwrap();
-    let random = scores(&model, &bind, &options(Select::Random, 150), &[0, 2, 8]);
-    assert!(random[0].score < 0.7 && random[2].score > 0.85, "{random:?}");
-    let rices = scores(&model, &bind, &options(Select::Rices, 150), &[2, 8]);
-    assert!(rices[0].score >= random[1].score && rices[1].score > 0.85, "{rices:?} {random:?}");
+    let ask = |options: &AskOptions, shots: &[usize]| -> Vec<f64> {
+        scores(&model, &bind, options, shots).iter().map(|found| found.score).collect()
+    };
+    let random = ask(&options(Select::Random, 150), &[0, 2, 8]);
+    assert!(random[0] < 0.7 && random[2] > 0.85, "{random:?}");
+    let rices = ask(&options(Select::Rices, 150), &[2, 8]);
+    assert!(rices[0] >= random[1] && rices[1] > 0.85, "{rices:?} {random:?}");
     let many = AskOptions { ensemble: 4, ..options(Select::Random, 60) };
-    let ensemble = scores(&model, &bind, &many, &[8]);
-    assert!(ensemble[0].score > 0.85, "{ensemble:?}");
+    let ensemble = ask(&many, &[8]);
+    assert!(ensemble[0] > 0.85, "{ensemble:?}");
 }
 
 /// A run that stops after any number of answers, and one whose last line was cut, give the figures of one that did not.
@@ -309,7 +314,11 @@ fn task_files_say_what_is_wrong() {
             "metric = \"accuracy\"\nprompt = { query = \"a\", answer = \"{answer}\" }\n",
             "candidates",
         ),
-        ("metric = \"vqa\"\nprompt = { form = \"vqa\" }\n", "media where the template has 1"),
+        ("metric = \"vqa\"\nprompt = { form = \"vqa\" }\n", "a row without the field `question`"),
+        (
+            "metric = \"cider\"\nprompt = { form = \"caption\" }\n",
+            "0 media where the template has 1",
+        ),
         ("metric = \"exact\"\nprompt = { query = \"a\", answer = \"b\" }\n", "`answer` with"),
         ("metric = \"exact\"\nprompt = { paper = true }\n", "`form`"),
         ("metric = \"best\"\nprompt = { form = \"vqa\" }\n", "unknown variant `best`"),
