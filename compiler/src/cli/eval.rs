@@ -4,7 +4,7 @@ mod compare;
 mod in_context;
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 use clap::{Args, Subcommand};
@@ -62,7 +62,8 @@ enum Verb {
 #[derive(Args)]
 struct Asking {
     /// The artifact
-    artifact: PathBuf,
+    #[arg(required = true)]
+    artifact: Option<PathBuf>,
     /// Tasks of the demo, or `demo` for all
     #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = "demo")]
     tasks: Vec<String>,
@@ -106,6 +107,12 @@ impl Eval {
 }
 
 impl Asking {
+    fn artifact(&self) -> Result<&Path> {
+        self.artifact
+            .as_deref()
+            .context("expected an artifact\n\nhint: see `flamingoc eval --help`")
+    }
+
     fn run(self, output: &mut Output) -> Result<Outcome> {
         if self.in_context.is_on() {
             return self.in_context(output);
@@ -117,7 +124,7 @@ impl Asking {
             seed: self.seed,
             blind: self.blind,
         };
-        let model = self.caching.open(&self.artifact, &self.opening)?;
+        let model = self.caching.open(self.artifact()?, &self.opening)?;
         let bar = count_bar();
         bar.set_length((options.n * options.tasks.len()) as u64);
         let mut lines = String::new();

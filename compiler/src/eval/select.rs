@@ -145,7 +145,7 @@ mod tests {
     #[test]
     fn orders_are_different_and_as_many_as_there_are() {
         let chooser = chooser(Select::Random);
-        assert_eq!(chooser.orders(&[], 6, &asked(0)), [Vec::new()]);
+        assert_eq!(chooser.orders(&[], 6, &asked(0)), [Vec::<usize>::new()]);
         assert_eq!(chooser.orders(&[7], 6, &asked(0)), [[7]]);
         let orders = chooser.orders(&[1, 2, 3], 9, &asked(0));
         assert_eq!(orders.iter().collect::<BTreeSet<_>>().len(), 6);

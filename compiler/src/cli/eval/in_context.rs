@@ -87,13 +87,13 @@ impl Asking {
             sharing: Sharing::All,
         };
         let shots = if self.shots.is_empty() { SHOTS.to_vec() } else { self.shots.clone() };
-        let model = self.caching.open(&self.artifact, &self.opening)?;
+        let model = self.caching.open(self.artifact()?, &self.opening)?;
         let tasks = self.read_tasks(&model)?;
         if self.in_context.measure_sharing {
             return self.measure(&model, &tasks, &options, &shots, output);
         }
         let mut journal = match &self.in_context.journal {
-            Some(path) => Journal::open(path, &identity(&self.artifact, &tasks, &options)?)?,
+            Some(path) => Journal::open(path, &identity(self.artifact()?, &tasks, &options)?)?,
             None => Journal::in_memory(),
         };
         let Some(report) = self.ask(&model, &tasks, &options, &shots, &mut journal, output)? else {
@@ -105,7 +105,7 @@ impl Asking {
         };
         output.warnings(&model);
         if let Some(path) = &self.in_context.report {
-            let title = self.artifact.file_name().unwrap_or_default().to_string_lossy();
+            let title = self.artifact()?.file_name().unwrap_or_default().to_string_lossy();
             let page =
                 eval_page(&title, &options, &report.results, &report.shown, &report.reasons)?;
             fs::write(path, page).with_context(|| format!("cannot write `{}`", path.display()))?;
@@ -235,7 +235,7 @@ impl Asking {
         let visual_cache =
             Some(std::sync::Arc::new(VisualCache::new(&VisualCacheOptions::default())));
         let alone = OpenOptions { prefix_bytes: Some(0), visual_cache, ..self.opening.options() };
-        let alone = Model::open(&self.artifact, &alone)?;
+        let alone = Model::open(self.artifact()?, &alone)?;
         let mut reports = Vec::new();
         for task in tasks {
             for shots in shots {
