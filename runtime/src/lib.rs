@@ -59,7 +59,7 @@ pub use beam::BeamOptions;
 pub use model::{Model, OpenOptions, RunError, default_kv_format};
 pub use prompt::{PromptEncoder, PromptError, PromptFile, Segment, VideoFiles};
 pub use sampling::{Sampler, SamplingOptions, argmax};
-pub use score::Score;
+pub use score::{Question, Score};
 pub use session::{Mark, Medium, PREFILL_TOKENS, Piece, Pieces, Session, SessionMemory, Tokens};
 pub use units::bytes_from_text;
 pub use visual_cache::{VisualCache, VisualCacheOptions};

@@ -7,7 +7,7 @@ use crate::bank::Shots;
 use crate::beam::log_softmax;
 use crate::model::{Model, RunError};
 use crate::prompt::{PromptError, PromptFile};
-use crate::session::Session;
+use crate::session::{Medium, PREFILL_TOKENS, Session};
 
 /// Continuations that are scored in one pass: their logits take memory.
 const SCORED_TOGETHER: usize = 32;
@@ -81,6 +81,17 @@ impl Model {
     }
 }
 
+/// A prompt after what a session has, and what could follow it.
+#[derive(Clone, Debug)]
+pub struct Question {
+    /// Its tokens, at least one.
+    pub ids: Vec<u32>,
+    /// Media that stand behind its image tokens, in order.
+    pub media: Vec<Medium>,
+    /// Continuations to compare.
+    pub continuations: Vec<Vec<u32>>,
+}
+
 impl Session {
     /// Log-probability of each token of each continuation, after what the session has; the session stays as it is. Their
     /// sum is a continuation's log-likelihood, their mean that of closed-ended tasks with normalised length.
@@ -92,56 +103,115 @@ impl Session {
         continuations: &[Vec<u32>],
         limits: &Limits,
     ) -> Result<Vec<Vec<f64>>, RunError> {
-        let first = log_softmax(&self.logits()?);
-        for ids in continuations {
-            self.make_media(&self.given_times(ids))?;
-        }
-        let mut scores = Vec::with_capacity(continuations.len());
-        for part in continuations.chunks(SCORED_TOGETHER) {
-            limits.check()?;
-            scores.extend(self.score_together(part, &first)?);
+        self.make_media_of(continuations)?;
+        let next = log_softmax(&self.logits()?);
+        let session: &Session = self;
+        let job = |ids| Job { session, ids, next: &next };
+        let jobs: Vec<Job<'_>> = continuations.iter().map(Vec::as_slice).map(job).collect();
+        score_jobs(&jobs, limits)
+    }
+
+    /// As [`Session::score`] of each of several prompts that begin with what the session has: their tokens, and then all
+    /// continuations, are read in common passes over the weights. Numbers do not depend on the company.
+    ///
+    /// # Errors
+    /// As [`Session::score`]; a question without tokens.
+    pub fn score_each(
+        &self,
+        questions: &[Question],
+        limits: &Limits,
+    ) -> Result<Vec<Vec<Vec<f64>>>, RunError> {
+        let mut scores = Vec::with_capacity(questions.len());
+        let (mut rest, mut n_tokens) = (questions, 0);
+        while !rest.is_empty() {
+            let fits = |question: &&Question| {
+                n_tokens += question.ids.len();
+                n_tokens <= PREFILL_TOKENS
+            };
+            let n = rest.iter().take(SCORED_TOGETHER).take_while(fits).count().max(1);
+            scores.extend(self.score_some(&rest[..n], limits)?);
+            (rest, n_tokens) = (&rest[n..], 0);
         }
         Ok(scores)
     }
 
-    fn score_together(
+    fn score_some(
         &self,
-        continuations: &[Vec<u32>],
-        first: &[f64],
-    ) -> Result<Vec<Vec<f64>>, RunError> {
-        let score =
-            |scores: &[f64], id: u32| scores.get(id as usize).copied().unwrap_or(f64::NEG_INFINITY);
-        let longer: Vec<&[u32]> =
-            continuations.iter().map(Vec::as_slice).filter(|ids| ids.len() > 1).collect();
-        let times: Vec<Vec<u32>> = longer.iter().map(|ids| self.given_times(ids)).collect();
-        let rows: Vec<Vec<usize>> = longer.iter().map(|ids| (0..ids.len() - 1).collect()).collect();
-        let mut forks: Vec<_> = longer.iter().map(|_| self.fork_sequence()).collect();
-        let mut batch: Vec<(&mut dyn Sequence, Step<'_>)> = Vec::with_capacity(longer.len());
-        for (idx, fork) in forks.iter_mut().enumerate() {
-            let n = longer[idx].len() - 1;
-            let step = Step {
-                input_ids: &longer[idx][..n],
-                media_time: &times[idx][..n],
-                media: self.media(),
-                logit_rows: &rows[idx],
-            };
-            batch.push((fork.as_mut(), step));
+        questions: &[Question],
+        limits: &Limits,
+    ) -> Result<Vec<Vec<Vec<f64>>>, RunError> {
+        let fork = |question: &Question| self.fork_with(&question.ids, &question.media);
+        let mut forks: Vec<Session> = questions.iter().map(fork).collect::<Result<_, _>>()?;
+        Session::read_together(&mut forks, limits)?;
+        let mut next = Vec::with_capacity(forks.len());
+        for (fork, question) in forks.iter_mut().zip(questions) {
+            fork.make_media_of(&question.continuations)?;
+            next.push(log_softmax(&fork.logits()?));
         }
-        let logits = match batch.is_empty() {
-            true => Vec::new(),
-            false => self.model().backend().advance_together(&mut batch)?,
-        };
-        let mut logits = logits.into_iter();
-        let scores = |ids: &Vec<u32>| {
-            let mut scores: Vec<f64> =
-                ids.first().map(|id| score(first, *id)).into_iter().collect();
-            if ids.len() > 1 {
-                let logits = logits.next().unwrap_or_default();
-                let rows = logits.chunks_exact(first.len().max(1)).map(log_softmax);
-                scores.extend(rows.zip(&ids[1..]).map(|(row, id)| score(&row, *id)));
-            }
-            scores
-        };
-        Ok(continuations.iter().map(scores).collect())
+        let mut jobs = Vec::new();
+        for ((session, next), question) in forks.iter().zip(&next).zip(questions) {
+            jobs.extend(question.continuations.iter().map(|ids| Job { session, ids, next }));
+        }
+        let mut scores = score_jobs(&jobs, limits)?.into_iter();
+        let own =
+            |question: &Question| scores.by_ref().take(question.continuations.len()).collect();
+        Ok(questions.iter().map(own).collect())
     }
+
+    fn make_media_of(&mut self, continuations: &[Vec<u32>]) -> Result<(), RunError> {
+        continuations.iter().try_for_each(|ids| self.make_media(&self.given_times(ids)))
+    }
+}
+
+/// A continuation of a session, and the log-probabilities of the session's next token.
+struct Job<'a> {
+    session: &'a Session,
+    ids: &'a [u32],
+    next: &'a [f64],
+}
+
+fn score_jobs(jobs: &[Job<'_>], limits: &Limits) -> Result<Vec<Vec<f64>>, RunError> {
+    let mut scores = Vec::with_capacity(jobs.len());
+    for part in jobs.chunks(SCORED_TOGETHER) {
+        limits.check()?;
+        scores.extend(score_together(part)?);
+    }
+    Ok(scores)
+}
+
+/// Scores continuations in one pass.
+fn score_together(jobs: &[Job<'_>]) -> Result<Vec<Vec<f64>>, RunError> {
+    let score =
+        |scores: &[f64], id: u32| scores.get(id as usize).copied().unwrap_or(f64::NEG_INFINITY);
+    let longer: Vec<&Job<'_>> = jobs.iter().filter(|job| job.ids.len() > 1).collect();
+    let times: Vec<Vec<u32>> = longer.iter().map(|job| job.session.given_times(job.ids)).collect();
+    let rows: Vec<Vec<usize>> = longer.iter().map(|job| (0..job.ids.len() - 1).collect()).collect();
+    let mut forks: Vec<_> = longer.iter().map(|job| job.session.fork_sequence()).collect();
+    let mut batch: Vec<(&mut dyn Sequence, Step<'_>)> = Vec::with_capacity(longer.len());
+    for (idx, fork) in forks.iter_mut().enumerate() {
+        let n = longer[idx].ids.len() - 1;
+        let step = Step {
+            input_ids: &longer[idx].ids[..n],
+            media_time: &times[idx][..n],
+            media: longer[idx].session.media(),
+            logit_rows: &rows[idx],
+        };
+        batch.push((fork.as_mut(), step));
+    }
+    let logits = match longer.first() {
+        None => Vec::new(),
+        Some(job) => job.session.model().backend().advance_together(&mut batch)?,
+    };
+    let mut logits = logits.into_iter();
+    let scores = |job: &Job<'_>| {
+        let mut scores: Vec<f64> =
+            job.ids.first().map(|id| score(job.next, *id)).into_iter().collect();
+        if job.ids.len() > 1 {
+            let logits = logits.next().unwrap_or_default();
+            let rows = logits.chunks_exact(job.next.len().max(1)).map(log_softmax);
+            scores.extend(rows.zip(&job.ids[1..]).map(|(row, id)| score(&row, *id)));
+        }
+        scores
+    };
+    Ok(jobs.iter().map(scores).collect())
 }

@@ -248,6 +248,16 @@ impl Session {
         prefix: Option<&BankPrefix>,
         limits: &Limits,
     ) -> Result<(), RunError> {
+        let before = self.take(ids, media)?;
+        let read = self.read(prefix, limits);
+        if read.is_err() {
+            self.rewind(before)?;
+        }
+        read
+    }
+
+    /// Takes tokens and media without reading them; gives the place before them.
+    fn take(&mut self, ids: &[u32], media: Vec<Given>) -> Result<Mark, RunError> {
         if self.ids.is_empty() && ids.is_empty() {
             return Err(PromptError::Empty.into());
         }
@@ -259,11 +269,53 @@ impl Session {
             let media_time = self.clock.tick(*id);
             self.push(*id, media_time, true);
         }
-        let read = self.read(prefix, limits);
-        if read.is_err() {
-            self.rewind(before)?;
+        Ok(before)
+    }
+
+    /// A session that goes on with these tokens and media, which [`Session::read_together`] will read.
+    pub(crate) fn fork_with(&self, ids: &[u32], media: &[Medium]) -> Result<Session, RunError> {
+        if ids.is_empty() {
+            return Err(PromptError::Empty.into());
         }
-        read
+        let mut fork = self.fork();
+        fork.take(ids, media.iter().cloned().map(Given::Made).collect())?;
+        Ok(fork)
+    }
+
+    /// Reads what each of several sessions of one model lacks, in one pass over the weights; of long ones all but the end
+    /// before it, each on its own.
+    pub(crate) fn read_together(sessions: &mut [Session], limits: &Limits) -> Result<(), RunError> {
+        let Some(model) = sessions.first().map(|session| session.model.clone()) else {
+            return Ok(());
+        };
+        let mut lasts = Vec::with_capacity(sessions.len());
+        for session in &mut *sessions {
+            while session.sequence.len() + PREFILL_TOKENS < session.ids.len() {
+                limits.check()?;
+                session.advance(session.sequence.len() + PREFILL_TOKENS)?;
+            }
+            let start = session.sequence.len();
+            session.media.make(&session.media_time[start..], &model, &mut session.counts)?;
+            lasts.push([session.ids.len() - start - 1]);
+        }
+        limits.check()?;
+        let mut batch: Vec<(&mut dyn Sequence, Step<'_>)> = Vec::with_capacity(sessions.len());
+        for (session, last) in sessions.iter_mut().zip(&lasts) {
+            let Session { sequence, ids, media_time, media, .. } = session;
+            let start = sequence.len();
+            let step = Step {
+                input_ids: &ids[start..],
+                media_time: &media_time[start..],
+                media: media.made(),
+                logit_rows: last,
+            };
+            batch.push((sequence.as_mut(), step));
+        }
+        let logits = model.backend().advance_together(&mut batch)?;
+        for (session, logits) in sessions.iter_mut().zip(logits) {
+            session.logits = Some(logits);
+        }
+        Ok(())
     }
 
     fn push(&mut self, id: u32, media_time: u32, is_given: bool) {
