@@ -58,6 +58,8 @@ pub struct Asker<'a> {
     readable: BTreeMap<usize, bool>,
     /// Token ids of the task's candidates.
     candidates: Vec<Vec<u32>>,
+    /// Pictures of the questions that are asked together.
+    encoded: BTreeMap<usize, Medium>,
     limits: Limits,
 }
 
@@ -107,9 +109,20 @@ impl<'a> Asker<'a> {
         };
         let candidates = task.candidates.iter().map(|text| candidate_ids(model, task, text));
         let candidates = candidates.collect::<Result<_>>()?;
-        let (readable, limits) = (BTreeMap::new(), Limits::default());
-        let mut asker =
-            Asker { model, task, options, support, queries, chooser, readable, candidates, limits };
+        let (readable, encoded) = (BTreeMap::new(), BTreeMap::new());
+        let limits = Limits::default();
+        let mut asker = Asker {
+            model,
+            task,
+            options,
+            support,
+            queries,
+            chooser,
+            readable,
+            candidates,
+            encoded,
+            limits,
+        };
         if options.select == Select::Rices {
             for place in 0..asker.support.len() {
                 let features = features(model, asker.support[place]);
@@ -263,7 +276,11 @@ impl<'a> Asker<'a> {
         };
         segments.extend(self.task.template.query(row, true).map_err(anyhow::Error::msg)?);
         let ids = self.model.encode_prompt(&PromptFile { segments, ..PromptFile::default() })?;
-        Ok(Prompt { ids, before, own: self.media(row)? })
+        let own = match self.encoded.get(&number) {
+            Some(medium) => vec![medium.clone()],
+            None => self.media(row)?,
+        };
+        Ok(Prompt { ids, before, own })
     }
 
     fn example_segments(&self, shots: usize, order: &[usize]) -> Result<Vec<Segment>> {
@@ -306,6 +323,7 @@ impl<'a> Asker<'a> {
         prefixes: &[Prefix],
     ) -> Vec<Answer> {
         let started = Instant::now();
+        self.encoded = self.encode_together(numbers);
         let mut asked: Vec<Result<Comparison>> =
             numbers.iter().map(|number| self.comparison(shots, *number)).collect();
         // By the beginning that they share; those without one are whole prompts, in passes of their own.
@@ -348,6 +366,24 @@ impl<'a> Asker<'a> {
             )
         };
         numbers.iter().zip(asked).map(answer).collect()
+    }
+
+    /// Pictures of questions that have one each, encoded some at a time. What cannot be read is said where it is asked.
+    fn encode_together(&self, numbers: &[usize]) -> BTreeMap<usize, Medium> {
+        let picture = |number: &usize| {
+            let [source] = self.queries[*number].media.as_slice() else { return None };
+            let (values, n_frames) = source.pixel_values(self.model).ok()?;
+            (n_frames == 1).then_some((*number, values))
+        };
+        let mut encoded = BTreeMap::new();
+        for part in numbers.chunks(ENCODED_TOGETHER) {
+            let (owners, pictures): (Vec<usize>, Vec<Vec<f32>>) =
+                part.iter().filter_map(picture).unzip();
+            if let Ok(media) = self.model.encode_pictures(&pictures) {
+                encoded.extend(owners.into_iter().zip(media));
+            }
+        }
+        encoded
     }
 
     fn score_each(&self, base: Option<&Session>, questions: &[Question]) -> Result<Scores> {
@@ -460,6 +496,8 @@ impl<'a> Asker<'a> {
 
 /// Questions that are asked in one go.
 const TOGETHER: usize = 32;
+/// Pictures that are encoded in one call, whose buffers are as many times larger.
+const ENCODED_TOGETHER: usize = 8;
 
 /// Log-probabilities: question, continuation, token.
 type Scores = Vec<Vec<Vec<f64>>>;

@@ -291,7 +291,6 @@ mod tests {
         assert_eq!(same(319, 3, 2), [160, 1, 1]);
         assert_eq!(same(5, 3, 1), [5, 1, 1]);
         assert_eq!(same(7, 1, 2), [4, 0, 0]);
-        assert_eq!(same(0, 3, 2), [0, 1, 1]);
     }
 
     /// Pixels 1 to 4 in a row, windows of three ones from pixels 0 and 2 on: 1 + 2 + 3, and 3 + 4 and a zero.
