@@ -127,8 +127,8 @@ fn write_pages(root: &Path, scratch: &Path) -> Result<Vec<PathBuf>> {
         "-o",
     ]);
     output(root, compile.arg(&artifact).args(["--target", "cuda"]))?;
-    let [stages, scenarios, coverage] =
-        ["stages", "scenarios", "coverage"].map(|name| page(&format!("{name}.html")));
+    let [stages, scenarios, coverage, answers] =
+        ["stages", "scenarios", "coverage", "answers"].map(|name| page(&format!("{name}.html")));
     let quick = ["--reps", "8", "--budget-s", "0.2", "--html"];
     let sizes =
         ["--images", "1,4", "--context", "16,32", "--prompt-tokens", "16", "--batch", "1,2"];
@@ -138,5 +138,7 @@ fn write_pages(root: &Path, scratch: &Path) -> Result<Vec<PathBuf>> {
     let mut inspect = flamingoc();
     inspect.arg("inspect").arg(&artifact).args(["--coverage", "cuda", "--html"]).arg(&coverage);
     output(root, &mut inspect)?;
-    Ok(vec![artifact.join("report.html"), stages, scenarios, coverage])
+    let task = ["--task", "digits-closed", "--shots", "0,2", "--n", "6", "--report"];
+    output(root, flamingoc().arg("eval").arg(&artifact).args(task).arg(&answers))?;
+    Ok(vec![artifact.join("report.html"), stages, scenarios, coverage, answers])
 }
