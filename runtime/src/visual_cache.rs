@@ -197,6 +197,57 @@ impl VisualCache {
         Ok((media, Found::Encoded))
     }
 
+    /// Pictures, of one frame each, in the order of their keys: those that lie neither in memory nor on disk are encoded in
+    /// one call. Another thread that encodes one of them meanwhile is not waited for.
+    ///
+    /// # Errors
+    /// As [`Backend::encode`].
+    pub(crate) fn pictures_with_keys(
+        &self,
+        backend: &dyn Backend,
+        keys: &[MediaKey],
+        pictures: &[Vec<f32>],
+    ) -> Result<Vec<Arc<Media>>, BackendError> {
+        let known: Vec<_> = keys.iter().map(|key| self.known_picture(key, backend)).collect();
+        let is_new = |(_, known): &(&Vec<f32>, &Option<Arc<Media>>)| known.is_none();
+        let new: Vec<&[f32]> =
+            pictures.iter().zip(&known).filter(is_new).map(|(new, _)| new.as_slice()).collect();
+        let encoded = match new.len() {
+            0 => Vec::new(),
+            n => backend.encode(&new.concat(), n, 1)?,
+        };
+        let mut encoded = encoded.into_iter();
+        let picture = |(known, key): (Option<Arc<Media>>, &MediaKey)| {
+            known.unwrap_or_else(|| {
+                let media = Arc::new(encoded.next().unwrap_or_default());
+                self.keep(*key, &media, Found::Encoded);
+                self.write(key, backend, &media);
+                media
+            })
+        };
+        Ok(known.into_iter().zip(keys).map(picture).collect())
+    }
+
+    fn known_picture(&self, key: &MediaKey, backend: &dyn Backend) -> Option<Arc<Media>> {
+        let (media, found) = match self.get(key) {
+            Some(media) => (media, Found::Memory),
+            None => (Arc::new(self.read(key, backend, 1)?), Found::Disk),
+        };
+        self.keep(*key, &media, found);
+        Some(media)
+    }
+
+    /// Counts a medium, and keeps it in memory as far as the budget allows.
+    fn keep(&self, key: MediaKey, media: &Arc<Media>, found: Found) {
+        let mut state = self.lock();
+        match found {
+            Found::Memory => state.stats.memory_hits += 1,
+            Found::Disk => state.stats.disk_hits += 1,
+            Found::Encoded => state.stats.misses += 1,
+        }
+        state.media.insert(key, Arc::clone(media), media.bytes(), false);
+    }
+
     /// The medium with this key, found in memory or made of the visual tokens that `tokens` gives.
     ///
     /// # Errors
@@ -356,13 +407,7 @@ impl Leader<'_> {
     fn land(self, media: Media, found: Found) -> Arc<Media> {
         let media = Arc::new(media);
         *self.flight.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&media));
-        let mut state = self.cache.lock();
-        match found {
-            Found::Memory => state.stats.memory_hits += 1,
-            Found::Disk => state.stats.disk_hits += 1,
-            Found::Encoded => state.stats.misses += 1,
-        }
-        state.media.insert(self.key, Arc::clone(&media), media.bytes(), false);
+        self.cache.keep(self.key, &media, found);
         media
     }
 }

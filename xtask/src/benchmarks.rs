@@ -18,7 +18,7 @@ const MODELS: [&str; 2] = ["of-mini", "of-3b"];
 const PRECISIONS: [&str; 3] = ["bf16", "int8", "int4"];
 /// What is timed of each model.
 const STAGES: [&str; 6] = ["--images", "1,32", "--context", "256", "--prompt-tokens", "128"];
-/// Rows of the table of stages that are taken per picture or per prompt, and their columns of the report.
+/// Stages that have rows in the table.
 const SHOWN: [&str; 8] = [
     "load",
     "preprocess",
@@ -44,7 +44,7 @@ pub(crate) fn write(root: &Path, models: &[&str]) -> Result<()> {
         let scenarios = bench(root, &artifacts, &["--scenario", "all"])?;
         let text = format!(
             "{}\n{}\n{}",
-            head(&stages)?,
+            head(root, &stages)?,
             stage_table(&stages)?,
             scenario_table(&scenarios)?
         );
@@ -85,7 +85,7 @@ fn bench(root: &Path, artifacts: &[PathBuf], arguments: &[&str]) -> Result<Value
 }
 
 /// Machine, system, date and state of the repository.
-fn head(report: &Value) -> Result<String> {
+fn head(root: &Path, report: &Value) -> Result<String> {
     let text = |pointer: &str| {
         let value = report.pointer(pointer).with_context(|| format!("no `{pointer}`"))?;
         anyhow::Ok(value.as_str().map_or_else(|| value.to_string(), str::to_owned))
@@ -94,7 +94,7 @@ fn head(report: &Value) -> Result<String> {
         Some(rate) => format!("{rate:.0}"),
         None => "none".to_owned(),
     };
-    let date = run(Path::new("."), Command::new("date").arg("+%Y-%m-%d"))?;
+    let date = run(root, Command::new("date").arg("+%Y-%m-%d"))?;
     Ok(format!(
         "{}, {}, {} threads, {}, flamingoc {}, {}. Measured in the run of the stages: read {} GB/s, f32 {} GOP/s, bf16 {}, \
          int8 {}.\n",

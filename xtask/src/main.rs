@@ -41,7 +41,7 @@ Usage: cargo xtask <TASK>
   model-card       measure the demo model in every precision and write the tables of
                    models/demo/README.md
   benchmarks       time `of-mini` and `of-3b`, or those that are named, and write the tables
-                   of BENCHMARKS.md; an hour, 40 GB of disk and a quiet machine
+                   of BENCHMARKS.md; needs a quiet machine, and room for checkpoints
   setup-chromium   install Chromium from Debian's packages, as root
   test-pages       open every page that flamingoc writes in headless Chromium: no error in
                    its console, nothing from a network, no wider than a phone

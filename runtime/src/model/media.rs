@@ -57,28 +57,17 @@ impl Model {
         Ok(self.medium(&pixels)?.0)
     }
 
-    /// Finds pictures of pixel values `[3, size, size]`, normalised, or encodes those that are not in memory together; these
-    /// are not kept.
+    /// Finds pictures of pixel values `[3, size, size]`, normalised, or encodes them: all new ones in one call.
     ///
     /// # Errors
     /// Sizes that do not fit the model.
     pub fn encode_pictures(&self, pictures: &[Vec<f32>]) -> Result<Vec<Medium>, RunError> {
         let key = |values: &Vec<f32>| MediaKey::new(&self.shared.fingerprint, values, 1);
         let keys: Vec<MediaKey> = pictures.iter().map(key).collect();
-        let known: Vec<_> = keys.iter().map(|key| self.shared.visual_cache.get(key)).collect();
-        let new = || pictures.iter().zip(&known).filter(|(_, known)| known.is_none());
-        let values: Vec<f32> = new().flat_map(|(values, _)| values.iter().copied()).collect();
-        let n_new = new().count();
-        let mut encoded = match n_new {
-            0 => Vec::new(),
-            n => self.encode_pixels(&values, n, 1)?,
-        }
-        .into_iter();
-        let medium = |(known, key): (Option<_>, MediaKey)| {
-            let media = known.or_else(|| encoded.next())?;
-            Some(Medium { media, key: Some(key) })
-        };
-        Ok(known.into_iter().zip(keys).filter_map(medium).collect())
+        let (cache, backend) = (&self.shared.visual_cache, self.shared.backend.as_ref());
+        let media = cache.pictures_with_keys(backend, &keys, pictures)?;
+        let medium = |(media, key)| Medium { media, key: Some(key) };
+        Ok(media.into_iter().zip(keys).map(medium).collect())
     }
 
     /// Pixel values `[n_frames, 3, size, size]` of each medium of a prompt, normalised, and its frames.
