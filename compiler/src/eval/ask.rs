@@ -60,6 +60,8 @@ pub struct Asker<'a> {
     candidates: Vec<Vec<u32>>,
     /// Pictures of the questions that are asked together.
     encoded: BTreeMap<usize, Medium>,
+    /// What RICES compares the questions by, as far as they were asked.
+    seen: BTreeMap<usize, Vec<f32>>,
     limits: Limits,
 }
 
@@ -109,7 +111,7 @@ impl<'a> Asker<'a> {
         };
         let candidates = task.candidates.iter().map(|text| candidate_ids(model, task, text));
         let candidates = candidates.collect::<Result<_>>()?;
-        let (readable, encoded) = (BTreeMap::new(), BTreeMap::new());
+        let (readable, encoded, seen) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         let limits = Limits::default();
         let mut asker = Asker {
             model,
@@ -121,6 +123,7 @@ impl<'a> Asker<'a> {
             readable,
             candidates,
             encoded,
+            seen,
             limits,
         };
         if options.select == Select::Rices {
@@ -260,7 +263,10 @@ impl<'a> Asker<'a> {
         let mut asked = Asked { number, same: same.collect(), features: Vec::new() };
         let n = self.showing(shots).n;
         if self.options.select == Select::Rices && n > 0 {
-            asked.features = features(self.model, row)?.unwrap_or_default();
+            if !self.seen.contains_key(&number) {
+                self.seen.insert(number, features(self.model, row)?.unwrap_or_default());
+            }
+            asked.features = self.seen.get(&number).cloned().unwrap_or_default();
         }
         let places = self.choose(n, &asked);
         ensure!(places.len() == n, "{n} examples where the data has {}", places.len());
