@@ -1,5 +1,7 @@
 //! `report.html`: the report of an artifact for people, one page without anything from outside.
 
+pub(crate) mod plot;
+
 use anyhow::{Context as _, Result};
 use flamingo_models::manifest::Manifest;
 use minijinja::{Environment, context};
@@ -9,12 +11,11 @@ use serde_json::{Value, json};
 use crate::compile::Report;
 use crate::emit::LayerStorage;
 use crate::gate::{OUTLIERS, TaskScore};
+use plot::{Area, svg};
 
 const TEMPLATE: &str = include_str!("page/report.html");
 /// What all pages look like.
 pub(crate) const STYLE: &str = include_str!("page/style.css");
-/// Width of a plot, in pixels.
-const WIDTH: u32 = 960;
 
 /// The page of an artifact's quantisation.
 ///
@@ -94,14 +95,10 @@ fn noise_plot(layers: &[LayerStorage]) -> Result<String> {
         .collect();
     let top = lossy.iter().map(|(_, db, _)| *db).fold(10.0, f64::max) * 1.05;
     let bottom = lossy.iter().map(|(_, db, _)| *db).fold(0.0, f64::min);
-    let mut svg = String::new();
-    {
-        let area = SVGBackend::with_string(&mut svg, (WIDTH, 320)).into_drawing_area();
-        let mut chart = ChartBuilder::on(&area)
-            .margin(8)
-            .x_label_area_size(32)
-            .y_label_area_size(48)
-            .build_cartesian_2d(0..layers.len().max(1), bottom..top)?;
+    let draw = |area: &Area<'_>| {
+        let mut builder = ChartBuilder::on(area);
+        builder.margin(8).x_label_area_size(32).y_label_area_size(48);
+        let mut chart = builder.build_cartesian_2d(0..layers.len().max(1), bottom..top)?;
         chart.configure_mesh().x_desc("layer, in the order of the file").y_desc("dB").draw()?;
         for (index, scheme) in schemes(layers).into_iter().enumerate() {
             let colour = Palette99::pick(index).to_rgba();
@@ -114,9 +111,9 @@ fn noise_plot(layers: &[LayerStorage]) -> Result<String> {
         if !lossy.is_empty() {
             chart.configure_series_labels().background_style(WHITE.mix(0.8)).draw()?;
         }
-        area.present()?;
-    }
-    Ok(svg)
+        Ok(())
+    };
+    svg(320, draw)
 }
 
 /// Bytes of each part of the model, by how they are stored.
@@ -132,14 +129,11 @@ fn bytes_plot(layers: &[LayerStorage]) -> Result<String> {
     let total = |name: &str| schemes(layers).into_iter().map(|scheme| of(name, scheme)).sum();
     let most = parts.iter().map(|name| total(name)).max().unwrap_or(1).max(1);
     let height = 48 + 32 * u32::try_from(parts.len())?;
-    let mut svg = String::new();
-    {
-        let area = SVGBackend::with_string(&mut svg, (WIDTH, height)).into_drawing_area();
-        let mut chart = ChartBuilder::on(&area)
-            .margin(8)
-            .x_label_area_size(32)
-            .y_label_area_size(140)
-            .build_cartesian_2d(0.0..most as f64 / 1e6, 0.0..parts.len().max(1) as f64)?;
+    let draw = |area: &Area<'_>| {
+        let mut builder = ChartBuilder::on(area);
+        builder.margin(8).x_label_area_size(32).y_label_area_size(140);
+        let mut chart =
+            builder.build_cartesian_2d(0.0..most as f64 / 1e6, 0.0..parts.len().max(1) as f64)?;
         let name = |y: &f64| parts.get(*y as usize).cloned().unwrap_or_default();
         let mut mesh = chart.configure_mesh();
         mesh.disable_y_mesh().x_desc("MB").y_labels(parts.len()).y_label_formatter(&name);
@@ -161,7 +155,7 @@ fn bytes_plot(layers: &[LayerStorage]) -> Result<String> {
         if !layers.is_empty() {
             chart.configure_series_labels().background_style(WHITE.mix(0.8)).draw()?;
         }
-        area.present()?;
-    }
-    Ok(svg)
+        Ok(())
+    };
+    svg(height, draw)
 }

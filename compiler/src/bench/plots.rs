@@ -4,17 +4,13 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 use flamingo_runtime::machine::Machine;
-use plotters::coord::Shift;
-use plotters::coord::cartesian::Cartesian2d;
-use plotters::coord::ranged1d::Ranged;
 use plotters::prelude::*;
 
 use super::process::MemoryAt;
 use super::{Profile, Stage, StageResult};
+use crate::page::plot::{Area, FONT, legend, svg};
 use crate::profile::parts;
 
-/// Width of a plot, in pixels.
-const WIDTH: u32 = 960;
 /// Colours of lines and bars, readable on white.
 const COLOURS: [RGBColor; 8] = [
     RGBColor(31, 119, 180),
@@ -26,14 +22,10 @@ const COLOURS: [RGBColor; 8] = [
     RGBColor(140, 86, 75),
     RGBColor(127, 127, 127),
 ];
-/// Letters that are readable when a phone shrinks the plot.
-const FONT: (&str, i32) = ("sans-serif", 18);
 /// Bars of a histogram.
 const BINS: usize = 30;
 /// Parts of a stage that have a colour of their own; the others are one.
 const PARTS: usize = 7;
-
-type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
 /// What a plot of times has on its horizontal axis.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -72,31 +64,6 @@ impl Axis {
             Axis::Batch => (images, context),
         }
     }
-}
-
-/// Names of the series, in a corner.
-fn legend<'a, 'b: 'a, X, Y>(
-    chart: &mut ChartContext<'a, SVGBackend<'b>, Cartesian2d<X, Y>>,
-    corner: SeriesLabelPosition,
-) -> Result<()>
-where
-    X: Ranged,
-    Y: Ranged,
-{
-    let mut legend = chart.configure_series_labels();
-    legend.position(corner).label_font(FONT).background_style(WHITE.mix(0.8)).draw()?;
-    Ok(())
-}
-
-/// An SVG of that height.
-fn svg(height: u32, draw: impl FnOnce(&Area<'_>) -> Result<()>) -> Result<String> {
-    let mut svg = String::new();
-    {
-        let area = SVGBackend::with_string(&mut svg, (WIDTH, height)).into_drawing_area();
-        draw(&area)?;
-        area.present()?;
-    }
-    Ok(svg)
 }
 
 /// Resident memory over time, a colour for what was going on.

@@ -9,10 +9,9 @@ use super::memory::Memory;
 use super::placement::{Device, ValueCopy};
 use super::{COLUMNS, Coverage, Role, TableSource};
 use crate::page::STYLE;
+use crate::page::plot::{Area, svg};
 
 const TEMPLATE: &str = include_str!("page.html");
-/// Width of the plot, in pixels.
-const WIDTH: u32 = 960;
 /// Most partitions and copies that are listed.
 const MAX_ROWS: usize = 200;
 
@@ -95,14 +94,10 @@ fn plot(coverage: &Coverage) -> Result<String> {
     bars.push(("folded", coverage.n_of(Role::Folded)));
     let most = bars.iter().map(|(_, n)| *n).max().unwrap_or(0).max(1);
     let height = 48 + 28 * u32::try_from(bars.len())?;
-    let mut svg = String::new();
-    {
-        let area = SVGBackend::with_string(&mut svg, (WIDTH, height)).into_drawing_area();
-        let mut chart = ChartBuilder::on(&area)
-            .margin(8)
-            .x_label_area_size(32)
-            .y_label_area_size(80)
-            .build_cartesian_2d(0.0..most as f64, 0.0..bars.len() as f64)?;
+    let draw = |area: &Area<'_>| {
+        let mut builder = ChartBuilder::on(area);
+        builder.margin(8).x_label_area_size(32).y_label_area_size(80);
+        let mut chart = builder.build_cartesian_2d(0.0..most as f64, 0.0..bars.len() as f64)?;
         let name = |y: &f64| bars.get(*y as usize).map_or("", |(name, _)| *name).to_owned();
         let mut mesh = chart.configure_mesh();
         mesh.disable_y_mesh().x_desc("nodes").y_labels(bars.len()).y_label_formatter(&name);
@@ -113,9 +108,9 @@ fn plot(coverage: &Coverage) -> Result<String> {
             Rectangle::new([(0.0, y + 0.15), (*n as f64, y + 0.85)], colour.filled())
         };
         chart.draw_series(bars.iter().enumerate().map(bar))?;
-        area.present()?;
-    }
-    Ok(svg)
+        Ok(())
+    };
+    svg(height, draw)
 }
 
 #[cfg(test)]

@@ -17,12 +17,9 @@ use super::journal::Journal;
 use super::run::{Outcome, Timing};
 use super::select::Select;
 use crate::page::STYLE;
+use crate::page::plot::{Area, FONT, legend, svg};
 
 const TEMPLATE: &str = include_str!("page.html");
-/// Width of a plot, in pixels.
-const WIDTH: u32 = 960;
-/// Letters that are readable when a phone shrinks the plot.
-const FONT: (&str, i32) = ("sans-serif", 18);
 /// Questions that are shown of a task: half of them answered wrong, if there are so many.
 const N_SHOWN: usize = 8;
 /// Examples that are shown of a question, the last ones.
@@ -141,14 +138,10 @@ fn plot(
     tasks.dedup();
     let right = results.iter().map(|(outcome, timing)| x(outcome, timing)).fold(1e-3, f64::max);
     let top = results.iter().map(|(outcome, _)| 100.0 * outcome.high).fold(100.0, f64::max);
-    let mut svg = String::new();
-    {
-        let area = SVGBackend::with_string(&mut svg, (WIDTH, 400)).into_drawing_area();
-        let mut chart = ChartBuilder::on(&area)
-            .margin(8)
-            .x_label_area_size(40)
-            .y_label_area_size(64)
-            .build_cartesian_2d(-0.02 * right..right * 1.05, 0.0..top * 1.05)?;
+    let draw = |area: &Area<'_>| {
+        let mut builder = ChartBuilder::on(area);
+        builder.margin(8).x_label_area_size(40).y_label_area_size(64);
+        let mut chart = builder.build_cartesian_2d(-0.02 * right..right * 1.05, 0.0..top * 1.05)?;
         chart.configure_mesh().x_desc(x_name).y_desc("score × 100").label_style(FONT).draw()?;
         for (index, task) in tasks.iter().enumerate() {
             let colour = Palette99::pick(index).to_rgba();
@@ -171,12 +164,10 @@ fn plot(
                 chart.draw_series([Text::new(label, point, FONT.into_font())])?;
             }
         }
-        if !tasks.is_empty() {
-            let mut legend = chart.configure_series_labels();
-            legend.position(SeriesLabelPosition::LowerRight).label_font(FONT);
-            legend.background_style(WHITE.mix(0.8)).draw()?;
+        match tasks.is_empty() {
+            true => Ok(()),
+            false => legend(&mut chart, SeriesLabelPosition::LowerRight),
         }
-        area.present()?;
-    }
-    Ok(svg)
+    };
+    svg(400, draw)
 }
