@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use flamingo_models::manifest::Manifest;
 use flamingo_runtime::image::{Mode, Picture, preprocess};
+use flamingo_runtime::visual_cache::CacheStats;
 use flamingo_runtime::{GenerateOptions, Limits, Medium, Model, RunError, Session};
 use image::RgbImage;
 use rand::SeedableRng;
@@ -151,6 +152,8 @@ pub struct ScenarioResult {
     pub tokens_per_s: f64,
     /// Bytes of keys and values, and of media, of a session at its end.
     pub session_bytes: usize,
+    /// Media that were in the visual cache before they came, though every one is new: more than 0 would flatter the times.
+    pub media_found: u64,
     /// What became of a camera's frames.
     pub stream: Option<Stream>,
 }
@@ -202,8 +205,9 @@ pub(super) fn time(
     on_progress: &mut dyn FnMut(&'static str, usize, usize),
 ) -> Result<Vec<ScenarioResult>, RunError> {
     let mut plays: Vec<Play<'_>> = Vec::new();
-    for scenario in &options.scenarios {
-        plays.extend(subjects.iter().map(|subject| Play::new(scenario, subject, options)));
+    for (scenario, seed) in options.scenarios.iter().zip(options.seed..) {
+        let camera = camera_picture(options.picture, seed);
+        plays.extend(subjects.iter().map(|subject| Play::new(scenario, subject, &camera)));
     }
     let all = plays.len();
     let mut random = ChaCha8Rng::seed_from_u64(options.seed);
@@ -230,9 +234,10 @@ struct Play<'a> {
     scenario: Scenario,
     label: &'a Label,
     model: &'a Model,
-    /// What a camera sees.
+    /// What a camera sees; of another scenario it sees something else, as all share the visual cache.
     camera: RgbImage,
     n_pictures: u32,
+    media_found: u64,
     /// Tokens of the examples, and their media once a session has shown them.
     example_ids: Vec<u32>,
     example_media: Vec<Medium>,
@@ -254,7 +259,7 @@ struct Turn {
 }
 
 impl<'a> Play<'a> {
-    fn new(scenario: &Scenario, subject: &'a Subject, options: &BenchOptions) -> Play<'a> {
+    fn new(scenario: &Scenario, subject: &'a Subject, camera: &RgbImage) -> Play<'a> {
         let config = &subject.manifest.config;
         let text = |len: usize, seed: usize| {
             random_ids(&config.tokens, config.language.vocabulary, len, seed as u64)
@@ -265,8 +270,9 @@ impl<'a> Play<'a> {
             scenario: *scenario,
             label: &subject.label,
             model: &subject.model,
-            camera: camera_picture(options.picture, options.seed),
+            camera: camera.clone(),
             n_pictures: 0,
+            media_found: 0,
             example_ids: (0..scenario.shots).flat_map(example).collect(),
             example_media: Vec::new(),
             questions: (0..scenario.turns)
@@ -361,12 +367,16 @@ impl<'a> Play<'a> {
         Ok(self.example_media.clone())
     }
 
-    fn encode(&self, frames: &[Picture]) -> Result<Medium, RunError> {
+    fn encode(&mut self, frames: &[Picture]) -> Result<Medium, RunError> {
         let mut values = Vec::new();
         for frame in frames {
             values.extend(preprocess(frame, &self.model.manifest().image)?);
         }
-        self.model.encode_medium(&values, frames.len())
+        let hits = |stats: CacheStats| stats.memory_hits + stats.disk_hits;
+        let before = hits(self.model.visual_cache().stats());
+        let medium = self.model.encode_medium(&values, frames.len())?;
+        self.media_found += hits(self.model.visual_cache().stats()) - before;
+        Ok(medium)
     }
 
     /// The camera's picture with bits that no other has.
@@ -398,6 +408,7 @@ impl<'a> Play<'a> {
             tokens_per_s: self.scenario.answer as f64 / end_to_end_ms.median * 1e3,
             end_to_end_ms,
             session_bytes: self.session_bytes,
+            media_found: self.media_found,
             stream: self.stream,
         }
     }

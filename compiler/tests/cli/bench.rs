@@ -480,6 +480,11 @@ fn scenarios_tell_what_a_user_waits_for() {
             .map(|time| number(scenario, &format!("/{time}/median")));
         assert!(0.0 < token && token < whole && first < whole, "{scenario:#}");
         assert!(number(scenario, "/session_bytes") > 0.0);
+        assert_eq!(
+            number(scenario, "/media_found"),
+            0.0,
+            "a picture that was there before: {scenario:#}"
+        );
     }
     let stream = scenarios.iter().find(|s| at(s, "/scenario") == "camera-stream").unwrap();
     let [arrived, answered, dropped] =
