@@ -72,7 +72,7 @@ pub(crate) fn setup() -> Result<()> {
 /// Runs the kernels' tests on every emulated processor.
 pub(crate) fn test(root: &Path, toolchain: &Toolchain) -> Result<()> {
     for processor in &PROCESSORS {
-        let mut cargo = Command::new(process::cargo());
+        let mut cargo = process::cargo();
         cargo.current_dir(root).env("RUSTC", toolchain.rustc);
         cargo.env("CARGO_TARGET_DIR", root.join("target").join("aarch64"));
         cargo.env("CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER", LINKER);

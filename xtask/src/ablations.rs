@@ -35,12 +35,7 @@ const ABLATIONS: [Ablation; 5] = [
 
 /// Trains and measures, and writes the table into the card.
 pub(crate) fn write(root: &Path) -> Result<()> {
-    run(Command::new(cargo()).current_dir(root).args([
-        "build",
-        "--release",
-        "-p",
-        "flamingo-train",
-    ]))?;
+    run(cargo().current_dir(root).args(["build", "--release", "-p", "flamingo-train"]))?;
     let model = root.join("models/demo");
     let recipe = fs::read_to_string(model.join("training.toml")).context("no training.toml")?;
     let recipe: toml::Table = recipe.parse().context("in training.toml")?;

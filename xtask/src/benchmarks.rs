@@ -36,7 +36,7 @@ pub(crate) fn write(root: &Path, models: &[&str]) -> Result<()> {
         bail!("no tables of `{unknown}` in {FILE}\n\nhint: name some of {}", MODELS.join(", "));
     }
     let models = if models.is_empty() { &MODELS } else { models };
-    run(root, Command::new(cargo()).args(["build", "--release", "-p", "flamingoc"]))?;
+    run(root, cargo().args(["build", "--release", "-p", "flamingoc"]))?;
     for model in models {
         let artifacts = artifacts(root, model)?;
         say(&format!("timing {model}"));

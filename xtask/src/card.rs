@@ -20,7 +20,7 @@ const N: &str = "500";
 /// Measures and writes the tables into the card.
 pub(crate) fn write(root: &Path) -> Result<()> {
     let program = root.join("target/release/flamingoc");
-    run(root, Command::new(cargo()).args(["build", "--release", "-p", "flamingoc"]))?;
+    run(root, cargo().args(["build", "--release", "-p", "flamingoc"]))?;
     let scratch = root.join("target/model-card");
     fs::create_dir_all(&scratch).context("cannot make target/model-card")?;
     let mut scores = Vec::new();

@@ -1,7 +1,6 @@
 //! Every check of the repository, in the order from quick to slow. CI runs this list and nothing else.
 
 use std::path::Path;
-use std::process::Command;
 
 use anyhow::Result;
 
@@ -49,7 +48,7 @@ const CHECKS: [Check; 6] = [
 /// Runs every check and stops at the first that fails.
 pub(crate) fn run_all(root: &Path, deps: &TestDeps) -> Result<()> {
     for check in &CHECKS {
-        let mut command = Command::new(process::cargo());
+        let mut command = process::cargo();
         command.current_dir(root).args(check.args).envs(check.env.iter().copied());
         if check.args[0] == "test" {
             command.envs(deps.variables());

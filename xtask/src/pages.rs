@@ -113,7 +113,7 @@ pub(crate) fn test(root: &Path, chromium: &Chromium) -> Result<()> {
 /// One page of each kind, of the demo model.
 fn write_pages(root: &Path, scratch: &Path) -> Result<Vec<PathBuf>> {
     let build = ["build", "--locked", "--workspace", "--all-features", "--bin", "flamingoc"];
-    process::run(Command::new(cargo()).current_dir(root).args(build))?;
+    process::run(cargo().current_dir(root).args(build))?;
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or(root.join("target"), PathBuf::from);
     let flamingoc = || Command::new(target.join("debug/flamingoc"));
     let (artifact, page) = (scratch.join("demo.flamingo"), |name: &str| scratch.join(name));

@@ -19,9 +19,18 @@ pub(crate) fn print(text: &str) {
     print!("{text}");
 }
 
-/// The cargo that runs this task.
-pub(crate) fn cargo() -> OsString {
-    std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
+/// The cargo that runs this task, without what it says of this program: build scripts that look at that would run again,
+/// and all that needs them would be built again.
+pub(crate) fn cargo() -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    let own = |name: &OsString| {
+        let name = name.to_string_lossy();
+        name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_")
+    };
+    for name in std::env::vars_os().map(|(name, _)| name).filter(own) {
+        command.env_remove(name);
+    }
+    command
 }
 
 /// Prints and runs a command; an exit status that is not 0 is an error.

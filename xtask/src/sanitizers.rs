@@ -58,7 +58,7 @@ pub(crate) fn test_address_sanitizer(root: &Path) -> Result<()> {
 
 /// Builds the kernels' tests and says where cargo put the program.
 fn kernel_tests(root: &Path, build: Build) -> Result<PathBuf> {
-    let mut cargo = Command::new(process::cargo());
+    let mut cargo = process::cargo();
     cargo.current_dir(root).args(["test", "--locked", "--no-run"]);
     match build {
         Build::Workspace => cargo.args(["--workspace", "--all-features"]),
