@@ -26,6 +26,7 @@ use crate::original::Original;
 use crate::page::report_page;
 use crate::parity::kl_bound;
 use crate::passes::{PassRecord, optimise, packed_weights};
+use crate::ranges::HalfRanges;
 use crate::scheme::{Choice, LayerGroup, Precision, Scheme};
 
 /// What to compile, and how.
@@ -53,6 +54,14 @@ pub struct CompileOptions {
     pub gate: Option<Gate>,
     /// Where to write the graphs' text after which pass.
     pub dump: Option<(String, PathBuf)>,
+}
+
+impl CompileOptions {
+    /// Whether it is to be found out what f16 can hold: for graphs of half precision, unless nothing is calibrated.
+    pub(crate) fn measures_ranges(&self) -> bool {
+        let is_half = |flavour: &Flavour| flavour.half().is_some();
+        self.calibrate != CalibrateOn::Nothing && self.flavours.iter().any(is_half)
+    }
 }
 
 /// What the rounding of weights is fitted to.
@@ -91,6 +100,9 @@ pub struct Report {
     pub parity: serde_json::Value,
     /// Bytes and scheme of the weights.
     pub quantisation: Quantisation,
+    /// What graphs for GPUs keep in f16, and what of them is in f32; none without such graphs or without calibration.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub f16: Option<HalfRanges>,
     /// Weights with values that are not finite, and how many.
     pub not_finite: BTreeMap<String, usize>,
     /// What a user should know.
@@ -174,7 +186,8 @@ pub fn compile_source(
     let limits = limits(source, options.max_context, options.max_images)?;
     require_tokens_in_vocabulary(source)?;
     let is_compared = options.gate.is_some() || options.calibrate != CalibrateOn::Nothing;
-    let original = match is_compared && options.scheme.is_rounded() {
+    let is_compared = is_compared && options.scheme.is_rounded();
+    let original = match is_compared || options.measures_ranges() {
         true => {
             // Before long work: the output must be free.
             drop(Staging::begin(&options.output, options.overwrite)?);
@@ -186,11 +199,13 @@ pub fn compile_source(
     progress(Progress::Stage("hashing the source"));
     let hashed: Result<Vec<FileEntry>> =
         source.parts.files().iter().map(|path| hash_file(path)).collect();
-    let inputs = StageInputs { source, options, limits, sources: hashed?, calibration };
+    let ranges = original.as_ref().and_then(|original| original.ranges.as_ref());
+    let inputs = StageInputs { source, options, limits, sources: hashed?, calibration, ranges };
+    let judging = original.as_ref().filter(|_| is_compared);
     let (mut scheme, mut raised, mut bounds) = (options.scheme.clone(), Vec::new(), None);
     loop {
         let mut staged = stage(&inputs, &scheme, progress)?;
-        let (Some(original), Some(gate)) = (&original, &options.gate) else {
+        let (Some(original), Some(gate)) = (judging, &options.gate) else {
             return staged.finish();
         };
         let verdict = original.judge(staged.staging.path(), progress)?;
@@ -285,7 +300,7 @@ impl Staged {
     /// Writes report and manifest.
     fn write(&mut self) -> Result<()> {
         let mut reports = vec![("report.json", pretty_json(&self.report)?)];
-        if !self.report.quantisation.layers.is_empty() {
+        if !self.report.quantisation.layers.is_empty() || self.report.f16.is_some() {
             let title = &self.title;
             reports.push(("report.html", report_page(title, &self.manifest, &self.report)?));
         }
@@ -313,6 +328,7 @@ struct StageInputs<'a> {
     limits: Limits,
     sources: Vec<FileEntry>,
     calibration: Option<&'a Calibration>,
+    ranges: Option<&'a HalfRanges>,
 }
 
 /// Everything of an artifact, with weights stored as `scheme` says and rounded for what calibration saw.
@@ -321,7 +337,7 @@ fn stage(
     scheme: &Scheme,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Staged> {
-    let StageInputs { source, options, limits, sources, calibration } = inputs;
+    let StageInputs { source, options, limits, sources, calibration, ranges } = inputs;
     let calibration = *calibration;
     let graphs = source.graphs()?;
     let staging = Staging::begin(&options.output, options.overwrite)?;
@@ -345,14 +361,16 @@ fn stage(
         ("decoder".to_owned(), decoder_passes),
     ]);
     let quantisation = quantisation(scheme, &written, plan.total_bytes_f32());
-    let report = report(source, passes, written.not_finite, quantisation);
+    let f16 = ranges.cloned();
+    let report = report(source, passes, written.not_finite, quantisation, f16);
     progress(Progress::Stage("writing the graphs"));
     let mut files = vec![written.file];
     let mut entries = Vec::new();
     for (index, (stage, graph)) in [("media", &media), ("decoder", &decoder)].iter().enumerate() {
+        let islands = ranges.map(|ranges| ranges.islands(stage)).unwrap_or_default();
         for flavour in CPU_FLAVOURS.into_iter().chain(options.flavours.iter().copied()) {
             let (entry, file) =
-                write_graph(staging.path(), stage, flavour, graph, plan.layout(index))?;
+                write_graph(staging.path(), stage, (flavour, &islands), graph, plan.layout(index))?;
             entries.push(entry);
             files.push(file);
         }
@@ -544,12 +562,14 @@ fn report(
     passes: BTreeMap<String, Vec<PassRecord>>,
     not_finite: BTreeMap<String, usize>,
     quantisation: Quantisation,
+    f16: Option<HalfRanges>,
 ) -> Report {
     Report {
         verdict: "pass".to_owned(),
         passes,
         parity: serde_json::Value::Null,
         quantisation,
+        f16,
         not_finite,
         notes: source.notes.clone(),
     }

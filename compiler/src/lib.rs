@@ -23,6 +23,8 @@ pub mod parity;
 pub mod passes;
 pub mod plan;
 pub mod profile;
+pub mod ranges;
 pub mod scheme;
 pub mod scratch;
 pub mod synth;
+mod walk;

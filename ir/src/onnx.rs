@@ -7,6 +7,7 @@
 mod cuda;
 mod function;
 mod inline;
+mod islands;
 mod listing;
 mod lower;
 mod message;
@@ -21,11 +22,12 @@ mod write;
 
 use std::collections::BTreeMap;
 
-pub use inline::inline_functions;
 use inline::panel_linears;
+pub use inline::{inline_functions, inline_with_islands};
+pub use islands::{Island, Islands};
 pub use listing::{ListedInput, ListedNode, ListedValue, Listing, list_nodes};
 pub use read::read_onnx;
-pub use write::{graph_of_flavour, write_graph, write_onnx};
+pub use write::{graph_of_flavour, graph_with_islands, write_graph, write_onnx};
 
 use crate::op::Flavour;
 use crate::{DType, GraphError, ValueId, Verified};

@@ -22,6 +22,7 @@ use crate::origin::Origin;
 use crate::passes::{pass_names, pass_reasons};
 use crate::plan::Model;
 use crate::plan::devices::Device;
+use crate::ranges::{HalfRanges, OpRange};
 use crate::scheme::{Choice, INT4_BLOCK, Precision, Scheme};
 
 /// Compile a checkpoint into an artifact
@@ -171,6 +172,25 @@ fn show_verdict(report: &Report, output: &mut Output) -> Result<()> {
     Ok(())
 }
 
+/// What of the graphs for GPUs is in f32, or how near the rest comes to the end of f16.
+fn show_half(ranges: &HalfRanges, output: &mut Output) -> Result<()> {
+    let row = |op: &OpRange| {
+        let largest = format!("{:.2e}", op.largest);
+        vec![op.value.clone(), largest, op.in_f32.clone().unwrap_or_default()]
+    };
+    let rows: Vec<Vec<String>> = ranges.in_f32().map(row).collect();
+    if !rows.is_empty() {
+        return output.table(&["too large for f16 on GPUs", "magnitude", "in f32"], &rows);
+    }
+    match ranges.largest() {
+        Some(op) => output.line(&format!(
+            "the largest value in f16 on GPUs is {:.2e}, of `{}`; f16 ends at 65504",
+            op.largest, op.value
+        )),
+        None => Ok(()),
+    }
+}
+
 fn eval_prompts(text: &str) -> Result<usize, String> {
     let n = match text.split_once(':') {
         None if text == "demo" => Some(200),
@@ -301,6 +321,9 @@ impl Compile {
             record.map_or(0, |record| record.ops.values().sum::<usize>())
         };
         show_verdict(&report, output)?;
+        if let Some(ranges) = &report.f16 {
+            show_half(ranges, output)?;
+        }
         for stage in ["media", "decoder"] {
             let (before, after) = (count(stage, false), count(stage, true));
             output

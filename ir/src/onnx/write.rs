@@ -7,8 +7,8 @@ use super::name::{Names, name_values};
 use super::proto::{GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto};
 use super::target::{Piece, pieces};
 use super::{
-    FLAMINGO, Functions, OnnxError, WeightLayout, WriteOptions, inline_functions, lower, message,
-    panel_linears,
+    FLAMINGO, Functions, Islands, OnnxError, WeightLayout, WriteOptions, inline_with_islands,
+    lower, message, panel_linears,
 };
 use crate::graph::{Constant, Graph, Node, ValueId};
 use crate::op::{Attribute, Attributes, OnnxForm, OnnxInput};
@@ -22,6 +22,16 @@ pub fn graph_of_flavour(
     options: impl Into<WriteOptions>,
     weights: &WeightLayout,
 ) -> Result<Graph, OnnxError> {
+    graph_with_islands(graph, options, &Islands::new(), weights)
+}
+
+/// As [`graph_of_flavour`], with these ops in f32 where the flavour is of half precision.
+pub fn graph_with_islands(
+    graph: &Verified,
+    options: impl Into<WriteOptions>,
+    islands: &Islands,
+    weights: &WeightLayout,
+) -> Result<Graph, OnnxError> {
     let options = options.into();
     let mut runtime = lower::runtime_graph(graph, weights)?;
     if options.flavour.has_contrib() {
@@ -30,7 +40,7 @@ pub fn graph_of_flavour(
     if options.functions == Functions::Keep && options.flavour.half().is_none() {
         return Ok(runtime);
     }
-    Ok(inline_functions(&runtime, options.flavour)?)
+    Ok(inline_with_islands(&runtime, options.flavour, islands)?)
 }
 
 /// The bytes of an ONNX file (a `ModelProto`) with the runtime part of `graph`. The same graph and options give the same
