@@ -16,6 +16,7 @@
 
 mod inputs;
 mod pack;
+mod threads;
 
 use std::fmt;
 
@@ -612,6 +613,20 @@ mod tests {
 
     fn fit(inputs: &Inputs) -> Fit<'_> {
         Fit { inputs: Some(inputs), reach: None }
+    }
+
+    #[test]
+    fn the_number_of_threads_changes_no_bit() {
+        for format in [PanelFormat::Int8, PanelFormat::Int4 { block: 32 }] {
+            for (n, k) in [(1, 16), (50, 200), (129, 33)] {
+                let (weight, inputs) = (noise(n, k), calibrated(k));
+                for fit in [fit(&inputs), Fit::default()] {
+                    let on = |n| pack::pack_on(format, &weight, fit, n).unwrap();
+                    let alone = on(1);
+                    assert!([2, 3, 8].into_iter().all(|n| on(n) == alone), "{format} {n}x{k}");
+                }
+            }
+        }
     }
 
     #[test]
