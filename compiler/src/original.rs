@@ -4,8 +4,9 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
+use flamingo_ir::onnx::Islands;
 use flamingo_models::Source;
-use flamingo_runtime::{Model, OpenOptions};
+use flamingo_runtime::{LoadedGraphs, Model, OpenOptions};
 use flamingo_scenes::Split;
 
 use crate::calibrate::{Calibration, Example, bundled, calibrate, from_file};
@@ -13,10 +14,12 @@ use crate::compile::{CalibrateOn, CompileOptions, Progress, compile, optimise_st
 use crate::emit::{WeightPlan, hash_file};
 use crate::eval::{EvalOptions, Score, eval, tasks};
 use crate::gate::{TaskScore, Verdict, judge};
+use crate::observer::Observer;
 use crate::passes::packed_names;
 use crate::ranges::{HalfRanges, measure};
 use crate::scheme::Scheme;
 use crate::scratch::Scratch;
+use crate::static_ranges::{StaticRanges, Subject};
 
 /// Bundled prompts to calibrate on, and after them to judge by; fewer of a large model, whose prompts are rich.
 const N_BUNDLED: (usize, usize) = (96, 32);
@@ -24,6 +27,8 @@ const N_BUNDLED_LARGE: (usize, usize) = (16, 8);
 /// Prompts of each kind that show what f16 can hold; fewer of a large model.
 const N_RANGES: usize = 8;
 const N_RANGES_LARGE: usize = 2;
+/// Prompts that ranges of activations are taken from, and as many that judge them.
+const N_STATIC: usize = 24;
 /// Bytes in f32 from which a model is large.
 const LARGE: u64 = 1 << 30;
 /// Examples of the tasks that are asked with some.
@@ -38,6 +43,8 @@ pub struct Original {
     pub calibration: Option<Calibration>,
     /// What graphs of half precision keep in f16; none if there are no such graphs, or without calibration.
     pub ranges: Option<HalfRanges>,
+    /// Prompts that ranges of activations are taken from.
+    seen: Vec<Example>,
     held_out: Vec<Example>,
     /// What the tasks ask, and how often the original is right.
     tasks: Option<(EvalOptions, Vec<Score>)>,
@@ -64,6 +71,7 @@ impl Original {
             scheme: Scheme::default(),
             calibrate: CalibrateOn::Nothing,
             gate: None,
+            observer: None,
             dump: None,
             ..options.clone()
         };
@@ -72,7 +80,7 @@ impl Original {
         let model = Model::open(&f32.output, &OpenOptions::default())?;
         let is_large = manifest.files.iter().map(|file| file.bytes).sum::<u64>() > LARGE;
         let (n, n_held_out) = if is_large { N_BUNDLED_LARGE } else { N_BUNDLED };
-        let (seen, held_out) = match &options.calibrate {
+        let (mut seen, held_out) = match &options.calibrate {
             CalibrateOn::File(path) => split(from_file(&model, path)?),
             _ => (bundled(&model, 0, n)?, bundled(&model, n, n_held_out)?),
         };
@@ -95,7 +103,31 @@ impl Original {
             }
             false => None,
         };
-        Ok(Original { model, calibration, ranges, held_out, tasks, _folder: folder })
+        seen.truncate(if is_large { N_RANGES_LARGE } else { N_STATIC });
+        Ok(Original { model, calibration, ranges, seen, held_out, tasks, _folder: folder })
+    }
+
+    /// Ranges of the activations of an artifact's linears of bytes, for graphs with explicit quantisation.
+    ///
+    /// # Errors
+    /// Prompts that do not fit the model.
+    pub fn static_ranges(
+        &self,
+        graphs: &LoadedGraphs,
+        islands: &[Islands; 2],
+        (observer, max_kl): (Observer, f64),
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<StaticRanges> {
+        progress(Progress::Stage("choosing ranges of activations"));
+        let mut judged = Vec::new();
+        for example in self.held_out.iter().take(self.seen.len()) {
+            judged.push((example.clone(), example.run(&self.model)?.1));
+        }
+        self.model.backend().release_weights();
+        let config = &self.model.manifest().config;
+        let (seen, judged) = (&self.seen, &judged);
+        let subject = Subject { config, graphs, islands, seen, judged, max_kl };
+        subject.choose(observer, &mut |done| progress(Progress::Prompts(done, seen.len())))
     }
 
     /// How far an artifact is from the original, on prompts that it was not fitted to.

@@ -12,6 +12,7 @@ use crate::compile::Report;
 use crate::emit::LayerStorage;
 use crate::gate::{OUTLIERS, TaskScore};
 use crate::ranges::{HalfRanges, OpRange};
+use crate::static_ranges::{StaticRange, StaticRanges};
 use plot::{Area, svg};
 
 const TEMPLATE: &str = include_str!("page/report.html");
@@ -68,6 +69,9 @@ pub fn report_page(title: &str, manifest: &Manifest, report: &Report) -> Result<
         perplexity => verdict.map(|v| format!("{:.3}", v.perplexity)),
         perplexity_f32 => verdict.map(|v| format!("{:.3}", v.perplexity_f32)),
         raised => quantisation.raised,
+        ranges => quantisation.static_ranges,
+        static_kl => quantisation.static_ranges.as_ref().map(|ranges| exact(ranges.mean_kl)),
+        static_linears => quantisation.static_ranges.as_ref().map(static_rows),
         f16 => report.f16,
         f16_ops => report.f16.as_ref().map(half_rows),
         layers => layers,
@@ -92,6 +96,16 @@ fn half_rows(ranges: &HalfRanges) -> Vec<Value> {
                "in_f32": in_f32, "is_wide": op.in_f32.is_some()})
     };
     in_f32.into_iter().chain(others.into_iter().take(N_LARGEST)).map(row).collect()
+}
+
+/// Ranges of activations, in the order of the graphs.
+fn static_rows(ranges: &StaticRanges) -> Vec<Value> {
+    let row = |linear: &StaticRange| {
+        json!({"linear": linear.linear, "largest": format!("{:.3}", linear.largest),
+               "range": format!("{:.3}", linear.range), "sqnr": format!("{:.1}", linear.sqnr_db),
+               "is_static": linear.is_static})
+    };
+    ranges.linears.iter().map(row).collect()
 }
 
 fn bytes(n: u64) -> String {

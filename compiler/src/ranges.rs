@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Result, bail, ensure};
-use flamingo_ir::onnx::{Island, Islands, inline_with_islands};
+use flamingo_ir::onnx::{Island, Islands, inline_typed};
 use flamingo_ir::op::Flavour;
 use flamingo_ir::{Graph, Node, Tensor};
 use flamingo_runtime::Artifact;
@@ -94,8 +94,8 @@ pub fn measure(
     let mut ops: Vec<OpRange> = Vec::new();
     loop {
         let stages = [
-            inline_with_islands(&graphs.media, FORM, &islands[0])?,
-            inline_with_islands(&graphs.decoder, FORM, &islands[1])?,
+            inline_typed(&graphs.media, FORM, &islands[0].clone().into())?,
+            inline_typed(&graphs.decoder, FORM, &islands[1].clone().into())?,
         ];
         let walk = Walk::new(config, &graphs, stages);
         let found = ops_of(&walk.stages, &look(&walk, examples, on_example)?)?;
@@ -120,7 +120,7 @@ fn limit() -> f32 {
 }
 
 /// Place of a stage among two.
-fn place(stage: &str) -> usize {
+pub(crate) fn place(stage: &str) -> usize {
     usize::from(stage == "decoder")
 }
 
@@ -275,7 +275,8 @@ mod tests {
         ];
         let exact = evaluate(&graph, &inputs).unwrap()[0].to_f32_vec().unwrap();
         let with = |islands: &Islands| {
-            let typed = verify(inline_with_islands(&graph, FORM, islands).unwrap()).unwrap();
+            let typed =
+                verify(inline_typed(&graph, FORM, &islands.clone().into()).unwrap()).unwrap();
             let mut halves = Vec::new();
             evaluate_wide(&typed, &inputs, &flamingo_ir::NoWeights, &mut |node, _, _| {
                 if typed.fact(node.outputs[0]).dtype.is_half() {

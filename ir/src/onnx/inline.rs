@@ -3,10 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::cuda::fewer_nodes;
-use super::islands::{Island, Islands};
+use super::typing::{Island, Typing};
 use crate::graph::{Constant, Graph, GraphError, Node, ValueId};
 use crate::op::{
-    Cast, Flavour, InPlaceSelfAttention, Linear, Op, PanelLinear, UnpackPanels, Width,
+    Cast, Flavour, InPlaceSelfAttention, Linear, Op, PanelFormat, PanelLinear, QuantisedLinear,
+    UnpackPanels, Width,
 };
 use crate::verify::definition;
 use crate::{DType, Dim, Fact, Tensor};
@@ -22,28 +23,34 @@ use crate::{DType, Dim, Fact, Tensor};
 /// In f32 are what would overflow or lose too much there, what no product was computed of, and pixels, visual tokens and
 /// logits.
 pub fn inline_functions(graph: &Graph, flavour: Flavour) -> Result<Graph, GraphError> {
-    inline_with_islands(graph, flavour, &Islands::new())
+    inline(graph, flavour, Which::All, &Typing::default())
 }
 
-/// As [`inline_functions`], with these ops in f32 where the flavour is of half precision.
-pub fn inline_with_islands(
-    graph: &Graph,
-    flavour: Flavour,
-    islands: &Islands,
-) -> Result<Graph, GraphError> {
-    inline(graph, flavour, Which::All, islands)
-}
-
-/// The same graph with each linear that reads a weight in panels of integers as one op with it, where engines multiply
-/// integers. Ops of several such linears are replaced by their definitions.
-pub(super) fn panel_linears(graph: Graph, flavour: Flavour) -> Result<Graph, GraphError> {
-    let is_of_panels = |node: &Node| matches!(node.op, Op::UnpackPanels(_));
-    if !graph.nodes().iter().any(is_of_panels) {
-        return Ok(graph);
+/// As [`inline_functions`], typed so where the flavour is of half precision; linears that read weights in panels of integers
+/// are one op with them where the flavour multiplies integers.
+pub fn inline_typed(graph: &Graph, flavour: Flavour, typing: &Typing) -> Result<Graph, GraphError> {
+    let multiplies_integers = flavour.has_contrib() || !typing.x_scales.is_empty();
+    if !multiplies_integers || !has_panels(graph) {
+        return inline(graph, flavour, Which::All, typing);
     }
-    let mut out = inline(&graph, flavour, Which::OfPanels, &Islands::new())?;
-    out.sweep()?;
-    Ok(out)
+    let mut joined = inline(graph, flavour, Which::OfPanels, typing)?;
+    joined.sweep()?;
+    inline(&joined, flavour, Which::All, typing)
+}
+
+/// The same graph with each linear that reads a weight in panels of integers as one op with it, a [`PanelLinear`]. Ops of
+/// several such linears are replaced by their definitions.
+pub fn linears_of_panels(graph: &Graph) -> Result<Graph, GraphError> {
+    if !has_panels(graph) {
+        return Ok(graph.clone());
+    }
+    let mut joined = inline(graph, Flavour::OrtCpu, Which::OfPanels, &Typing::default())?;
+    joined.sweep()?;
+    Ok(joined)
+}
+
+fn has_panels(graph: &Graph) -> bool {
+    graph.nodes().iter().any(|node| matches!(node.op, Op::UnpackPanels(_)))
 }
 
 /// Whether an input or output of a graph is in half precision there: what stays on the device.
@@ -76,14 +83,14 @@ fn inline(
     graph: &Graph,
     flavour: Flavour,
     which: Which,
-    islands: &Islands,
+    typing: &Typing,
 ) -> Result<Graph, GraphError> {
     let mut inliner = Inliner {
         out: Graph::new(&graph.name),
         flavour,
         which,
         half: flavour.half().filter(|_| which == Which::All),
-        islands,
+        typing,
         island: None,
         is_wide: false,
         constants: BTreeSet::new(),
@@ -127,7 +134,7 @@ struct Inliner<'a> {
     which: Which,
     /// The type of the result's products, if it is not f32.
     half: Option<DType>,
-    islands: &'a Islands,
+    typing: &'a Typing,
     /// What of the function that is being replaced stays in f32.
     island: Option<Island>,
     /// Whether the function that is being replaced is computed in f32, whatever its outputs are.
@@ -199,9 +206,9 @@ impl Inliner<'_> {
         let op = node.name.split('/').next()?;
         let owner = op.rsplit_once('.').map(|(owner, _)| owner);
         let owner = owner.filter(|_| matches!(node.op, Op::UnpackPanels(_)));
-        let of_weight = owner.and_then(|owner| self.islands.get(owner));
+        let of_weight = owner.and_then(|owner| self.typing.islands.get(owner));
         let of_weight = of_weight.filter(|island| **island == Island::Whole);
-        self.islands.get(op).or(of_weight).copied()
+        self.typing.islands.get(op).or(of_weight).copied()
     }
 
     /// `facts` are those that the node's inputs have in the graph that it is from; `island` is what of it stays in f32.
@@ -234,7 +241,9 @@ impl Inliner<'_> {
                 op => definition(op, facts, self.flavour)?,
             };
             let is_norm = matches!(node.op, Op::RmsNorm(_)) && !self.flavour.has_contrib();
-            let is_wide = self.is_wide || is_norm || island == Some(Island::Whole);
+            // Products of bytes lie between numbers of f32, as engines look for them.
+            let is_of_bytes = matches!(node.op, Op::QuantisedLinear(_));
+            let is_wide = self.is_wide || is_norm || is_of_bytes || island == Some(Island::Whole);
             let outside = (self.is_wide, self.island);
             (self.is_wide, self.island) = (is_wide, island);
             let outputs = self.nodes(&body, inputs, &format!("{name}/"))?;
@@ -360,9 +369,17 @@ impl Inliner<'_> {
         let weight = inputs.get(1).and_then(|weight| self.panels.get(weight)).cloned();
         match weight {
             Some((weight, parts)) if PanelLinear::takes(weight.format, linear.rounding) => {
-                let op = PanelLinear { linear: linear.clone(), weight };
+                let x_scale = self.typing.x_scales.get(name).copied();
+                let (format, linear) = (weight.format, linear.clone());
+                let op: Op = match (self.flavour.has_contrib(), x_scale) {
+                    (true, _) => PanelLinear { linear, weight }.into(),
+                    (false, Some(x_scale)) if format == PanelFormat::Int8 => {
+                        QuantisedLinear { linear, n: weight.n, k: weight.k, x_scale }.into()
+                    }
+                    (false, _) => return self.once(name, linear.into(), inputs),
+                };
                 let inputs = [&inputs[..1], &parts, &inputs[2..]].concat();
-                self.once(name, op.into(), &inputs)
+                self.once(name, op, &inputs)
             }
             _ => self.once(name, linear.clone().into(), inputs),
         }

@@ -218,6 +218,22 @@ impl UnpackPanels {
         Body { graph, n_panels: self.n_panels() }
     }
 
+    /// Appends the levels i8 [n, k] of a weight of bytes, and the scales [n] of its rows.
+    pub(super) fn rows_of_levels(
+        &self,
+        graph: &mut Graph,
+        data: ValueId,
+        row_scales: ValueId,
+    ) -> Result<(ValueId, ValueId), GraphError> {
+        let (rows, cols) = (self.n_panels() * PANEL_ROWS, self.k.next_multiple_of(4));
+        let mut body = self.body_in(graph);
+        let levels = body.turned("by_row", data, &[0, 2, 1, 3])?;
+        let levels = body.shaped("rows", levels, &[rows, cols])?;
+        let levels = body.cut(levels, (rows, self.n), (cols, self.k))?;
+        let scales = body.shaped("row_scale_list", row_scales, &[rows])?;
+        Ok((levels, body.cut_rows("whole_row_scales", scales, (rows, self.n))?))
+    }
+
     /// Appends the transposed levels [k, n] of a weight of bytes, f32, and the scales [n] of its rows.
     pub(super) fn columns_of_levels(
         &self,

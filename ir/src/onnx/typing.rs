@@ -1,9 +1,25 @@
-//! Which ops stay in f32 where a graph is of half precision.
+//! What files of half precision need to know beside the graph: which ops stay in f32, and which products are of bytes.
 
 use std::collections::BTreeMap;
 
 /// Ops of a graph that are computed in f32 in flavours of half precision, by name.
 pub type Islands = BTreeMap<String, Island>;
+
+/// How a graph is typed in a flavour of half precision.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Typing {
+    /// What is computed in f32.
+    pub islands: Islands,
+    /// Distance of the levels that the activations of a linear with a weight of bytes are rounded to, by the linear's name
+    /// (`decoder.3.mlp/down` of an op that holds several): for flavours of standard operators.
+    pub x_scales: BTreeMap<String, f32>,
+}
+
+impl From<Islands> for Typing {
+    fn from(islands: Islands) -> Typing {
+        Typing { islands, x_scales: BTreeMap::new() }
+    }
+}
 
 /// How much of an op is computed in f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
