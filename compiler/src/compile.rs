@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use flamingo_ir::onnx::Typing;
 use flamingo_ir::op::{Flavour, Op, PanelFormat};
 use flamingo_ir::{Graph, Verified};
 use flamingo_models::manifest::{
@@ -12,7 +13,7 @@ use flamingo_models::manifest::{
 };
 use flamingo_models::profile::Profiles;
 use flamingo_models::{Source, tokenizer_json};
-use flamingo_runtime::PREFILL_TOKENS;
+use flamingo_runtime::{Artifact, PREFILL_TOKENS};
 use serde::{Deserialize, Serialize};
 
 use crate::calibrate::Calibration;
@@ -22,11 +23,14 @@ use crate::emit::{
     write_file, write_graph,
 };
 use crate::gate::{Bounds, Refused, Verdict, worst_first};
+use crate::observer::Observer;
 use crate::original::Original;
 use crate::page::report_page;
 use crate::parity::kl_bound;
 use crate::passes::{PassRecord, optimise, packed_weights};
+use crate::ranges::HalfRanges;
 use crate::scheme::{Choice, LayerGroup, Precision, Scheme};
+use crate::static_ranges::StaticRanges;
 
 /// What to compile, and how.
 #[derive(Debug, Clone)]
@@ -49,10 +53,27 @@ pub struct CompileOptions {
     pub calibrate: CalibrateOn,
     /// Where what calibration saw is kept, to be read the next time.
     pub calibration_cache: Option<PathBuf>,
+    /// Rounds activations of int8 in graphs for TensorRT to levels of ranges that this chooses; none leaves them f16.
+    /// Ignored without calibration.
+    pub observer: Option<Observer>,
     /// What rounded weights must keep; none takes them as they are.
     pub gate: Option<Gate>,
     /// Where to write the graphs' text after which pass.
     pub dump: Option<(String, PathBuf)>,
+}
+
+impl CompileOptions {
+    /// Whether it is to be found out what f16 can hold: for graphs of half precision, unless nothing is calibrated.
+    pub(crate) fn measures_ranges(&self) -> bool {
+        let is_half = |flavour: &Flavour| flavour.half().is_some();
+        self.calibrate != CalibrateOn::Nothing && self.flavours.iter().any(is_half)
+    }
+
+    /// What chooses ranges of activations, if there are graphs that have them.
+    fn static_observer(&self) -> Option<Observer> {
+        let takes_it = |flavour: &Flavour| matches!(flavour, Flavour::Trt10_3 | Flavour::Trt10_15);
+        self.observer.filter(|_| self.measures_ranges() && self.flavours.iter().any(takes_it))
+    }
 }
 
 /// What the rounding of weights is fitted to.
@@ -91,6 +112,9 @@ pub struct Report {
     pub parity: serde_json::Value,
     /// Bytes and scheme of the weights.
     pub quantisation: Quantisation,
+    /// What graphs for GPUs keep in f16, and what of them is in f32; none without such graphs or without calibration.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub f16: Option<HalfRanges>,
     /// Weights with values that are not finite, and how many.
     pub not_finite: BTreeMap<String, usize>,
     /// What a user should know.
@@ -116,6 +140,9 @@ pub struct Quantisation {
     /// The comparison with f32 on prompts that the rounding was not fitted to; none without a gate.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub verdict: Option<Verdict>,
+    /// Ranges of activations of graphs with explicit quantisation; none without such graphs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub static_ranges: Option<StaticRanges>,
     /// What the comparison had to keep.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bounds: Option<Bounds>,
@@ -174,7 +201,8 @@ pub fn compile_source(
     let limits = limits(source, options.max_context, options.max_images)?;
     require_tokens_in_vocabulary(source)?;
     let is_compared = options.gate.is_some() || options.calibrate != CalibrateOn::Nothing;
-    let original = match is_compared && options.scheme.is_rounded() {
+    let is_compared = is_compared && options.scheme.is_rounded();
+    let original = match is_compared || options.measures_ranges() {
         true => {
             // Before long work: the output must be free.
             drop(Staging::begin(&options.output, options.overwrite)?);
@@ -186,11 +214,13 @@ pub fn compile_source(
     progress(Progress::Stage("hashing the source"));
     let hashed: Result<Vec<FileEntry>> =
         source.parts.files().iter().map(|path| hash_file(path)).collect();
-    let inputs = StageInputs { source, options, limits, sources: hashed?, calibration };
+    let original = original.as_ref();
+    let inputs = StageInputs { source, options, limits, sources: hashed?, calibration, original };
+    let judging = original.filter(|_| is_compared);
     let (mut scheme, mut raised, mut bounds) = (options.scheme.clone(), Vec::new(), None);
     loop {
         let mut staged = stage(&inputs, &scheme, progress)?;
-        let (Some(original), Some(gate)) = (&original, &options.gate) else {
+        let (Some(original), Some(gate)) = (judging, &options.gate) else {
             return staged.finish();
         };
         let verdict = original.judge(staged.staging.path(), progress)?;
@@ -285,7 +315,7 @@ impl Staged {
     /// Writes report and manifest.
     fn write(&mut self) -> Result<()> {
         let mut reports = vec![("report.json", pretty_json(&self.report)?)];
-        if !self.report.quantisation.layers.is_empty() {
+        if !self.report.quantisation.layers.is_empty() || self.report.f16.is_some() {
             let title = &self.title;
             reports.push(("report.html", report_page(title, &self.manifest, &self.report)?));
         }
@@ -313,6 +343,7 @@ struct StageInputs<'a> {
     limits: Limits,
     sources: Vec<FileEntry>,
     calibration: Option<&'a Calibration>,
+    original: Option<&'a Original>,
 }
 
 /// Everything of an artifact, with weights stored as `scheme` says and rounded for what calibration saw.
@@ -321,8 +352,8 @@ fn stage(
     scheme: &Scheme,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Staged> {
-    let StageInputs { source, options, limits, sources, calibration } = inputs;
-    let calibration = *calibration;
+    let StageInputs { source, options, limits, sources, calibration, original } = inputs;
+    let (calibration, original) = (*calibration, *original);
     let graphs = source.graphs()?;
     let staging = Staging::begin(&options.output, options.overwrite)?;
     progress(Progress::Stage("optimising the graphs"));
@@ -345,24 +376,11 @@ fn stage(
         ("decoder".to_owned(), decoder_passes),
     ]);
     let quantisation = quantisation(scheme, &written, plan.total_bytes_f32());
-    let report = report(source, passes, written.not_finite, quantisation);
+    let f16 = original.and_then(|original| original.ranges.clone());
+    let mut report = report(source, passes, written.not_finite, quantisation, f16);
     progress(Progress::Stage("writing the graphs"));
     let mut files = vec![written.file];
-    let mut entries = Vec::new();
-    for (index, (stage, graph)) in [("media", &media), ("decoder", &decoder)].iter().enumerate() {
-        for flavour in CPU_FLAVOURS.into_iter().chain(options.flavours.iter().copied()) {
-            let (entry, file) =
-                write_graph(staging.path(), stage, flavour, graph, plan.layout(index))?;
-            entries.push(entry);
-            files.push(file);
-        }
-    }
-    files.extend(device_files(staging.path(), &entries, limits, &options.flavours)?);
-    if let Some(tokenizer) = &source.tokenizer {
-        let bytes = tokenizer_json(tokenizer, &source.config.tokens)?;
-        files.push(write_file(staging.path(), "tokenizer.json", &bytes)?);
-    }
-    let manifest = Manifest {
+    let mut manifest = Manifest {
         schema_version: SCHEMA_VERSION,
         compiler_version: env!("CARGO_PKG_VERSION").to_owned(),
         config: source.config.clone(),
@@ -370,10 +388,32 @@ fn stage(
         limits: limits.clone(),
         precision: precision_of_groups(&stages),
         weight_layout: WEIGHT_LAYOUT.to_owned(),
-        graphs: entries,
-        files,
+        graphs: Vec::new(),
+        files: Vec::new(),
         provenance: provenance(sources, options, scheme),
     };
+    let mut write = |flavours: &[Flavour], typings: &[Typing; 2], graphs: &mut Vec<GraphEntry>| {
+        for (index, stage) in stages.iter().enumerate() {
+            for flavour in flavours.iter().copied() {
+                let form = (flavour, &typings[index]);
+                let (entry, file) =
+                    write_graph(staging.path(), &stage.name, form, stage, plan.layout(index))?;
+                graphs.push(entry);
+                files.push(file);
+            }
+        }
+        anyhow::Ok(())
+    };
+    write(&CPU_FLAVOURS, &Default::default(), &mut manifest.graphs)?;
+    let typings = typings(inputs, (staging.path(), &manifest), &mut report, progress)?;
+    write(&options.flavours, &typings, &mut manifest.graphs)?;
+    manifest.graphs.sort_by(|a, b| b.stage.cmp(&a.stage));
+    files.extend(device_files(staging.path(), &manifest.graphs, limits, &options.flavours)?);
+    if let Some(tokenizer) = &source.tokenizer {
+        let bytes = tokenizer_json(tokenizer, &source.config.tokens)?;
+        files.push(write_file(staging.path(), "tokenizer.json", &bytes)?);
+    }
+    manifest.files = files;
     let path = options.source.canonicalize().ok();
     let name = match &path {
         Some(path) if path.is_dir() => path.file_name(),
@@ -384,6 +424,34 @@ fn stage(
     let mut staged = Staged { staging, manifest, report, title };
     staged.write()?;
     Ok(staged)
+}
+
+/// How the graphs of half precision are typed: what stays in f32, and what of linears of bytes is rounded to levels.
+fn typings(
+    inputs: &StageInputs,
+    (folder, manifest): (&Path, &Manifest),
+    report: &mut Report,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<[Typing; 2]> {
+    let islands = ["media", "decoder"]
+        .map(|stage| report.f16.as_ref().map(|ranges| ranges.islands(stage)).unwrap_or_default());
+    let has_bytes = manifest.precision.values().any(|formats| formats.contains("int8"));
+    let observer = inputs.options.static_observer().filter(|_| has_bytes);
+    let (Some(original), Some(observer)) = (inputs.original, observer) else {
+        return Ok(islands.map(Typing::from));
+    };
+    let staged = Artifact { path: folder.to_owned(), manifest: manifest.clone() };
+    let own = inputs.options.gate.as_ref().and_then(|gate| gate.max_kl);
+    let max_kl = own.or_else(|| kl_bound(&manifest.precision)).unwrap_or(0.0);
+    let ranges = original.static_ranges(&staged.load()?, &islands, (observer, max_kl), progress)?;
+    let x_scales = ["media", "decoder"].map(|stage| ranges.x_scales(stage));
+    report.quantisation.static_ranges = Some(ranges);
+    let [media, decoder] = islands;
+    let [of_media, of_decoder] = x_scales;
+    Ok([
+        Typing { islands: media, x_scales: of_media },
+        Typing { islands: decoder, x_scales: of_decoder },
+    ])
 }
 
 /// What is known of devices before the copy: where each node would run, and the sizes that TensorRT builds engines for.
@@ -544,12 +612,14 @@ fn report(
     passes: BTreeMap<String, Vec<PassRecord>>,
     not_finite: BTreeMap<String, usize>,
     quantisation: Quantisation,
+    f16: Option<HalfRanges>,
 ) -> Report {
     Report {
         verdict: "pass".to_owned(),
         passes,
         parity: serde_json::Value::Null,
         quantisation,
+        f16,
         not_finite,
         notes: source.notes.clone(),
     }
@@ -564,6 +634,7 @@ fn quantisation(scheme: &Scheme, written: &WrittenWeights, bytes_f32: u64) -> Qu
         top1_agreement: is_f32.then_some(1.0),
         layers: if is_f32 { Vec::new() } else { written.layers.clone() },
         verdict: None,
+        static_ranges: None,
         bounds: None,
         raised: Vec::new(),
     }

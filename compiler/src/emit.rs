@@ -8,7 +8,7 @@ use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use flamingo_ir::onnx::{MAX_INLINE_BYTES, WeightEntry, WeightLayout, graph_of_flavour};
+use flamingo_ir::onnx::{MAX_INLINE_BYTES, Typing, WeightEntry, WeightLayout, typed_graph};
 use flamingo_ir::op::{Fit, Flavour, Inputs, Op, PanelFormat, output_sqnr_db, sqnr_db};
 use flamingo_ir::{Constant, DType, Fact, Graph, NodeId, Tensor, ValueId, Verified, Weights, fold};
 use flamingo_models::manifest::{FileEntry, GraphEntry, TensorEntry};
@@ -527,17 +527,17 @@ impl HashingWriter {
     }
 }
 
-/// Writes one graph in one flavour and describes it.
+/// Writes one graph in one flavour, typed so where that is of half precision, and describes it.
 pub fn write_graph(
     folder: &Path,
     stage: &str,
-    flavour: Flavour,
+    (flavour, typing): (Flavour, &Typing),
     graph: &Verified,
     layout: &WeightLayout,
 ) -> Result<(GraphEntry, FileEntry)> {
     let path = format!("graphs/{stage}.{}.onnx", flavour.name());
     let context = || format!("cannot write `{path}`");
-    let written = graph_of_flavour(graph, flavour, layout).with_context(context)?;
+    let written = typed_graph(graph, flavour, typing, layout).with_context(context)?;
     let bytes = flamingo_ir::onnx::write_graph(&written, flavour, layout).with_context(context)?;
     let file = write_file(folder, &path, &bytes)?;
     let describe = |ends: &[(String, ValueId)]| -> Vec<TensorEntry> {

@@ -1,11 +1,12 @@
-//! The model in f32 that rounded weights are fitted to and compared with: it lies in a temporary folder beside the
+//! The model in f32 that rounded weights are fitted to and compared with, and that tells what f16 can hold: it lies in a temporary folder beside the
 //! output while an artifact is made.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
+use flamingo_ir::onnx::Islands;
 use flamingo_models::Source;
-use flamingo_runtime::{Model, OpenOptions};
+use flamingo_runtime::{LoadedGraphs, Model, OpenOptions};
 use flamingo_scenes::Split;
 
 use crate::calibrate::{Calibration, Example, bundled, calibrate, from_file};
@@ -13,13 +14,21 @@ use crate::compile::{CalibrateOn, CompileOptions, Progress, compile, optimise_st
 use crate::emit::{WeightPlan, hash_file};
 use crate::eval::{EvalOptions, Score, eval, tasks};
 use crate::gate::{TaskScore, Verdict, judge};
+use crate::observer::Observer;
 use crate::passes::packed_names;
+use crate::ranges::{HalfRanges, measure};
 use crate::scheme::Scheme;
 use crate::scratch::Scratch;
+use crate::static_ranges::{StaticRanges, Subject};
 
 /// Bundled prompts to calibrate on, and after them to judge by; fewer of a large model, whose prompts are rich.
 const N_BUNDLED: (usize, usize) = (96, 32);
 const N_BUNDLED_LARGE: (usize, usize) = (16, 8);
+/// Prompts of each kind that show what f16 can hold; fewer of a large model.
+const N_RANGES: usize = 8;
+const N_RANGES_LARGE: usize = 2;
+/// Prompts that ranges of activations are taken from, and as many that judge them.
+const N_STATIC: usize = 24;
 /// Bytes in f32 from which a model is large.
 const LARGE: u64 = 1 << 30;
 /// Examples of the tasks that are asked with some.
@@ -32,6 +41,10 @@ pub struct Original {
     model: Model,
     /// What met each weight, by the name that it has once it is packed; none without calibration.
     pub calibration: Option<Calibration>,
+    /// What graphs of half precision keep in f16; none if there are no such graphs, or without calibration.
+    pub ranges: Option<HalfRanges>,
+    /// Prompts that ranges of activations are taken from.
+    seen: Vec<Example>,
     held_out: Vec<Example>,
     /// What the tasks ask, and how often the original is right.
     tasks: Option<(EvalOptions, Vec<Score>)>,
@@ -58,6 +71,7 @@ impl Original {
             scheme: Scheme::default(),
             calibrate: CalibrateOn::Nothing,
             gate: None,
+            observer: None,
             dump: None,
             ..options.clone()
         };
@@ -66,20 +80,54 @@ impl Original {
         let model = Model::open(&f32.output, &OpenOptions::default())?;
         let is_large = manifest.files.iter().map(|file| file.bytes).sum::<u64>() > LARGE;
         let (n, n_held_out) = if is_large { N_BUNDLED_LARGE } else { N_BUNDLED };
-        let (seen, held_out) = match &options.calibrate {
+        let (mut seen, held_out) = match &options.calibrate {
             CalibrateOn::File(path) => split(from_file(&model, path)?),
             _ => (bundled(&model, 0, n)?, bundled(&model, n, n_held_out)?),
         };
+        let is_rounded = options.scheme.is_rounded();
         let calibration = match options.calibrate {
             CalibrateOn::Nothing => None,
+            _ if !is_rounded => None,
             _ => Some(calibration(source, options, &f32, &model, &seen, progress)?),
         };
         let tasks = match options.gate.as_ref().and_then(|gate| gate.eval) {
-            Some(n) => Some(ask(&model, n, progress)?),
-            None => None,
+            Some(n) if is_rounded => Some(ask(&model, n, progress)?),
+            _ => None,
         };
         model.backend().release_weights();
-        Ok(Original { model, calibration, held_out, tasks, _folder: folder })
+        let ranges = match options.measures_ranges() {
+            true => {
+                let n = if is_large { N_RANGES_LARGE } else { N_RANGES };
+                let examples = seen.iter().take(n).chain(held_out.iter().take(n)).cloned();
+                Some(ranges(&f32.output, &examples.collect::<Vec<Example>>(), progress)?)
+            }
+            false => None,
+        };
+        seen.truncate(if is_large { N_RANGES_LARGE } else { N_STATIC });
+        Ok(Original { model, calibration, ranges, seen, held_out, tasks, _folder: folder })
+    }
+
+    /// Ranges of the activations of an artifact's linears of bytes, for graphs with explicit quantisation.
+    ///
+    /// # Errors
+    /// Prompts that do not fit the model.
+    pub fn static_ranges(
+        &self,
+        graphs: &LoadedGraphs,
+        islands: &[Islands; 2],
+        (observer, max_kl): (Observer, f64),
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<StaticRanges> {
+        progress(Progress::Stage("choosing ranges of activations"));
+        let mut judged = Vec::new();
+        for example in self.held_out.iter().take(self.seen.len()) {
+            judged.push((example.clone(), example.run(&self.model)?.1));
+        }
+        self.model.backend().release_weights();
+        let config = &self.model.manifest().config;
+        let (seen, judged) = (&self.seen, &judged);
+        let subject = Subject { config, graphs, islands, seen, judged, max_kl };
+        subject.choose(observer, &mut |done| progress(Progress::Prompts(done, seen.len())))
     }
 
     /// How far an artifact is from the original, on prompts that it was not fitted to.
@@ -107,6 +155,17 @@ impl Original {
         }
         Ok(verdict)
     }
+}
+
+/// What graphs of half precision keep in f16.
+fn ranges(
+    artifact: &Path,
+    examples: &[Example],
+    progress: &mut dyn FnMut(Progress),
+) -> Result<HalfRanges> {
+    progress(Progress::Stage("looking for what f16 cannot hold"));
+    let n = examples.len();
+    measure(artifact, examples, &mut |done| progress(Progress::Prompts(done, n)))
 }
 
 /// Prompts of every task that are asked, and how often the model is right.

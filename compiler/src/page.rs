@@ -11,9 +11,13 @@ use serde_json::{Value, json};
 use crate::compile::Report;
 use crate::emit::LayerStorage;
 use crate::gate::{OUTLIERS, TaskScore};
+use crate::ranges::{HalfRanges, OpRange};
+use crate::static_ranges::{StaticRange, StaticRanges};
 use plot::{Area, svg};
 
 const TEMPLATE: &str = include_str!("page/report.html");
+/// Ops without islands that are shown with their largest value.
+const N_LARGEST: usize = 12;
 /// What all pages look like.
 pub(crate) const STYLE: &str = include_str!("page/style.css");
 
@@ -65,11 +69,43 @@ pub fn report_page(title: &str, manifest: &Manifest, report: &Report) -> Result<
         perplexity => verdict.map(|v| format!("{:.3}", v.perplexity)),
         perplexity_f32 => verdict.map(|v| format!("{:.3}", v.perplexity_f32)),
         raised => quantisation.raised,
+        ranges => quantisation.static_ranges,
+        static_kl => quantisation.static_ranges.as_ref().map(|ranges| exact(ranges.mean_kl)),
+        static_linears => quantisation.static_ranges.as_ref().map(static_rows),
+        f16 => report.f16,
+        f16_ops => report.f16.as_ref().map(half_rows),
         layers => layers,
         noise_plot => noise_plot(&quantisation.layers)?,
         bytes_plot => bytes_plot(&quantisation.layers)?,
     });
     Ok(page.context("the page's template")?.into_bytes())
+}
+
+/// Ops that are in f32 for GPUs, and those whose values in f16 are largest.
+fn half_rows(ranges: &HalfRanges) -> Vec<Value> {
+    let mut ops: Vec<&OpRange> = ranges.ops.iter().collect();
+    ops.sort_by(|a, b| b.largest.total_cmp(&a.largest));
+    let (in_f32, others): (Vec<_>, Vec<_>) = ops.into_iter().partition(|op| op.in_f32.is_some());
+    let row = |op: &OpRange| {
+        let in_f32 = match op.in_f32.as_deref() {
+            Some("output") => "its output",
+            Some(_) => "all of it",
+            None => "—",
+        };
+        json!({"stage": op.stage, "value": op.value, "largest": format!("{:.3e}", op.largest),
+               "in_f32": in_f32, "is_wide": op.in_f32.is_some()})
+    };
+    in_f32.into_iter().chain(others.into_iter().take(N_LARGEST)).map(row).collect()
+}
+
+/// Ranges of activations, in the order of the graphs.
+fn static_rows(ranges: &StaticRanges) -> Vec<Value> {
+    let row = |linear: &StaticRange| {
+        json!({"linear": linear.linear, "largest": format!("{:.3}", linear.largest),
+               "range": format!("{:.3}", linear.range), "sqnr": format!("{:.1}", linear.sqnr_db),
+               "is_static": linear.is_static})
+    };
+    ranges.linears.iter().map(row).collect()
 }
 
 fn bytes(n: u64) -> String {

@@ -216,7 +216,7 @@ pub fn reference(source: &Source, graphs: &Graphs, case: &Case) -> Result<(Vec<f
     let visual_tokens =
         encoded.remove("visual_tokens").context("media graph without visual tokens")?;
     inputs.extend(encoded);
-    inputs.extend(text_inputs(config, case, n_media)?);
+    inputs.extend(text_inputs(config, &case.input_ids, n_media)?);
     let mut outputs = run(&graphs.decoder, &inputs, source)?;
     let logits = outputs.remove("logits").context("decoder graph without logits")?;
     let values = |tensor: Tensor| tensor.to_f32_vec().context("outputs are f32");
@@ -224,9 +224,14 @@ pub fn reference(source: &Source, graphs: &Graphs, case: &Case) -> Result<(Vec<f
     Ok((visual_tokens, values(logits)?))
 }
 
-fn text_inputs(config: &ModelConfig, case: &Case, n_media: usize) -> Result<Vec<(String, Tensor)>> {
-    let n = i64::try_from(case.input_ids.len())?;
-    let time = media_time(config.family, &config.tokens, &case.input_ids);
+/// What the decoder takes for a whole prompt, but for keys and values of its media.
+pub(crate) fn text_inputs(
+    config: &ModelConfig,
+    input_ids: &[u32],
+    n_media: usize,
+) -> Result<Vec<(String, Tensor)>> {
+    let n = i64::try_from(input_ids.len())?;
+    let time = media_time(config.family, &config.tokens, input_ids);
     let index: Vec<i64> = (1..=i64::try_from(n_media)?).collect();
     let mut inputs = Vec::new();
     let mut put = |name: &str, values: Vec<i64>| -> Result<()> {
@@ -234,7 +239,7 @@ fn text_inputs(config: &ModelConfig, case: &Case, n_media: usize) -> Result<Vec<
         inputs.push((name.to_owned(), tensor));
         Ok(())
     };
-    put("input_ids", case.input_ids.iter().map(|id| i64::from(*id)).collect())?;
+    put("input_ids", input_ids.iter().map(|id| i64::from(*id)).collect())?;
     for name in ["positions", "key_positions", "logit_rows"] {
         put(name, (0..n).collect())?;
     }

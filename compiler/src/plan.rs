@@ -477,6 +477,7 @@ mod tests {
             scheme: Scheme::from(Precision::Int8),
             calibrate: crate::compile::CalibrateOn::Nothing,
             calibration_cache: None,
+            observer: None,
             gate: None,
             dump: None,
         };

@@ -902,6 +902,12 @@ fn options_out_of_range() {
     compile("dump-after", "everything", &["`--dump-after everything`", "hint: ", "merge_linears"]);
     compile("int4-block", "32", &["`--int4-block`", "hint: "]);
     compile("int4-block", "48", &["--int4-block", "32 or 128"]);
+    compile(
+        "observer",
+        "mse",
+        &["`--observer`", "hint: pass `--precision int8 --target tensorrt`"],
+    );
+    compile("observer", "median", &["--observer", "entropy"]);
     compile("precision", "f8", &["--precision", "int8"]);
     compile("target", "vulkan", &["--target", "tensorrt"]);
     compile("max-context", "0", &["`--max-context 0`", "hint: "]);

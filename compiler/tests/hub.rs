@@ -407,6 +407,7 @@ fn an_open_flamingo_of_three_repositories_is_that_of_a_recipe() {
         scheme: Scheme::default(),
         calibrate: CalibrateOn::Nothing,
         calibration_cache: None,
+        observer: None,
         gate: None,
         dump: None,
     };

@@ -42,6 +42,11 @@ impl DType {
         DType::Bool,
     ];
 
+    /// Whether it is a float of 16 bits.
+    pub fn is_half(self) -> bool {
+        matches!(self, DType::F16 | DType::BF16)
+    }
+
     /// Bytes one element takes.
     pub fn size(self) -> usize {
         match self {

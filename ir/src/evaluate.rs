@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use crate::graph::{Constant, Graph, GraphError, ValueId};
-use crate::op::OpError;
-use crate::{Fact, Tensor};
+use crate::graph::{Constant, Graph, GraphError, Node, ValueId};
+use crate::op::{Cast, Op, OpError};
+use crate::{Bindings, DType, Fact, Tensor};
 
 /// Where weights are read from, by name.
 pub trait Weights {
@@ -32,20 +32,18 @@ pub fn evaluate_with(
     inputs: &[Tensor],
     weights: &dyn Weights,
 ) -> Result<Vec<Tensor>, GraphError> {
-    if inputs.len() != graph.inputs().len() {
-        let reason = format!("takes {} inputs, got {}", graph.inputs().len(), inputs.len());
-        return Err(graph.broken(reason));
-    }
-    let mut bindings = crate::Bindings::new();
-    let mut known: BTreeMap<ValueId, Tensor> = BTreeMap::new();
-    for ((name, id), tensor) in graph.inputs().iter().zip(inputs) {
-        bind(graph.fact(*id), tensor, &mut bindings)
-            .map_err(|reason| graph.broken(format!("input \"{name}\": {reason}")))?;
-        known.insert(*id, tensor.clone());
-    }
-    run(graph, &mut known, weights, graph.nodes().iter().enumerate().map(|(i, _)| i), &bindings)?;
-    let read = |id: &ValueId| constant_or_known(graph, *id, &known, weights);
-    graph.outputs().iter().map(|(_, id)| read(id)).collect()
+    Runner { graph, weights, is_wide: false, observe: &mut |_, _, _| () }.outputs(inputs)
+}
+
+/// Runs a graph of half precision in f32, so that nothing is rounded and nothing overflows: what is f16 or bf16 in the
+/// graph, inputs too, is f32 here. `observe` sees each node with what it reads and what it gives.
+pub fn evaluate_wide(
+    graph: &Graph,
+    inputs: &[Tensor],
+    weights: &dyn Weights,
+    observe: Observe<'_>,
+) -> Result<Vec<Tensor>, GraphError> {
+    Runner { graph, weights, is_wide: true, observe }.outputs(inputs)
 }
 
 /// Computes one build-time value (see [`Graph::build_time_values`]) and nothing else.
@@ -63,46 +61,109 @@ pub fn fold(graph: &Graph, value: ValueId, weights: &dyn Weights) -> Result<Tens
     }
     needed.sort_unstable();
     let mut known = BTreeMap::new();
-    run(graph, &mut known, weights, needed.into_iter(), &crate::Bindings::new())?;
+    let mut runner = Runner { graph, weights, is_wide: false, observe: &mut |_, _, _| () };
+    runner.nodes(&mut known, &needed, &Bindings::new())?;
     constant_or_known(graph, value, &known, weights)
 }
 
-/// Runs the nodes at `indices`, in order; values are dropped after their last reader.
-fn run(
-    graph: &Graph,
-    known: &mut BTreeMap<ValueId, Tensor>,
-    weights: &dyn Weights,
-    indices: impl Iterator<Item = usize>,
-    bindings: &crate::Bindings,
-) -> Result<(), GraphError> {
-    let indices: Vec<usize> = indices.collect();
-    let mut last_use: BTreeMap<ValueId, usize> = BTreeMap::new();
-    for index in &indices {
-        last_use.extend(graph.nodes()[*index].inputs.iter().map(|input| (*input, *index)));
+/// Hears of each node with its inputs and outputs.
+type Observe<'a> = &'a mut dyn FnMut(&Node, &[Tensor], &[Tensor]);
+
+/// How nodes are run.
+struct Runner<'a> {
+    graph: &'a Graph,
+    weights: &'a dyn Weights,
+    /// Whether f32 stands for the types of half precision.
+    is_wide: bool,
+    observe: Observe<'a>,
+}
+
+impl Runner<'_> {
+    /// The graph's outputs for `inputs`.
+    fn outputs(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, GraphError> {
+        let graph = self.graph;
+        if inputs.len() != graph.inputs().len() {
+            let reason = format!("takes {} inputs, got {}", graph.inputs().len(), inputs.len());
+            return Err(graph.broken(reason));
+        }
+        let mut bindings = Bindings::new();
+        let mut known: BTreeMap<ValueId, Tensor> = BTreeMap::new();
+        for ((name, id), tensor) in graph.inputs().iter().zip(inputs) {
+            let mut fact = graph.fact(*id).clone();
+            if self.is_wide && fact.dtype.is_half() {
+                fact.dtype = DType::F32;
+            }
+            bind(&fact, tensor, &mut bindings)
+                .map_err(|reason| graph.broken(format!("input \"{name}\": {reason}")))?;
+            known.insert(*id, tensor.clone());
+        }
+        let all: Vec<usize> = (0..graph.nodes().len()).collect();
+        self.nodes(&mut known, &all, &bindings)?;
+        let read = |id: &ValueId| constant_or_known(graph, *id, &known, self.weights);
+        graph.outputs().iter().map(|(_, id)| read(id)).collect()
     }
-    for index in indices {
-        let node = &graph.nodes()[index];
-        let inputs: Result<Vec<Tensor>, GraphError> = node
-            .inputs
-            .iter()
-            .map(|input| constant_or_known(graph, *input, known, weights))
-            .collect();
-        let in_node = |source: OpError| GraphError::Op {
-            node: node.name.clone(),
-            op: node.op.name(),
-            source,
-        };
-        let bound = crate::op::bind_shapes(&node.op, bindings).map_err(in_node)?;
-        let outputs = bound.evaluate(&inputs?).map_err(in_node)?;
-        known.extend(node.outputs.iter().copied().zip(outputs));
-        for input in &node.inputs {
-            let is_output = graph.outputs().iter().any(|(_, output)| output == input);
-            if last_use.get(input) == Some(&index) && !is_output {
-                known.remove(input);
+
+    /// Runs the nodes at `indices`, in order; values are dropped after their last reader.
+    fn nodes(
+        &mut self,
+        known: &mut BTreeMap<ValueId, Tensor>,
+        indices: &[usize],
+        bindings: &Bindings,
+    ) -> Result<(), GraphError> {
+        let graph = self.graph;
+        let mut last_use: BTreeMap<ValueId, usize> = BTreeMap::new();
+        for index in indices {
+            last_use.extend(graph.nodes()[*index].inputs.iter().map(|input| (*input, *index)));
+        }
+        for index in indices {
+            let node = &graph.nodes()[*index];
+            let read = |input: &ValueId| constant_or_known(graph, *input, known, self.weights);
+            let inputs = node.inputs.iter().map(read).collect::<Result<Vec<Tensor>, GraphError>>();
+            let inputs = inputs?;
+            let outputs = self.node(node, &inputs, bindings).map_err(|source| GraphError::Op {
+                node: node.name.clone(),
+                op: node.op.name(),
+                source,
+            })?;
+            (self.observe)(node, &inputs, &outputs);
+            known.extend(node.outputs.iter().copied().zip(outputs));
+            for input in &node.inputs {
+                let is_output = graph.outputs().iter().any(|(_, output)| output == input);
+                if last_use.get(input) == Some(index) && !is_output {
+                    known.remove(input);
+                }
             }
         }
+        Ok(())
     }
-    Ok(())
+
+    fn node(
+        &self,
+        node: &Node,
+        inputs: &[Tensor],
+        bindings: &Bindings,
+    ) -> Result<Vec<Tensor>, OpError> {
+        let op = crate::op::bind_shapes(&node.op, bindings)?;
+        if !self.is_wide {
+            return op.evaluate(inputs);
+        }
+        let inputs = inputs.iter().map(wide).collect::<Result<Vec<Tensor>, OpError>>()?;
+        match (&op, inputs.as_slice()) {
+            (Op::Cast(cast), [Tensor::F32(_)]) if cast.dtype.is_half() => Ok(inputs),
+            _ => op.evaluate(&inputs),
+        }
+    }
+}
+
+/// The same in f32 if it is of half precision.
+fn wide(tensor: &Tensor) -> Result<Tensor, OpError> {
+    match tensor.dtype().is_half() {
+        true => {
+            let cast = Op::from(Cast { dtype: DType::F32 });
+            Ok(cast.evaluate(std::slice::from_ref(tensor))?.remove(0))
+        }
+        false => Ok(tensor.clone()),
+    }
 }
 
 fn constant_or_known(
@@ -132,7 +193,7 @@ fn constant_or_known(
 }
 
 /// Checks a tensor against a fact, and learns the symbols that stand bare in its shape.
-fn bind(fact: &Fact, tensor: &Tensor, bindings: &mut crate::Bindings) -> Result<(), String> {
+fn bind(fact: &Fact, tensor: &Tensor, bindings: &mut Bindings) -> Result<(), String> {
     let wrong = || format!("expected {fact}, got {}", tensor.fact());
     if fact.dtype != tensor.dtype() || fact.rank() != tensor.shape().len() {
         return Err(wrong());

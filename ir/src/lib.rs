@@ -27,7 +27,7 @@ mod verify;
 
 pub use dim::{Bindings, Dim};
 pub use dtype::DType;
-pub use evaluate::{NoWeights, Weights, evaluate, evaluate_with, fold};
+pub use evaluate::{NoWeights, Weights, evaluate, evaluate_wide, evaluate_with, fold};
 pub use fact::Fact;
 pub use graph::{Constant, Graph, GraphError, Node, NodeId, Value, ValueId};
 pub use patch::Patch;

@@ -17,15 +17,16 @@ mod proto;
 mod read;
 mod scan;
 mod target;
+mod typing;
 mod write;
 
 use std::collections::BTreeMap;
 
-pub use inline::inline_functions;
-use inline::panel_linears;
+pub use inline::{inline_functions, inline_typed, linears_of_panels};
 pub use listing::{ListedInput, ListedNode, ListedValue, Listing, list_nodes};
 pub use read::read_onnx;
-pub use write::{graph_of_flavour, write_graph, write_onnx};
+pub use typing::{Island, Islands, Typing};
+pub use write::{graph_of_flavour, typed_graph, write_graph, write_onnx};
 
 use crate::op::Flavour;
 use crate::{DType, GraphError, ValueId, Verified};

@@ -24,6 +24,8 @@ mod norm;
 mod panel_linear;
 mod panels;
 mod pixels;
+mod quantised_linear;
+mod quantize_linear;
 mod rotary_embedding;
 mod rounding;
 mod scaled_dot_product_attention;
@@ -58,6 +60,8 @@ pub use panels::{
     Fit, Inputs, PANEL_ROWS, PackPanels, PanelFormat, UnpackPanels, output_sqnr_db, sqnr_db,
 };
 pub use pixels::{AveragePool, ChannelGate, GlobalAveragePool, MeanPool, PictureMean};
+pub use quantised_linear::QuantisedLinear;
+pub use quantize_linear::{DequantizeLinear, QuantizeLinear};
 pub use rotary_embedding::{RotaryEmbedding, RotaryEmbeddingOfRows};
 pub use rounding::Rounding;
 pub use scaled_dot_product_attention::ScaledDotProductAttention;
@@ -396,6 +400,10 @@ ops! {
     Gather,
     /// Elements replaced by index of their rows.
     ScatterElements,
+    /// ONNX's rounding to signed bytes.
+    QuantizeLinear,
+    /// ONNX's bytes back to numbers.
+    DequantizeLinear,
     /// ONNX's layer normalisation.
     LayerNormalization,
     /// com.microsoft: x Wᵀ.
@@ -430,6 +438,8 @@ ops! {
     Linear,
     /// x Wᵀ with epilogue, W in panels.
     PanelLinear,
+    /// x Wᵀ with epilogue, x and W of bytes with scales known before.
+    QuantisedLinear,
     /// Activation function.
     Activate,
     /// Two linears with an activation between.
@@ -544,7 +554,9 @@ impl Op {
             | Op::Erf(_)
             | Op::Sigmoid(_)
             | Op::Tanh(_) => Width::WideForTensorRt,
-            Op::ReduceMean(_)
+            Op::QuantizeLinear(_)
+            | Op::DequantizeLinear(_)
+            | Op::ReduceMean(_)
             | Op::ReduceMax(_)
             | Op::AveragePool(_)
             | Op::GlobalAveragePool(_)

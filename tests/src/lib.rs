@@ -68,6 +68,7 @@ pub fn compile_options(source: &Path, output: &Path, scheme: Scheme) -> CompileO
         scheme,
         calibrate: CalibrateOn::Nothing,
         calibration_cache: None,
+        observer: None,
         gate: None,
         dump: None,
     }

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use flamingo_ir::op::Flavour;
-use flamingo_tests::{compiled, compiled_for_all, golden_folders, tiny_scenes};
+use flamingo_tests::{compile_options, compiled, compiled_for_all, golden_folders, tiny_scenes};
+use flamingoc::compile::{CalibrateOn, CompileOptions, compile};
+use flamingoc::observer::Observer;
 use flamingoc::scheme::Precision;
 use serde_json::{Map, Value};
 
@@ -52,6 +54,35 @@ fn graphs_of_every_precision_pass_the_checker() {
     let artifacts = precisions.map(|precision| compiled_for_all(&tiny_scenes(), precision));
     let files: Vec<PathBuf> = artifacts.iter().flat_map(|(_, path)| graphs(path)).collect();
     assert_eq!(files.len(), 2 * Flavour::ALL.len() * precisions.len());
+    for (file, problem) in findings(&files) {
+        assert!(problem.is_null(), "{file}: {problem}");
+    }
+}
+
+#[test]
+fn graphs_with_explicit_quantisation_pass_the_checker() {
+    let scratch = tempfile::tempdir().unwrap();
+    let prompts = scratch.path().join("prompts.jsonl");
+    let text = fs::read_to_string(tiny_scenes().join("prompts.jsonl")).unwrap();
+    let images = format!("\"{}/images/", tiny_scenes().display());
+    let few: Vec<String> =
+        text.lines().take(8).map(|line| line.replace("\"images/", &images)).collect();
+    fs::write(&prompts, few.join("\n")).unwrap();
+    let options = CompileOptions {
+        flavours: vec![Flavour::Trt10_3, Flavour::Trt10_15],
+        calibrate: CalibrateOn::File(prompts),
+        observer: Some(Observer::Mse),
+        ..compile_options(
+            &tiny_scenes().join("recipe.toml"),
+            &scratch.path().join("model.flamingo"),
+            Precision::Int8.into(),
+        )
+    };
+    let report = compile(&options, &mut |_| {}).unwrap().1;
+    let ranges = report.quantisation.static_ranges.unwrap();
+    assert!(ranges.linears.iter().any(|linear| linear.is_static), "{ranges:?}");
+    let files = graphs(&options.output);
+    assert_eq!(files.len(), 8);
     for (file, problem) in findings(&files) {
         assert!(problem.is_null(), "{file}: {problem}");
     }

@@ -18,11 +18,14 @@ use crate::compile::{
     CalibrateOn, CompileOptions, Gate, Progress, Raised, Report, compile_source, limits,
 };
 use crate::gate::{OUTLIERS, Refused, worst_first};
+use crate::observer::Observer;
 use crate::origin::Origin;
 use crate::passes::{pass_names, pass_reasons};
 use crate::plan::Model;
 use crate::plan::devices::Device;
+use crate::ranges::{HalfRanges, OpRange};
 use crate::scheme::{Choice, INT4_BLOCK, Precision, Scheme};
+use crate::static_ranges::{StaticRange, StaticRanges};
 
 /// Compile a checkpoint into an artifact
 ///
@@ -59,6 +62,10 @@ pub(super) struct Compile {
     /// Keep what calibration saw in this file, and read it the next time
     #[arg(long, value_name = "FILE", conflicts_with = "no_calibration")]
     calibration_cache: Option<PathBuf>,
+    /// Round activations of int8 for TensorRT to levels of a range that this chooses, written as Q/DQ; linears that would
+    /// change the answers keep f16 activations [default: all do]
+    #[arg(long, value_name = "OBSERVER", conflicts_with = "no_calibration")]
+    observer: Option<Observer>,
     /// Largest mean KL of next tokens from f32, in nats [default: f16 1e-4, bf16 1e-3, int8 0.01, int4 0.05]
     #[arg(long, value_name = "X", value_parser = max_kl)]
     max_kl: Option<f64>,
@@ -171,6 +178,54 @@ fn show_verdict(report: &Report, output: &mut Output) -> Result<()> {
     Ok(())
 }
 
+/// How many linears have ranges of activations, what that costs, and which do not.
+fn show_static(ranges: &StaticRanges, output: &mut Output) -> Result<()> {
+    let left_out: Vec<&StaticRange> =
+        ranges.linears.iter().filter(|linear| !linear.is_static).collect();
+    output.line(&format!(
+        "TensorRT: {} of {} linears of bytes have static ranges ({}); mean KL {:.1e} of at most {:.1e}, the same best token \
+         in {:.1} % of {}",
+        ranges.linears.len() - left_out.len(),
+        ranges.linears.len(),
+        ranges.observer,
+        ranges.mean_kl,
+        ranges.max_kl,
+        100.0 * ranges.top1_agreement,
+        ranges.n_tokens
+    ))?;
+    if left_out.is_empty() {
+        return Ok(());
+    }
+    let row = |linear: &&StaticRange| {
+        vec![
+            linear.linear.clone(),
+            format!("{:.1}", linear.sqnr_db),
+            format!("{:.3}", linear.largest),
+        ]
+    };
+    let rows: Vec<Vec<String>> = left_out.iter().map(row).collect();
+    output.table(&["activations that stay f16", "SQNR, dB", "largest"], &rows)
+}
+
+/// What of the graphs for GPUs is in f32, or how near the rest comes to the end of f16.
+fn show_half(ranges: &HalfRanges, output: &mut Output) -> Result<()> {
+    let row = |op: &OpRange| {
+        let largest = format!("{:.2e}", op.largest);
+        vec![op.value.clone(), largest, op.in_f32.clone().unwrap_or_default()]
+    };
+    let rows: Vec<Vec<String>> = ranges.in_f32().map(row).collect();
+    if !rows.is_empty() {
+        return output.table(&["too large for f16 on GPUs", "magnitude", "in f32"], &rows);
+    }
+    match ranges.largest() {
+        Some(op) => output.line(&format!(
+            "the largest value in f16 on GPUs is {:.2e}, of `{}`; f16 ends at 65504",
+            op.largest, op.value
+        )),
+        None => Ok(()),
+    }
+}
+
 fn eval_prompts(text: &str) -> Result<usize, String> {
     let n = match text.split_once(':') {
         None if text == "demo" => Some(200),
@@ -249,6 +304,7 @@ impl Compile {
                 (false, None) => CalibrateOn::Bundled,
             },
             calibration_cache: self.calibration_cache,
+            observer: self.observer,
             gate: (!self.no_gate).then_some(Gate {
                 max_kl: self.max_kl,
                 auto_mixed: self.auto_mixed,
@@ -301,6 +357,12 @@ impl Compile {
             record.map_or(0, |record| record.ops.values().sum::<usize>())
         };
         show_verdict(&report, output)?;
+        if let Some(ranges) = &report.f16 {
+            show_half(ranges, output)?;
+        }
+        if let Some(ranges) = &report.quantisation.static_ranges {
+            show_static(ranges, output)?;
+        }
         for stage in ["media", "decoder"] {
             let (before, after) = (count(stage, false), count(stage, true));
             output
@@ -337,6 +399,14 @@ impl Compile {
             bail!(
                 "`--int4-block`: `--precision {precision}` has no blocks\n\n\
                  hint: pass `--precision int4`, or leave the option out"
+            );
+        }
+        let has_bytes = matches!(precision, Precision::Int8 | Precision::Int4)
+            || self.device.is_some_and(|_| self.precision.is_none());
+        if self.observer.is_some() && !(has_bytes && self.target.contains(&Target::Tensorrt)) {
+            bail!(
+                "`--observer`: only graphs for TensorRT of int8 or int4 have ranges of activations\n\n\
+                 hint: pass `--precision int8 --target tensorrt`, or leave the option out"
             );
         }
         if let Some(pass) = &self.dump_after {

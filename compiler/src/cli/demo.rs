@@ -82,6 +82,7 @@ impl Demo {
             scheme: self.precision.into(),
             calibrate: CalibrateOn::Bundled,
             calibration_cache: None,
+            observer: None,
             gate: None,
             dump: None,
         };

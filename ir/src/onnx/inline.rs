@@ -3,9 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::cuda::fewer_nodes;
+use super::typing::{Island, Typing};
 use crate::graph::{Constant, Graph, GraphError, Node, ValueId};
 use crate::op::{
-    Cast, Flavour, InPlaceSelfAttention, Linear, Op, PanelLinear, UnpackPanels, Width,
+    Cast, Flavour, InPlaceSelfAttention, Linear, Op, PanelFormat, PanelLinear, QuantisedLinear,
+    UnpackPanels, Width,
 };
 use crate::verify::definition;
 use crate::{DType, Dim, Fact, Tensor};
@@ -21,19 +23,34 @@ use crate::{DType, Dim, Fact, Tensor};
 /// In f32 are what would overflow or lose too much there, what no product was computed of, and pixels, visual tokens and
 /// logits.
 pub fn inline_functions(graph: &Graph, flavour: Flavour) -> Result<Graph, GraphError> {
-    inline(graph, flavour, Which::All)
+    inline(graph, flavour, Which::All, &Typing::default())
 }
 
-/// The same graph with each linear that reads a weight in panels of integers as one op with it, where engines multiply
-/// integers. Ops of several such linears are replaced by their definitions.
-pub(super) fn panel_linears(graph: Graph, flavour: Flavour) -> Result<Graph, GraphError> {
-    let is_of_panels = |node: &Node| matches!(node.op, Op::UnpackPanels(_));
-    if !graph.nodes().iter().any(is_of_panels) {
-        return Ok(graph);
+/// As [`inline_functions`], typed so where the flavour is of half precision; linears that read weights in panels of integers
+/// are one op with them where the flavour multiplies integers.
+pub fn inline_typed(graph: &Graph, flavour: Flavour, typing: &Typing) -> Result<Graph, GraphError> {
+    let multiplies_integers = flavour.has_contrib() || !typing.x_scales.is_empty();
+    if !multiplies_integers || !has_panels(graph) {
+        return inline(graph, flavour, Which::All, typing);
     }
-    let mut out = inline(&graph, flavour, Which::OfPanels)?;
-    out.sweep()?;
-    Ok(out)
+    let mut joined = inline(graph, flavour, Which::OfPanels, typing)?;
+    joined.sweep()?;
+    inline(&joined, flavour, Which::All, typing)
+}
+
+/// The same graph with each linear that reads a weight in panels of integers as one op with it, a [`PanelLinear`]. Ops of
+/// several such linears are replaced by their definitions.
+pub fn linears_of_panels(graph: &Graph) -> Result<Graph, GraphError> {
+    if !has_panels(graph) {
+        return Ok(graph.clone());
+    }
+    let mut joined = inline(graph, Flavour::OrtCpu, Which::OfPanels, &Typing::default())?;
+    joined.sweep()?;
+    Ok(joined)
+}
+
+fn has_panels(graph: &Graph) -> bool {
+    graph.nodes().iter().any(|node| matches!(node.op, Op::UnpackPanels(_)))
 }
 
 /// Whether an input or output of a graph is in half precision there: what stays on the device.
@@ -62,12 +79,19 @@ enum Which {
     OfPanels,
 }
 
-fn inline(graph: &Graph, flavour: Flavour, which: Which) -> Result<Graph, GraphError> {
+fn inline(
+    graph: &Graph,
+    flavour: Flavour,
+    which: Which,
+    typing: &Typing,
+) -> Result<Graph, GraphError> {
     let mut inliner = Inliner {
         out: Graph::new(&graph.name),
         flavour,
         which,
         half: flavour.half().filter(|_| which == Which::All),
+        typing,
+        island: None,
         is_wide: false,
         constants: BTreeSet::new(),
         literals: BTreeMap::new(),
@@ -104,13 +128,16 @@ fn inline(graph: &Graph, flavour: Flavour, which: Which) -> Result<Graph, GraphE
     }
 }
 
-struct Inliner {
+struct Inliner<'a> {
     out: Graph,
     flavour: Flavour,
     which: Which,
     /// The type of the result's products, if it is not f32.
     half: Option<DType>,
-    /// Whether the function that is being replaced is computed in f32 as a whole.
+    typing: &'a Typing,
+    /// What of the function that is being replaced stays in f32.
+    island: Option<Island>,
+    /// Whether the function that is being replaced is computed in f32, whatever its outputs are.
     is_wide: bool,
     /// Values that are constants or computed from constants alone.
     constants: BTreeSet<ValueId>,
@@ -122,7 +149,7 @@ struct Inliner {
     panels: BTreeMap<ValueId, (UnpackPanels, Vec<ValueId>)>,
 }
 
-impl Inliner {
+impl Inliner<'_> {
     /// Appends the nodes of `graph` applied to `inputs`; returns its outputs.
     fn nodes(
         &mut self,
@@ -154,7 +181,9 @@ impl Inliner {
             let inputs: Result<Vec<ValueId>, GraphError> =
                 node.inputs.iter().map(|id| map(&ids, id)).collect();
             let facts: Vec<Fact> = node.inputs.iter().map(|id| graph.fact(*id).clone()).collect();
-            let outputs = self.node(node, &inputs?, &facts, prefix)?;
+            let makes_output = graph.outputs().iter().any(|(_, id)| node.outputs.contains(id));
+            let island = self.island_of(node, prefix, makes_output);
+            let outputs = self.node(node, &inputs?, &facts, (prefix, island))?;
             ids.extend(node.outputs.iter().copied().zip(outputs));
         }
         graph.outputs().iter().map(|(_, id)| map(&ids, id)).collect()
@@ -168,13 +197,27 @@ impl Inliner {
         literal
     }
 
-    /// `facts` are those that the node's inputs have in the graph that it is from.
+    /// What of a node stays in f32, one of the graph or of the function that is being replaced.
+    fn island_of(&self, node: &Node, prefix: &str, makes_output: bool) -> Option<Island> {
+        if !prefix.is_empty() {
+            return self.island.filter(|island| *island == Island::Whole || makes_output);
+        }
+        // Parts of an op that was taken apart before, and the weights that it reads, go by its name.
+        let op = node.name.split('/').next()?;
+        let owner = op.rsplit_once('.').map(|(owner, _)| owner);
+        let owner = owner.filter(|_| matches!(node.op, Op::UnpackPanels(_)));
+        let of_weight = owner.and_then(|owner| self.typing.islands.get(owner));
+        let of_weight = of_weight.filter(|island| **island == Island::Whole);
+        self.typing.islands.get(op).or(of_weight).copied()
+    }
+
+    /// `facts` are those that the node's inputs have in the graph that it is from; `island` is what of it stays in f32.
     fn node(
         &mut self,
         node: &Node,
         inputs: &[ValueId],
         facts: &[Fact],
-        prefix: &str,
+        (prefix, island): (&str, Option<Island>),
     ) -> Result<Vec<ValueId>, GraphError> {
         let name = format!("{prefix}{}", node.name);
         let reads_panels = inputs.iter().any(|id| self.panels.contains_key(id));
@@ -197,17 +240,22 @@ impl Inliner {
                 }
                 op => definition(op, facts, self.flavour)?,
             };
-            let is_wide = matches!(node.op, Op::RmsNorm(_)) && !self.flavour.has_contrib();
-            let is_wide = std::mem::replace(&mut self.is_wide, is_wide);
+            let is_norm = matches!(node.op, Op::RmsNorm(_)) && !self.flavour.has_contrib();
+            // Products of bytes lie between numbers of f32, as engines look for them.
+            let is_of_bytes = matches!(node.op, Op::QuantisedLinear(_));
+            let is_wide = self.is_wide || is_norm || is_of_bytes || island == Some(Island::Whole);
+            let outside = (self.is_wide, self.island);
+            (self.is_wide, self.island) = (is_wide, island);
             let outputs = self.nodes(&body, inputs, &format!("{name}/"))?;
-            self.is_wide = is_wide;
-            return match self.half {
+            (self.is_wide, self.island) = outside;
+            return match self.half.filter(|_| island.is_none()) {
                 None => Ok(outputs),
                 Some(half) => outputs.into_iter().map(|id| self.cast(&name, id, half)).collect(),
             };
         }
         let outputs = match self.half {
             None => self.once(&name, node.op.clone(), inputs)?,
+            Some(_) if island.is_some() => self.in_f32(&name, node.op.clone(), inputs)?,
             Some(half) => self.typed(&name, node.op.clone(), inputs, half)?,
         };
         if let (Which::OfPanels, Op::UnpackPanels(op)) = (self.which, &node.op)
@@ -240,10 +288,10 @@ impl Inliner {
         inputs: &[ValueId],
         half: DType,
     ) -> Result<Vec<ValueId>, GraphError> {
-        let dtype_of = |inliner: &Inliner, id: &ValueId| inliner.out.fact(*id).dtype;
+        let dtype_of = |inliner: &Inliner<'_>, id: &ValueId| inliner.out.fact(*id).dtype;
         if let (Op::Cast(cast), [x]) = (&op, inputs)
             && cast.dtype == DType::F32
-            && is_half(dtype_of(self, x))
+            && dtype_of(self, x).is_half()
         {
             return Ok(vec![self.cast(name, *x, half)?]);
         }
@@ -275,11 +323,29 @@ impl Inliner {
         self.once(name, op, &typed)
     }
 
+    /// Appends a standard op with its inputs in f32.
+    fn in_f32(
+        &mut self,
+        name: &str,
+        op: Op,
+        inputs: &[ValueId],
+    ) -> Result<Vec<ValueId>, GraphError> {
+        let wide = inputs.iter().map(|id| self.cast(name, *id, DType::F32));
+        let wide = wide.collect::<Result<Vec<ValueId>, GraphError>>()?;
+        let are_floats = wide.iter().all(|id| self.out.fact(*id).dtype == DType::F32);
+        match &op {
+            Op::Cast(cast) if are_floats && (cast.dtype == DType::F32 || cast.dtype.is_half()) => {
+                Ok(wide)
+            }
+            _ => self.once(name, op, &wide),
+        }
+    }
+
     /// A float as `dtype`; other values as they are.
     fn cast(&mut self, name: &str, id: ValueId, dtype: DType) -> Result<ValueId, GraphError> {
         let value = self.out.value(id);
         let found = value.fact.dtype;
-        if found == dtype || !(found == DType::F32 || is_half(found)) {
+        if found == dtype || !(found == DType::F32 || found.is_half()) {
             return Ok(id);
         }
         if let (Some(Constant::Literal(literal)), Some(half)) = (&value.constant, half_of(dtype))
@@ -303,17 +369,21 @@ impl Inliner {
         let weight = inputs.get(1).and_then(|weight| self.panels.get(weight)).cloned();
         match weight {
             Some((weight, parts)) if PanelLinear::takes(weight.format, linear.rounding) => {
-                let op = PanelLinear { linear: linear.clone(), weight };
+                let x_scale = self.typing.x_scales.get(name).copied();
+                let (format, linear) = (weight.format, linear.clone());
+                let op: Op = match (self.flavour.has_contrib(), x_scale) {
+                    (true, _) => PanelLinear { linear, weight }.into(),
+                    (false, Some(x_scale)) if format == PanelFormat::Int8 => {
+                        QuantisedLinear { linear, n: weight.n, k: weight.k, x_scale }.into()
+                    }
+                    (false, _) => return self.once(name, linear.into(), inputs),
+                };
                 let inputs = [&inputs[..1], &parts, &inputs[2..]].concat();
-                self.once(name, op.into(), &inputs)
+                self.once(name, op, &inputs)
             }
             _ => self.once(name, linear.clone().into(), inputs),
         }
     }
-}
-
-fn is_half(dtype: DType) -> bool {
-    matches!(dtype, DType::F16 | DType::BF16)
 }
 
 /// What keeps a number within a half-precision type.

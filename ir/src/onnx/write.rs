@@ -7,8 +7,8 @@ use super::name::{Names, name_values};
 use super::proto::{GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto};
 use super::target::{Piece, pieces};
 use super::{
-    FLAMINGO, Functions, OnnxError, WeightLayout, WriteOptions, inline_functions, lower, message,
-    panel_linears,
+    FLAMINGO, Functions, OnnxError, Typing, WeightLayout, WriteOptions, inline_typed,
+    linears_of_panels, lower, message,
 };
 use crate::graph::{Constant, Graph, Node, ValueId};
 use crate::op::{Attribute, Attributes, OnnxForm, OnnxInput};
@@ -22,15 +22,23 @@ pub fn graph_of_flavour(
     options: impl Into<WriteOptions>,
     weights: &WeightLayout,
 ) -> Result<Graph, OnnxError> {
+    typed_graph(graph, options, &Typing::default(), weights)
+}
+
+/// As [`graph_of_flavour`], typed so where the flavour is of half precision.
+pub fn typed_graph(
+    graph: &Verified,
+    options: impl Into<WriteOptions>,
+    typing: &Typing,
+    weights: &WeightLayout,
+) -> Result<Graph, OnnxError> {
     let options = options.into();
-    let mut runtime = lower::runtime_graph(graph, weights)?;
-    if options.flavour.has_contrib() {
-        runtime = panel_linears(runtime, options.flavour)?;
+    let runtime = lower::runtime_graph(graph, weights)?;
+    match options.functions == Functions::Keep && options.flavour.half().is_none() {
+        true if options.flavour.has_contrib() => Ok(linears_of_panels(&runtime)?),
+        true => Ok(runtime),
+        false => Ok(inline_typed(&runtime, options.flavour, typing)?),
     }
-    if options.functions == Functions::Keep && options.flavour.half().is_none() {
-        return Ok(runtime);
-    }
-    Ok(inline_functions(&runtime, options.flavour)?)
 }
 
 /// The bytes of an ONNX file (a `ModelProto`) with the runtime part of `graph`. The same graph and options give the same

@@ -16,6 +16,7 @@
 
 mod inputs;
 mod pack;
+mod threads;
 
 use std::fmt;
 
@@ -215,6 +216,22 @@ impl UnpackPanels {
 
     fn body_in<'g>(&self, graph: &'g mut Graph) -> Body<'g> {
         Body { graph, n_panels: self.n_panels() }
+    }
+
+    /// Appends the levels i8 [n, k] of a weight of bytes, and the scales [n] of its rows.
+    pub(super) fn rows_of_levels(
+        &self,
+        graph: &mut Graph,
+        data: ValueId,
+        row_scales: ValueId,
+    ) -> Result<(ValueId, ValueId), GraphError> {
+        let (rows, cols) = (self.n_panels() * PANEL_ROWS, self.k.next_multiple_of(4));
+        let mut body = self.body_in(graph);
+        let levels = body.turned("by_row", data, &[0, 2, 1, 3])?;
+        let levels = body.shaped("rows", levels, &[rows, cols])?;
+        let levels = body.cut(levels, (rows, self.n), (cols, self.k))?;
+        let scales = body.shaped("row_scale_list", row_scales, &[rows])?;
+        Ok((levels, body.cut_rows("whole_row_scales", scales, (rows, self.n))?))
     }
 
     /// Appends the transposed levels [k, n] of a weight of bytes, f32, and the scales [n] of its rows.
@@ -612,6 +629,20 @@ mod tests {
 
     fn fit(inputs: &Inputs) -> Fit<'_> {
         Fit { inputs: Some(inputs), reach: None }
+    }
+
+    #[test]
+    fn the_number_of_threads_changes_no_bit() {
+        for format in [PanelFormat::Int8, PanelFormat::Int4 { block: 32 }] {
+            for (n, k) in [(1, 16), (50, 200), (129, 33)] {
+                let (weight, inputs) = (noise(n, k), calibrated(k));
+                for fit in [fit(&inputs), Fit::default()] {
+                    let on = |n| pack::pack_on(format, &weight, fit, n).unwrap();
+                    let alone = on(1);
+                    assert!([2, 3, 8].into_iter().all(|n| on(n) == alone), "{format} {n}x{k}");
+                }
+            }
+        }
     }
 
     #[test]

@@ -35,6 +35,10 @@ pub(crate) enum Source {
     F16Weight,
     /// u8.
     Bytes,
+    /// i8.
+    SignedBytes,
+    /// i8 0, known at build time.
+    Zero,
     /// i8, known at build time.
     I8Weight,
     /// u8, known at build time.
@@ -58,7 +62,7 @@ fn case(name: &'static str, op: impl Into<Op>, inputs: &[(&'static str, Source, 
             Truth => DType::Bool,
             Bf16Weight => DType::BF16,
             F16Weight => DType::F16,
-            I8Weight => DType::I8,
+            SignedBytes | Zero | I8Weight => DType::I8,
             Bytes | U8Weight => DType::U8,
         };
         Fact::new(dtype, dims(shape))
@@ -106,7 +110,8 @@ fn tensor(source: Source, fact: &Fact, bindings: &Bindings, seed: usize) -> Tens
             let bytes: Vec<u8> = (0..n).flat_map(half).collect();
             Tensor::from_stored_bytes(fact.dtype, &shape, &bytes).unwrap()
         }
-        I8Weight | U8Weight | Bytes => {
+        Zero => Tensor::from_stored_bytes(fact.dtype, &shape, &vec![0; n]).unwrap(),
+        I8Weight | U8Weight | Bytes | SignedBytes => {
             let bytes: Vec<u8> = (0..n).map(|i| (i * 151 + seed).to_le_bytes()[0]).collect();
             Tensor::from_stored_bytes(fact.dtype, &shape, &bytes).unwrap()
         }
@@ -154,7 +159,7 @@ pub(crate) fn build(name: &str, cases: &[Case]) -> Built {
         for (role, source, fact) in &case.inputs {
             let name = format!("{}.{role}", case.name);
             ids.push(match source {
-                Weight | Scale | Bf16Weight | F16Weight | I8Weight | U8Weight => {
+                Weight | Scale | Bf16Weight | F16Weight | I8Weight | U8Weight | Zero => {
                     let seed = 1000 + weights.0.len();
                     weights.0.insert(name.clone(), tensor(*source, fact, &Bindings::new(), seed));
                     let id = graph.weight(&name, fact.clone());
@@ -244,6 +249,12 @@ pub(crate) fn standard_cases() -> Vec<Case> {
                 ("indices", Rows, "text_len, 8"),
                 ("updates", Noise, "text_len, 8"),
             ],
+        ),
+        case("quantised", QuantizeLinear, &[X, ("scale", Scale, ""), ("zero_point", Zero, "")]),
+        case(
+            "dequantised",
+            DequantizeLinear,
+            &[("levels", SignedBytes, "text_len, 3"), ("scales", Positive, "text_len")],
         ),
         case("gather", Gather, &[("table", Weight, "50, 8"), ("ids", Positions, "text_len")]),
         case(
@@ -480,6 +491,21 @@ pub(crate) fn function_cases() -> Vec<Case> {
                 ("data", U8Weight, "2, 6, 16, 4"),
                 ("row_scales", Weight, "2, 16"),
                 ("block_scales", U8Weight, "2, 3, 16"),
+            ],
+        ),
+        case(
+            "quantised_linear",
+            QuantisedLinear {
+                linear: Linear { residual: true, ..Linear::default() },
+                n: 19,
+                k: 70,
+                x_scale: 0.01,
+            },
+            &[
+                ("x", Noise, "text_len, 70"),
+                ("data", I8Weight, "2, 18, 16, 4"),
+                ("row_scales", Scale, "2, 16"),
+                ("residual", Noise, "text_len, 19"),
             ],
         ),
         case(

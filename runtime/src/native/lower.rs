@@ -61,7 +61,12 @@ impl Planner<'_> {
             | Op::FusedMatMul(_)
             | Op::MatMulIntegerToFloat(_)
             | Op::MatMulNBits(_) => Err(no_kernel("`Linear`")),
-            Op::PanelLinear(_) => Err(no_kernel("`UnpackPanels` and `Linear`")),
+            Op::PanelLinear(_) | Op::QuantisedLinear(_) => {
+                Err(no_kernel("`UnpackPanels` and `Linear`"))
+            }
+            Op::QuantizeLinear(_) | Op::DequantizeLinear(_) => {
+                Err(no_kernel("`Linear` with `rounding`, and `UnpackPanels`"))
+            }
             Op::LayerNormalization(_) => Err(no_kernel("`LayerNorm`")),
             Op::Gelu(_)
             | Op::QuickGelu(_)

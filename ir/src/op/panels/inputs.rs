@@ -5,6 +5,8 @@ use std::borrow::Cow;
 use ndarray::linalg::general_mat_mul;
 use ndarray::{ArrayView2, ArrayViewMut2, Axis, Slice};
 
+use super::threads::map_in_order;
+
 /// Columns whose products are kept: all pairs within a block of so many.
 const BLOCK: usize = 128;
 /// Share of the mean power that is added to every column's: columns that were never seen stay bounded.
@@ -165,7 +167,8 @@ pub(super) struct Compensation {
 }
 
 impl Compensation {
-    pub(super) fn new(inputs: &Inputs) -> Compensation {
+    /// For rows like those seen, computed on so many threads.
+    pub(super) fn new(inputs: &Inputs, n_threads: usize) -> Compensation {
         let mean: f64 = inputs.power().iter().map(|p| f64::from(*p)).sum::<f64>();
         let damping = DAMPING * mean / inputs.k.max(1) as f64;
         let n_rows = inputs.n_rows.max(1) as f64;
@@ -177,7 +180,7 @@ impl Compensation {
             }
             (width, upper_of_inverse(&h, width))
         };
-        Compensation { blocks: inputs.blocks().map(of_block).collect() }
+        Compensation { blocks: map_in_order(inputs.blocks(), n_threads, of_block) }
     }
 
     /// Rounds a row in place: `round(column, value)` gives the value that is stored.
@@ -313,7 +316,7 @@ mod tests {
             let step = 0.2f32;
             let nearest: Vec<f32> = weight.iter().map(|w| (w / step).round() * step - w).collect();
             let mut rounded = weight.clone();
-            Compensation::new(&inputs).round(&mut rounded, |_, w| (w / step).round() * step);
+            Compensation::new(&inputs, 2).round(&mut rounded, |_, w| (w / step).round() * step);
             let error: Vec<f32> = rounded.iter().zip(&weight).map(|(a, b)| a - b).collect();
             let (with, without) = (inputs.error_power(&error), inputs.error_power(&nearest));
             assert!(rounded.iter().all(|w| ((w / step).round() * step - w).abs() < 1e-5));
@@ -331,10 +334,10 @@ mod tests {
         assert_eq!(inputs.n_rows(), 1);
         assert_eq!(inputs.power(), [1.0, 0.0, 4.0, 0.0]);
         let mut row = [0.4f32, 0.6, 0.4, 1.4];
-        Compensation::new(&inputs).round(&mut row, |_, w| w.round());
+        Compensation::new(&inputs, 2).round(&mut row, |_, w| w.round());
         assert_eq!((row[1], row[3]), (1.0, 1.0));
         let mut none = [0.4f32, 0.6];
-        Compensation::new(&Inputs::new(2)).round(&mut none, |_, w| w.round());
+        Compensation::new(&Inputs::new(2), 2).round(&mut none, |_, w| w.round());
         assert_eq!(none, [0.0, 1.0]);
     }
 

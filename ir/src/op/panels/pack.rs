@@ -4,6 +4,7 @@ use half::{bf16, f16};
 use ndarray::{Array, ArrayView2, Ix2, IxDyn};
 
 use super::inputs::{Compensation, Inputs};
+use super::threads::{map_in_order, n_cores};
 use super::{PANEL_ROWS, PanelFormat};
 use crate::Tensor;
 use crate::op::OpError;
@@ -13,6 +14,8 @@ use crate::op::OpError;
 const INT4_DIVISORS: [f32; 3] = [8.0, 7.5, 7.0];
 /// The same where calibration says what an error costs: values that are cut off may cost less than coarse steps.
 const INT4_CUTTING: [f32; 8] = [7.0, 7.5, 8.0, 8.5, 9.0, 10.0, 11.0, 12.5];
+/// Levels of int4.
+const INT4_RANGE: (f32, f32) = (-8.0, 7.0);
 /// Divisors of a row's largest magnitude for its scale of bytes.
 const INT8_CUTTING: [f32; 6] = [127.0, 132.0, 140.0, 150.0, 165.0, 185.0];
 
@@ -35,11 +38,11 @@ struct Rounder {
 }
 
 impl Rounder {
-    fn new(fit: Fit<'_>) -> Rounder {
+    fn new(fit: Fit<'_>, n_threads: usize) -> Rounder {
         let inputs = fit.inputs.filter(|inputs| inputs.n_rows() > 0);
         Rounder {
             costs: inputs.map(Inputs::power),
-            compensation: inputs.map(Compensation::new),
+            compensation: inputs.map(|inputs| Compensation::new(inputs, n_threads)),
             reach: fit.reach,
         }
     }
@@ -85,18 +88,28 @@ pub(super) fn pack(
     weight: &Tensor,
     fit: Fit<'_>,
 ) -> Result<Vec<Tensor>, OpError> {
+    pack_on(format, weight, fit, n_cores())
+}
+
+/// The same on so many threads.
+pub(super) fn pack_on(
+    format: PanelFormat,
+    weight: &Tensor,
+    fit: Fit<'_>,
+    n_threads: usize,
+) -> Result<Vec<Tensor>, OpError> {
     let rows = rows(weight)?;
     let is_rounded = matches!(format, PanelFormat::Int8 | PanelFormat::Int4 { .. });
     if let Some(inputs) = fit.inputs.filter(|inputs| is_rounded && inputs.k() != rows.ncols()) {
         let (found, expected) = (inputs.k(), rows.ncols());
         return Err(failed(&format!("calibrated on {found} columns, expected {expected}")));
     }
-    let rounder = Rounder::new(if is_rounded { fit } else { Fit::default() });
+    let rounder = Rounder::new(if is_rounded { fit } else { Fit::default() }, n_threads);
     let packed = match format {
         PanelFormat::F16 => pack_f16(rows)?,
         PanelFormat::Bf16 => pack_bf16(rows),
-        PanelFormat::Int8 => pack_int8(rows, &rounder),
-        PanelFormat::Int4 { block } => pack_int4(rows, block, &rounder)?,
+        PanelFormat::Int8 => pack_int8(rows, &rounder, n_threads),
+        PanelFormat::Int4 { block } => pack_int4(rows, block, &rounder, n_threads)?,
     };
     packed.into_iter().collect::<Option<Vec<Tensor>>>().ok_or_else(|| failed("other shapes"))
 }
@@ -163,20 +176,34 @@ fn level(value: f32, scale: f32, (min, max): (f32, f32)) -> f32 {
     }
 }
 
-fn pack_int8(rows: ArrayView2<'_, f32>, rounder: &Rounder) -> Vec<Option<Tensor>> {
+/// The rows of a panel that the weight has, by their place in it.
+fn rows_of(rows: &ArrayView2<'_, f32>, panel: usize) -> impl Iterator<Item = (usize, Vec<f32>)> {
+    let first = panel * PANEL_ROWS;
+    let end = rows.nrows().min(first + PANEL_ROWS);
+    (first..end).map(move |row| (row - first, rows.row(row).to_vec()))
+}
+
+fn pack_int8(
+    rows: ArrayView2<'_, f32>,
+    rounder: &Rounder,
+    n_threads: usize,
+) -> Vec<Option<Tensor>> {
     let (panels, n_groups) = (n_panels(rows), rows.ncols().div_ceil(4));
-    let mut data = vec![0i8; panels * n_groups * PANEL_ROWS * 4];
+    let panel_len = n_groups * PANEL_ROWS * 4;
+    let mut data = vec![0i8; panels * panel_len];
     let mut scales = vec![0.0f32; panels * PANEL_ROWS];
     let range = (-127.0, 127.0);
     let divisors = if rounder.costs.is_some() { &INT8_CUTTING[..] } else { &INT8_CUTTING[..1] };
-    for (row, values) in rows.rows().into_iter().enumerate() {
-        let values = values.to_vec();
-        let scale = rounder.scale(&values, 0, divisors, range);
-        scales[row] = scale;
-        for (col, level) in rounder.levels(&values, |_| scale, range).into_iter().enumerate() {
-            data[place((row, col), n_groups, 4)] = level as i8;
+    let pieces = data.chunks_mut(panel_len.max(1)).zip(scales.chunks_mut(PANEL_ROWS));
+    map_in_order(pieces.enumerate(), n_threads, |(panel, (data, scales))| {
+        for (row, values) in rows_of(&rows, panel) {
+            let scale = rounder.scale(&values, 0, divisors, range);
+            scales[row] = scale;
+            for (col, level) in rounder.levels(&values, |_| scale, range).into_iter().enumerate() {
+                data[place((row, col), n_groups, 4)] = level as i8;
+            }
         }
-    }
+    });
     vec![
         tensor!(I8, [panels, n_groups, PANEL_ROWS, 4], data),
         tensor!(F32, [panels, PANEL_ROWS], scales),
@@ -193,44 +220,53 @@ fn max_block_scale(padded_cols: usize) -> Result<f32, OpError> {
     }
 }
 
+/// The scales of a row's blocks, as whole steps of the row's scale, which comes second.
+fn int4_scales(values: &[f32], block: usize, max_scale: f32, rounder: &Rounder) -> (Vec<f32>, f32) {
+    let divisors = if rounder.costs.is_some() { &INT4_CUTTING[..] } else { &INT4_DIVISORS[..] };
+    let blocks = values.chunks(block).enumerate();
+    let scales: Vec<f32> = blocks
+        .map(|(index, values)| rounder.scale(values, index * block, divisors, INT4_RANGE))
+        .collect();
+    let row_scale = largest(&scales) / max_scale;
+    let steps = |scale: &f32| match *scale > 0.0 && row_scale > 0.0 {
+        true => (scale / row_scale).round_ties_even().clamp(1.0, max_scale),
+        false => 0.0,
+    };
+    (scales.iter().map(steps).collect(), row_scale)
+}
+
 fn pack_int4(
     rows: ArrayView2<'_, f32>,
     block: usize,
     rounder: &Rounder,
+    n_threads: usize,
 ) -> Result<Vec<Option<Tensor>>, OpError> {
     let (panels, n_blocks) = (n_panels(rows), rows.ncols().div_ceil(block));
     let n_groups = n_blocks * block / 8;
     let max_scale = max_block_scale(n_blocks * block)?;
-    let mut data = vec![0x88u8; panels * n_groups * PANEL_ROWS * 4];
+    let (data_len, blocks_len) = (n_groups * PANEL_ROWS * 4, n_blocks * PANEL_ROWS);
+    let mut data = vec![0x88u8; panels * data_len];
     let mut row_scales = vec![0.0f32; panels * PANEL_ROWS];
-    let mut block_scales = vec![0u8; panels * n_blocks * PANEL_ROWS];
-    let range = (-8.0, 7.0);
-    let divisors = if rounder.costs.is_some() { &INT4_CUTTING[..] } else { &INT4_DIVISORS[..] };
-    for (row, values) in rows.rows().into_iter().enumerate() {
-        let values = values.to_vec();
-        let blocks = values.chunks(block).enumerate();
-        let scales: Vec<f32> = blocks
-            .map(|(index, values)| rounder.scale(values, index * block, divisors, range))
-            .collect();
-        let row_scale = largest(&scales) / max_scale;
-        row_scales[row] = row_scale;
-        let steps = |scale: &f32| match *scale > 0.0 && row_scale > 0.0 {
-            true => (scale / row_scale).round_ties_even().clamp(1.0, max_scale),
-            false => 0.0,
-        };
-        let steps: Vec<f32> = scales.iter().map(steps).collect();
-        for (index, steps) in steps.iter().enumerate() {
-            let at = row / PANEL_ROWS * n_blocks + index;
-            block_scales[at * PANEL_ROWS + row % PANEL_ROWS] = *steps as u8;
+    let mut block_scales = vec![0u8; panels * blocks_len];
+    let scales = row_scales.chunks_mut(PANEL_ROWS).zip(block_scales.chunks_mut(blocks_len.max(1)));
+    let pieces = data.chunks_mut(data_len.max(1)).zip(scales).enumerate();
+    map_in_order(pieces, n_threads, |(panel, (data, (row_scales, block_scales)))| {
+        for (row, values) in rows_of(&rows, panel) {
+            let (steps, row_scale) = int4_scales(&values, block, max_scale, rounder);
+            row_scales[row] = row_scale;
+            for (index, steps) in steps.iter().enumerate() {
+                block_scales[index * PANEL_ROWS + row] = *steps as u8;
+            }
+            let scale = |col: usize| steps[col / block] * row_scale;
+            let levels = rounder.levels(&values, scale, INT4_RANGE);
+            for (col, level) in levels.into_iter().enumerate() {
+                let nibble = level as i8 + 8;
+                let byte = place((row, col / 8 * 4 + col % 4), n_groups, 4);
+                let shift = if col % 8 < 4 { 0 } else { 4 };
+                data[byte] = data[byte] & !(15 << shift) | nibble.cast_unsigned() << shift;
+            }
         }
-        let scale = |col: usize| steps[col / block] * row_scale;
-        for (col, level) in rounder.levels(&values, scale, range).into_iter().enumerate() {
-            let nibble = level as i8 + 8;
-            let byte = place((row, col / 8 * 4 + col % 4), n_groups, 4);
-            let shift = if col % 8 < 4 { 0 } else { 4 };
-            data[byte] = data[byte] & !(15 << shift) | nibble.cast_unsigned() << shift;
-        }
-    }
+    });
     Ok(vec![
         tensor!(U8, [panels, n_groups, PANEL_ROWS, 4], data),
         tensor!(F32, [panels, PANEL_ROWS], row_scales),
@@ -297,13 +333,23 @@ pub fn sqnr_db(format: PanelFormat, weight: &Tensor, packed: &[Tensor]) -> Resul
     let fits = packed.iter().map(Tensor::fact).eq(expected);
     let packed = Packed::new(format, packed).filter(|_| fits);
     let packed = packed.ok_or_else(|| failed("expected the panels of the weight"))?;
-    let (mut signal, mut noise) = (0.0f64, 0.0f64);
-    for (at, value) in rows.indexed_iter() {
-        let error = f64::from(*value) - f64::from(packed.value(at, rows.ncols()));
-        signal += f64::from(*value).powi(2);
-        noise += error.powi(2);
-    }
-    Ok(if noise > 0.0 { 10.0 * (signal / noise).log10() } else { f64::INFINITY })
+    let powers = |row: usize| {
+        let mut powers = [0.0f64; 2];
+        for (col, value) in rows.row(row).iter().enumerate() {
+            let error = f64::from(*value) - f64::from(packed.value((row, col), rows.ncols()));
+            powers[0] += f64::from(*value).powi(2);
+            powers[1] += error.powi(2);
+        }
+        powers
+    };
+    Ok(ratio_db(map_in_order(0..rows.nrows(), n_cores(), powers)))
+}
+
+/// Σ signal over Σ noise of rows, in dB; infinite without noise.
+fn ratio_db(powers: Vec<[f64; 2]>) -> f64 {
+    let sum = |[signal, noise]: [f64; 2], [s, n]: [f64; 2]| [signal + s, noise + n];
+    let [signal, noise] = powers.into_iter().fold([0.0; 2], sum);
+    if noise > 0.0 { 10.0 * (signal / noise).log10() } else { f64::INFINITY }
 }
 
 /// Noise of the products with what calibration saw, in dB below them: 10 log₁₀(Σ (w x)² / Σ ((w − packed) x)²) over
@@ -322,13 +368,11 @@ pub fn output_sqnr_db(
     let fits = packed.iter().map(Tensor::fact).eq(expected) && inputs.k() == rows.ncols();
     let packed = Packed::new(format, packed).filter(|_| fits);
     let packed = packed.ok_or_else(|| failed("expected the panels of the weight"))?;
-    let (mut signal, mut noise) = (0.0f64, 0.0f64);
-    for (row, values) in rows.rows().into_iter().enumerate() {
-        let values = values.to_vec();
+    let powers = |row: usize| {
+        let values = rows.row(row).to_vec();
         let error = |(col, value): (usize, &f32)| value - packed.value((row, col), values.len());
         let error: Vec<f32> = values.iter().enumerate().map(error).collect();
-        signal += inputs.error_power(&values);
-        noise += inputs.error_power(&error);
-    }
-    Ok(if noise > 0.0 { 10.0 * (signal / noise).log10() } else { f64::INFINITY })
+        [inputs.error_power(&values), inputs.error_power(&error)]
+    };
+    Ok(ratio_db(map_in_order(0..rows.nrows(), n_cores(), powers)))
 }
