@@ -24,7 +24,7 @@ fn pillows_weights() -> Vec<f64> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/src/build/positions.json");
     let cases: Vec<Value> = serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap();
     let case = cases.iter().find(|case| {
-        [&case["old"], &case["new"]] == GRIDS.map(|grid| Value::from(grid)).each_ref()
+        [&case["old"], &case["new"]] == GRIDS.map(Value::from).each_ref()
             && case["antialias"] == true
     });
     let weights = case.unwrap()["weights"].as_array().unwrap();
