@@ -20,6 +20,7 @@ mod run;
 mod score;
 mod source;
 mod synth;
+mod template;
 mod thumbnail;
 mod trace;
 

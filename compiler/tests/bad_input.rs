@@ -367,7 +367,7 @@ fn recipes_that_are_wrong() {
     refused("heads = 4", "heads = 5", &["`vision.heads`", "divisor", "got 5"]);
     refused("heads = 4", "heads = 0", &["`vision.heads`", "got 0"]);
     refused("heads = 4", "heads = -4", &["heads"]);
-    refused("image_size = 28", "image_size = 56", &["`vision.image_size`", "28", "56"]);
+    refused("image_size = 28", "image_size = 57", &["`vision.image_size`", "patch size 14", "57"]);
     refused("patch_size = 14", "patch_size = 7", &["`vision.patch_size`", "14", "7"]);
     refused("quick_gelu", "swoosh", &["`vision.activation`", "swoosh", "expected"]);
     refused("[vision]", "[resampler]\nhead_dim = 7\n[vision]", &["`resampler.head_dim`", "7"]);

@@ -10,6 +10,8 @@ mod common;
 mod device;
 #[path = "cli/doctor.rs"]
 mod doctor;
+#[path = "cli/eval.rs"]
+mod eval;
 #[path = "cli/gpu.rs"]
 mod gpu;
 #[path = "cli/inspect.rs"]

@@ -5,6 +5,7 @@ mod decoder;
 mod language;
 mod media;
 mod nfnet;
+mod positions;
 mod resampler;
 mod vision;
 

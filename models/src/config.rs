@@ -85,6 +85,18 @@ pub struct ClipConfig {
     pub epsilon: f32,
     /// Whether the class token is among the tokens handed on (IDEFICS), or dropped.
     pub keep_class_token: bool,
+    /// The checkpoint's positions, if they are of another square than the patches.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub positions: Option<PositionsConfig>,
+}
+
+/// Positions of a square of patches, to be resampled to another square.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PositionsConfig {
+    /// Patches along one side.
+    pub grid: usize,
+    /// Whether it is done as open_clip does it, with antialiasing, or as transformers.
+    pub antialias: bool,
 }
 
 /// A normaliser-free ResNet of the F family (Brock et al. 2021), as timm's `dm_nfnet_f0` to `dm_nfnet_f6`.
@@ -315,6 +327,9 @@ pub struct SpecialTokens {
     pub pad: Option<u32>,
     /// Stands before and after `image` in IDEFICS.
     pub around_image: Option<u32>,
+    /// Stands before an answer in Otter.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub answer: Option<u32>,
     /// Where generation stops, besides `end` and `end_of_chunk`.
     #[serde(default)]
     pub stop: Vec<u32>,

@@ -10,6 +10,9 @@ use crate::source::SourceError;
 /// Tokens that open_flamingo's `factory.py` adds to a language model's tokenizer, in its order.
 const ADDED: [&str; 3] = ["<|endofchunk|>", "<image>", "<PAD>"];
 
+/// The token that Otter adds beside them.
+pub(crate) const ANSWER: &str = "<answer>";
+
 /// Reads a `tokenizer.json`.
 pub fn read_tokenizer(path: &Path) -> Result<Tokenizer, SourceError> {
     Tokenizer::from_file(path).map_err(|error| SourceError::Config {
@@ -40,8 +43,12 @@ pub(crate) fn flamingo_token_ids(path: &Path) -> Result<[Option<u32>; 3], Source
 pub fn tokenizer_json(path: &Path, tokens: &SpecialTokens) -> Result<Vec<u8>, SourceError> {
     let wrong = |reason: String| SourceError::Config { path: path.to_owned(), reason };
     let mut tokenizer = read_tokenizer(path)?;
-    let wanted =
-        [(tokens.end_of_chunk, ADDED[0]), (Some(tokens.image), ADDED[1]), (tokens.pad, ADDED[2])];
+    let wanted = [
+        (tokens.end_of_chunk, ADDED[0]),
+        (Some(tokens.image), ADDED[1]),
+        (tokens.pad, ADDED[2]),
+        (tokens.answer, ANSWER),
+    ];
     let missing = |(id, name): (Option<u32>, &'static str)| {
         id.filter(|id| tokenizer.id_to_token(*id).is_none()).map(|id| (id, name))
     };
@@ -91,5 +98,23 @@ mod tests {
         assert!(tokenizer_json(&path, &elsewhere).unwrap_err().to_string().contains("expected id"));
         std::fs::write(&path, &bytes).unwrap();
         assert_eq!(tokenizer_json(&path, &tokens).unwrap(), bytes);
+    }
+
+    /// Otter's tokens come in the order of its ids: `<answer>` before `<PAD>`.
+    #[test]
+    fn otters_answer_token_is_added_and_is_one_token() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tokenizer.json");
+        std::fs::write(&path, PLAIN).unwrap();
+        let tokens = SpecialTokens {
+            image: 4,
+            end_of_chunk: Some(3),
+            answer: Some(5),
+            pad: Some(6),
+            ..SpecialTokens::default()
+        };
+        let tokenizer = Tokenizer::from_bytes(tokenizer_json(&path, &tokens).unwrap()).unwrap();
+        let ids = tokenizer.encode("<image>a<answer>b", true).unwrap();
+        assert_eq!(ids.get_ids(), [4, 0, 5, 1]);
     }
 }

@@ -1,4 +1,5 @@
-//! Beam search as Hugging Face's `generate` does it: forks of one session, advanced in one pass over the weights.
+//! Beam search as Hugging Face's `generate` does it: forks of a session, advanced in one pass over the weights, with those
+//! of other sessions.
 
 use std::cmp::Ordering;
 
@@ -6,6 +7,7 @@ use crate::answer::{GenerateOptions, Generated, Stop};
 use crate::backend::{Sequence, Step};
 use crate::model::RunError;
 use crate::sampling::repeated;
+use crate::score::{Question, SCORED_TOGETHER, parts};
 use crate::session::Session;
 
 /// How beams are searched.
@@ -49,90 +51,182 @@ impl Session {
     /// # Errors
     /// If there is nothing to continue; a limit that was reached.
     pub fn search(&mut self, options: &GenerateOptions) -> Result<Generated, RunError> {
-        let beam_options = options.beams;
-        let (forbidden, stops) =
-            self.special_tokens(options.allow_image_token, options.ignore_stops);
-        // One token more than there is room for can be chosen: nothing comes after it.
-        let room = (self.max_context() + 1).saturating_sub(self.ids().len());
-        let n_most = options.max_new_tokens.min(room);
-        let at_end = if n_most < options.max_new_tokens { Stop::Context } else { Stop::Length };
-        let next = log_softmax(&self.logits()?);
-        self.make_media(&[self.generated_time()])?;
-        let (sequence, tokens) = (self.fork_sequence(), Vec::new());
-        let mut beams = vec![Beam { sequence, tokens, score: 0.0, next }];
-        let mut ended: Vec<Hypothesis> = Vec::new();
-        let mut n_steps = 0;
-        while n_steps < n_most && beam_options.n_beams > 0 {
-            options.limits.check()?;
-            for beam in &mut beams {
-                let history = [self.ids(), &beam.tokens].concat();
-                let repeated = repeated(&history, options.sampling.no_repeat_ngram);
-                for id in forbidden.iter().chain(&repeated) {
-                    if let Some(score) = beam.next.get_mut(*id as usize) {
-                        *score = f64::NEG_INFINITY;
-                    }
-                }
-            }
-            n_steps += 1;
-            let n_candidates = beam_options.n_beams * (stops.len() + 1).max(2);
-            let mut chosen = Vec::new();
-            for (rank, (score, parent, id)) in best(&beams, n_candidates).into_iter().enumerate() {
-                if !stops.contains(&id) {
-                    chosen.push((score, parent, id));
-                } else if rank < beam_options.n_beams {
-                    let tokens = beams[parent].tokens.clone();
-                    let score = penalised(score, n_steps, beam_options.length_penalty);
-                    ended.push(Hypothesis { tokens, score, stop: Stop::Token(id) });
-                }
-                if chosen.len() == beam_options.n_beams {
-                    break;
-                }
-            }
-            beams = grown(beams, &chosen);
-            ended.sort_by(|a, b| b.score.total_cmp(&a.score));
-            ended.truncate(beam_options.n_beams);
-            let hope = beams.iter().map(|beam| beam.score).fold(f64::NEG_INFINITY, f64::max);
-            let hope = penalised(hope, n_steps, beam_options.length_penalty);
-            let worst = ended.last().map_or(f64::NEG_INFINITY, |ended| ended.score);
-            let is_full = ended.len() == beam_options.n_beams;
-            if beams.is_empty() || (is_full && (beam_options.stop_early || worst >= hope)) {
-                beams.clear();
-                break;
-            }
-            if n_steps < n_most {
-                self.step(&mut beams)?;
+        let mut search = [Search::new(self, options)?];
+        run(&mut search, options)?;
+        let [search] = search;
+        Ok(search.finish())
+    }
+
+    /// Texts that beam search finds after each of several prompts that begin with what the session has, up to the first stop
+    /// string; the session stays as it is. Prompts, and then the beams of all, are read in common passes over the weights.
+    /// What is found does not depend on the company.
+    ///
+    /// # Errors
+    /// As [`Session::search`]; a question without tokens; an artifact without a tokenizer.
+    pub fn search_each(
+        &self,
+        questions: &[Question],
+        options: &GenerateOptions,
+    ) -> Result<Vec<String>, RunError> {
+        let mut texts = Vec::with_capacity(questions.len());
+        let most = (SCORED_TOGETHER / options.beams.n_beams.max(1)).max(1);
+        for part in parts(questions, most) {
+            let mut sessions = self.read_each(part, &options.limits)?;
+            let searches = sessions.iter_mut().map(|session| Search::new(session, options));
+            let mut searches: Vec<Search<'_>> = searches.collect::<Result<_, _>>()?;
+            run(&mut searches, options)?;
+            let found: Vec<Generated> = searches.into_iter().map(Search::finish).collect();
+            for (session, generated) in sessions.iter().zip(&found) {
+                texts.push(session.text_of(generated, &options.stop_strings)?.0);
             }
         }
+        Ok(texts)
+    }
+}
+
+/// A search for the best continuation of a session.
+struct Search<'a> {
+    session: &'a mut Session,
+    options: &'a GenerateOptions,
+    forbidden: Vec<u32>,
+    stops: Vec<u32>,
+    /// The medium that new tokens see.
+    media_time: [u32; 1],
+    /// Most new tokens, and why there are no more.
+    n_most: usize,
+    at_end: Stop,
+    beams: Vec<Beam>,
+    ended: Vec<Hypothesis>,
+    n_steps: usize,
+}
+
+/// Runs searches side by side until all are over.
+fn run(searches: &mut [Search<'_>], options: &GenerateOptions) -> Result<(), RunError> {
+    while searches.iter().any(|search| !search.is_over()) {
+        options.limits.check()?;
+        searches.iter_mut().filter(|search| !search.is_over()).for_each(Search::choose);
+        step(searches)?;
+    }
+    Ok(())
+}
+
+/// Advances all beams of the searches that go on by their last token.
+fn step(searches: &mut [Search<'_>]) -> Result<(), RunError> {
+    let Some(model) = searches.first().map(|search| search.session.model().clone()) else {
+        return Ok(());
+    };
+    let mut batch: Vec<(&mut dyn Sequence, Step<'_>)> = Vec::new();
+    for search in searches.iter_mut().filter(|search| !search.is_over()) {
+        let Search { session, beams, media_time, .. } = search;
+        for Beam { sequence, tokens, .. } in beams.iter_mut() {
+            let step = Step {
+                input_ids: &tokens[tokens.len() - 1..],
+                media_time: &*media_time,
+                media: session.media(),
+                logit_rows: &[0],
+            };
+            batch.push((sequence.as_mut(), step));
+        }
+    }
+    if batch.is_empty() {
+        return Ok(());
+    }
+    let logits = model.backend().advance_together(&mut batch)?;
+    let going_on = searches.iter_mut().filter(|search| !search.is_over());
+    for (beam, logits) in going_on.flat_map(|search| &mut search.beams).zip(logits) {
+        beam.next = log_softmax(&logits);
+    }
+    Ok(())
+}
+
+impl<'a> Search<'a> {
+    fn new(session: &'a mut Session, options: &'a GenerateOptions) -> Result<Search<'a>, RunError> {
+        let (forbidden, stops) =
+            session.special_tokens(options.allow_image_token, options.ignore_stops);
+        // One token more than there is room for can be chosen: nothing comes after it.
+        let room = (session.max_context() + 1).saturating_sub(session.ids().len());
+        let n_most = options.max_new_tokens.min(room);
+        let at_end = if n_most < options.max_new_tokens { Stop::Context } else { Stop::Length };
+        let next = log_softmax(&session.logits()?);
+        let media_time = [session.generated_time()];
+        session.make_media(&media_time)?;
+        let (sequence, tokens) = (session.fork_sequence(), Vec::new());
+        let beams = vec![Beam { sequence, tokens, score: 0.0, next }];
+        let (ended, n_steps) = (Vec::new(), 0);
+        Ok(Search {
+            session,
+            options,
+            forbidden,
+            stops,
+            media_time,
+            n_most: if options.beams.n_beams == 0 { 0 } else { n_most },
+            at_end,
+            beams,
+            ended,
+            n_steps,
+        })
+    }
+
+    fn is_over(&self) -> bool {
+        self.beams.is_empty() || self.n_steps >= self.n_most
+    }
+
+    /// Lets the best of all next tokens grow the beams; those that end one are answers.
+    fn choose(&mut self) {
+        let BeamOptions { n_beams, length_penalty, stop_early } = self.options.beams;
+        self.forbid();
+        self.n_steps += 1;
+        let n_candidates = n_beams * (self.stops.len() + 1).max(2);
+        let mut chosen = Vec::new();
+        for (rank, (score, parent, id)) in best(&self.beams, n_candidates).into_iter().enumerate() {
+            if !self.stops.contains(&id) {
+                chosen.push((score, parent, id));
+            } else if rank < n_beams {
+                let tokens = self.beams[parent].tokens.clone();
+                let score = penalised(score, self.n_steps, length_penalty);
+                self.ended.push(Hypothesis { tokens, score, stop: Stop::Token(id) });
+            }
+            if chosen.len() == n_beams {
+                break;
+            }
+        }
+        self.beams = grown(std::mem::take(&mut self.beams), &chosen);
+        self.ended.sort_by(|a, b| b.score.total_cmp(&a.score));
+        self.ended.truncate(n_beams);
+        let hope = self.beams.iter().map(|beam| beam.score).fold(f64::NEG_INFINITY, f64::max);
+        let hope = penalised(hope, self.n_steps, length_penalty);
+        let worst = self.ended.last().map_or(f64::NEG_INFINITY, |ended| ended.score);
+        if self.ended.len() == n_beams && (stop_early || worst >= hope) {
+            self.beams.clear();
+        }
+    }
+
+    /// Takes tokens that must not come from what the beams hope for.
+    fn forbid(&mut self) {
+        for beam in &mut self.beams {
+            let history = [self.session.ids(), &beam.tokens].concat();
+            let repeated = repeated(&history, self.options.sampling.no_repeat_ngram);
+            for id in self.forbidden.iter().chain(&repeated) {
+                if let Some(score) = beam.next.get_mut(*id as usize) {
+                    *score = f64::NEG_INFINITY;
+                }
+            }
+        }
+    }
+
+    /// The best answer, which becomes part of the session.
+    fn finish(self) -> Generated {
+        let Search { session, options, at_end, beams, mut ended, n_steps, .. } = self;
         ended.extend(beams.into_iter().map(|beam| Hypothesis {
-            score: penalised(beam.score, beam.tokens.len(), beam_options.length_penalty),
+            score: penalised(beam.score, beam.tokens.len(), options.beams.length_penalty),
             tokens: beam.tokens,
             stop: at_end.clone(),
         }));
         ended.sort_by(|a, b| b.score.total_cmp(&a.score));
         let best = ended.into_iter().next();
         let (tokens, stop) = best.map_or((Vec::new(), at_end), |best| (best.tokens, best.stop));
-        self.push_generated(&tokens);
-        Ok(Generated { tokens, n_steps, stop })
-    }
-
-    /// Advances all beams by their last token.
-    fn step(&self, beams: &mut [Beam]) -> Result<(), RunError> {
-        let media_time = [self.generated_time()];
-        let mut batch: Vec<(&mut dyn Sequence, Step<'_>)> = Vec::with_capacity(beams.len());
-        for Beam { sequence, tokens, .. } in beams.iter_mut() {
-            let step = Step {
-                input_ids: &tokens[tokens.len() - 1..],
-                media_time: &media_time,
-                media: self.media(),
-                logit_rows: &[0],
-            };
-            batch.push((sequence.as_mut(), step));
-        }
-        let logits = self.model().backend().advance_together(&mut batch)?;
-        for (beam, logits) in beams.iter_mut().zip(logits) {
-            beam.next = log_softmax(&logits);
-        }
-        Ok(())
+        session.push_generated(&tokens);
+        Generated { tokens, n_steps, stop }
     }
 }
 

@@ -9,8 +9,8 @@ use crate::model::{Model, RunError};
 use crate::prompt::{PromptError, PromptFile};
 use crate::session::{Medium, PREFILL_TOKENS, Session};
 
-/// Continuations that are scored in one pass: their logits take memory.
-const SCORED_TOGETHER: usize = 32;
+/// Continuations that are read in one pass: their logits, keys and values take memory.
+pub(crate) const SCORED_TOGETHER: usize = 32;
 
 /// How likely a continuation is.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -88,7 +88,7 @@ pub struct Question {
     pub ids: Vec<u32>,
     /// Media that stand behind its image tokens, in order.
     pub media: Vec<Medium>,
-    /// Continuations to compare.
+    /// Continuations to compare; none where text is generated.
     pub continuations: Vec<Vec<u32>>,
 }
 
@@ -122,17 +122,22 @@ impl Session {
         limits: &Limits,
     ) -> Result<Vec<Vec<Vec<f64>>>, RunError> {
         let mut scores = Vec::with_capacity(questions.len());
-        let (mut rest, mut n_tokens) = (questions, 0);
-        while !rest.is_empty() {
-            let fits = |question: &&Question| {
-                n_tokens += question.ids.len();
-                n_tokens <= PREFILL_TOKENS
-            };
-            let n = rest.iter().take(SCORED_TOGETHER).take_while(fits).count().max(1);
-            scores.extend(self.score_some(&rest[..n], limits)?);
-            (rest, n_tokens) = (&rest[n..], 0);
+        for part in parts(questions, SCORED_TOGETHER) {
+            scores.extend(self.score_some(part, limits)?);
         }
         Ok(scores)
+    }
+
+    /// Sessions that go on with each of these questions, read in one pass over the weights.
+    pub(crate) fn read_each(
+        &self,
+        questions: &[Question],
+        limits: &Limits,
+    ) -> Result<Vec<Session>, RunError> {
+        let fork = |question: &Question| self.fork_with(&question.ids, &question.media);
+        let mut forks: Vec<Session> = questions.iter().map(fork).collect::<Result<_, _>>()?;
+        Session::read_together(&mut forks, limits)?;
+        Ok(forks)
     }
 
     fn score_some(
@@ -140,9 +145,7 @@ impl Session {
         questions: &[Question],
         limits: &Limits,
     ) -> Result<Vec<Vec<Vec<f64>>>, RunError> {
-        let fork = |question: &Question| self.fork_with(&question.ids, &question.media);
-        let mut forks: Vec<Session> = questions.iter().map(fork).collect::<Result<_, _>>()?;
-        Session::read_together(&mut forks, limits)?;
+        let mut forks = self.read_each(questions, limits)?;
         let mut next = Vec::with_capacity(forks.len());
         for (fork, question) in forks.iter_mut().zip(questions) {
             fork.make_media_of(&question.continuations)?;
@@ -161,6 +164,23 @@ impl Session {
     fn make_media_of(&mut self, continuations: &[Vec<u32>]) -> Result<(), RunError> {
         continuations.iter().try_for_each(|ids| self.make_media(&self.given_times(ids)))
     }
+}
+
+/// Questions in parts of up to `most`, whose tokens are read in one pass.
+pub(crate) fn parts(questions: &[Question], most: usize) -> Vec<&[Question]> {
+    let (mut rest, mut parts) = (questions, Vec::new());
+    while !rest.is_empty() {
+        let mut n_tokens = 0;
+        let fits = |question: &&Question| {
+            n_tokens += question.ids.len();
+            n_tokens <= PREFILL_TOKENS
+        };
+        let n = rest.iter().take(most).take_while(fits).count().max(1);
+        let (part, later) = rest.split_at(n);
+        parts.push(part);
+        rest = later;
+    }
+    parts
 }
 
 /// A continuation of a session, and the log-probabilities of the session's next token.

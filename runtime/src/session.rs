@@ -457,14 +457,25 @@ impl Session {
         options: &GenerateOptions,
         on_text: &mut dyn FnMut(&str),
     ) -> Result<Answer, RunError> {
-        let n_prompt_tokens = self.ids.len();
-        let searching = Instant::now();
-        let Generated { tokens, n_steps, mut stop } = self.search(options)?;
-        let rate = n_steps as f64 / searching.elapsed().as_secs_f64();
+        let (n_prompt_tokens, searching) = (self.ids.len(), Instant::now());
+        let generated = self.search(options)?;
+        let rate = generated.n_steps as f64 / searching.elapsed().as_secs_f64();
         let first_token_ms = started.elapsed().as_secs_f64() * 1e3;
-        let mut stream = TextStream::new(options.stop_strings.clone());
-        let mut text = String::new();
-        for id in &tokens {
+        let (text, stop) = self.text_of(&generated, &options.stop_strings)?;
+        on_text(&text);
+        let timings = Timings { first_token_ms, decode_tokens_per_s: Some(rate) };
+        Ok(Answer { text, tokens: generated.tokens, n_prompt_tokens, stop, timings, cache })
+    }
+
+    /// The text of what was generated, up to the first stop string, and why it ends.
+    pub(crate) fn text_of(
+        &self,
+        generated: &Generated,
+        stop_strings: &[String],
+    ) -> Result<(String, Stop), RunError> {
+        let mut stream = TextStream::new(stop_strings.to_vec());
+        let (mut text, mut stop) = (String::new(), generated.stop.clone());
+        for id in &generated.tokens {
             let (piece, found) = stream.push(self.model.tokenizer()?, *id)?;
             text.push_str(&piece);
             if let Some(found) = found {
@@ -473,9 +484,7 @@ impl Session {
             }
         }
         text.push_str(&stream.finish());
-        on_text(&text);
-        let timings = Timings { first_token_ms, decode_tokens_per_s: Some(rate) };
-        Ok(Answer { text, tokens, n_prompt_tokens, stop, timings, cache })
+        Ok((text, stop))
     }
 
     /// Generates text piece by piece; what was taken is part of the session.

@@ -1,7 +1,7 @@
 //! In-context learning: shared questions score as PyTorch ranks and as each alone, scores rise with examples, runs that
 //! were interrupted give the same figures, and what the reference suite gets wrong is not copied.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,6 +12,7 @@ use flamingo_runtime::{
 use flamingo_tests::{Golden, compiled, golden_folders, opening};
 use flamingoc::eval::ask::{AskOptions, Asker, Sharing};
 use flamingoc::eval::builtin::builtin;
+use flamingoc::eval::features::Features;
 use flamingoc::eval::journal::{Answer, Journal};
 use flamingoc::eval::run::{Ended, Outcome, measure_sharing, outcome, run};
 use flamingoc::eval::select::Select;
@@ -166,6 +167,46 @@ fn scores_rise_with_examples() {
     assert!(ensemble[0] > 0.85, "{ensemble:?}");
 }
 
+/// A second run with the file of features encodes no picture to choose examples, and chooses the same.
+#[test]
+fn features_that_were_kept_are_not_computed_again() {
+    let (_scratch, artifact) = demo();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("rices");
+    let task = Task { support_size: 40, ..builtin("scenes-bind", 1).unwrap() };
+    let options = options(Select::Rices, 6);
+    let run_once = |features: Features| {
+        let model = Model::open(&artifact, &opening("native")).unwrap();
+        let n_encoded = || {
+            let records = model.backend().take_profile();
+            let is_first = |node: &str| node == "vision.patch_embedding";
+            records.iter().filter(|record| is_first(&record.node)).count()
+        };
+        assert!(model.backend().set_profiling(true));
+        let mut asker = Asker::with_features(&model, &task, &options, features).unwrap();
+        let n_support = n_encoded();
+        let mut chosen = Vec::new();
+        let numbers: Vec<usize> = (0..options.n).collect();
+        asker
+            .ask(4, &numbers, &mut |answer| {
+                chosen.push((answer.query, answer.examples, answer.likelihoods));
+                Ok(())
+            })
+            .unwrap();
+        (n_support, chosen)
+    };
+    let (n_encoded, without) = run_once(Features::in_memory());
+    assert_eq!(n_encoded, 40);
+    let (n_encoded, first) = run_once(Features::open(&path).unwrap());
+    assert_eq!(n_encoded, 40);
+    let n_lines = fs::read_to_string(&path).unwrap().lines().count();
+    let (n_encoded, second) = run_once(Features::open(&path).unwrap());
+    assert_eq!(n_encoded, 0);
+    assert!(first == without && second == first, "{first:?} {second:?}");
+    // A header, the examples and the questions; the second run added nothing.
+    assert_eq!((n_lines, fs::read_to_string(&path).unwrap().lines().count()), (1 + 40 + 6, 47));
+}
+
 /// A run that stops after any number of answers, and one whose last line was cut, give the figures of one that did not.
 #[test]
 fn interrupted_runs_give_the_same_figures() {
@@ -213,6 +254,30 @@ fn sharing_changes_no_number() {
     }
     let open = builtin("digits", 1).unwrap();
     assert!(measure_sharing(&model, &alone, &open, &options(Select::Fixed, 4), 8).is_err());
+}
+
+/// Generated in common passes, by one beam or several, an answer is that of its question alone.
+#[test]
+fn texts_are_those_of_each_question_alone() {
+    let (_scratch, artifact) = demo();
+    let model = Model::open(&artifact, &OpenOptions { prefix_bytes: Some(0), ..opening("native") })
+        .unwrap();
+    for (select, beams) in [(Select::Fixed, 3), (Select::Fixed, 1), (Select::Random, 3)] {
+        let task = Task { beams, ..builtin("scenes-caption", 1).unwrap() };
+        let together = options(select, 40);
+        let alone = AskOptions { sharing: Sharing::Pictures, ..together.clone() };
+        for shots in [0, 3] {
+            let texts = |options: &AskOptions| -> Vec<(Vec<usize>, String)> {
+                let found = answers(&model, &task, options, shots);
+                assert!(found.values().all(|answer| answer.bad.is_none()));
+                found.into_values().map(|answer| (answer.examples, answer.given)).collect()
+            };
+            let (together, alone) = (texts(&together), texts(&alone));
+            assert_eq!(together, alone, "{select:?}, {beams} beams, {shots} shots");
+            let different: BTreeSet<&String> = alone.iter().map(|(_, text)| text).collect();
+            assert!(different.len() > 20, "{different:?}");
+        }
+    }
 }
 
 fn answers(

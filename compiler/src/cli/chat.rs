@@ -6,12 +6,10 @@ use std::time::Instant;
 
 use anyhow::{Result, bail};
 use clap::Args;
-use flamingo_models::Family;
-use flamingo_runtime::{
-    GenerateOptions, Limits, Mark, Model, PromptFile, SamplingOptions, Segment, Session,
-};
+use flamingo_runtime::{GenerateOptions, Limits, Mark, Model, SamplingOptions, Session};
 
 use super::output::Output;
+use super::template::{TEMPLATES, Template};
 use super::{Caching, Opening, Outcome};
 
 /// Talk with a model about pictures
@@ -57,90 +55,6 @@ pub(super) struct Chat {
     json: bool,
 }
 
-/// How turns are written.
-struct Template {
-    name: &'static str,
-    /// Before the first turn.
-    opening: &'static str,
-    before_user: &'static str,
-    after_user: &'static str,
-    after_answer: &'static str,
-    /// Whether a turn's pictures stand before [`Template::before_user`].
-    pictures_first: bool,
-    /// Texts that end an answer.
-    stops: &'static [&'static str],
-}
-
-const TEMPLATES: [Template; 4] = [
-    Template {
-        name: "flamingo",
-        opening: "This is a conversation between a human, User, and an intelligent visual AI, \
-                  Flamingo. User sends images, and Flamingo describes them.",
-        before_user: " User: ",
-        after_user: " Flamingo:",
-        after_answer: "",
-        pictures_first: false,
-        stops: &["User:", "Flamingo:"],
-    },
-    Template {
-        name: "idefics",
-        opening: "",
-        before_user: "User: ",
-        after_user: "<end_of_utterance>\nAssistant:",
-        after_answer: "<end_of_utterance>\n",
-        pictures_first: false,
-        stops: &["<end_of_utterance>", "User:"],
-    },
-    Template {
-        name: "otter",
-        opening: "",
-        before_user: "User: ",
-        after_user: " GPT:<answer>",
-        after_answer: "<|endofchunk|>",
-        pictures_first: true,
-        stops: &[],
-    },
-    Template {
-        name: "plain",
-        opening: "",
-        before_user: "",
-        after_user: "",
-        after_answer: " ",
-        pictures_first: true,
-        stops: &[],
-    },
-];
-
-impl Template {
-    fn of_family(family: Family) -> &'static str {
-        match family {
-            Family::OpenFlamingo => "flamingo",
-            Family::Idefics => "idefics",
-            Family::Otter => "otter",
-        }
-    }
-
-    /// The segments of a turn: what the model gets to read.
-    fn turn(&self, before: &str, pictures: &[PathBuf], text: &str) -> PromptFile {
-        let mut segments = Vec::new();
-        let mut written = before.to_owned();
-        if !self.pictures_first {
-            written.push_str(self.before_user);
-        }
-        push_text(&mut segments, written);
-        segments.extend(pictures.iter().map(|image| Segment::Image { image: image.clone() }));
-        let before_user = if self.pictures_first { self.before_user } else { "" };
-        push_text(&mut segments, format!("{before_user}{text}{}", self.after_user));
-        PromptFile { segments, ..PromptFile::default() }
-    }
-}
-
-fn push_text(segments: &mut Vec<Segment>, text: String) {
-    if !text.is_empty() {
-        segments.push(Segment::Text { text });
-    }
-}
-
 /// The state of a conversation.
 struct Conversation {
     session: Session,
@@ -180,11 +94,8 @@ impl Chat {
             bail!("`--temperature`: expected 0 to 100, got {}", self.temperature);
         }
         let model = self.caching.open(&self.artifact, &self.opening)?;
-        let name = self.template.as_deref();
-        let name = name.unwrap_or_else(|| Template::of_family(model.manifest().config.family));
-        let Some(template) = TEMPLATES.iter().find(|template| template.name == name) else {
-            bail!("`--template`: there is no {name}");
-        };
+        let family = model.manifest().config.family;
+        let template = Template::named(self.template.as_deref(), family);
         let mut conversation = Conversation::new(&model, template, self.slide)?;
         let is_asking = std::io::stdin().is_terminal();
         if is_asking {

@@ -42,7 +42,8 @@ A task file, with paths relative to it:
   support = { file = \"train.jsonl\", images = \"train/\" }   # examples
   queries = { file = \"test.jsonl\", images = \"test/\" }     # questions
   candidates = [\"yes\", \"no\"]; positive = \"yes\"; per_token = true; max_new_tokens = 5; beams = 3
-  postprocess = \"vqa\"         # caption, vqa; text_examples = 2; support_size = 2048
+  postprocess = \"vqa\"         # caption, vqa, ok_vqa (stems)
+  text_examples = 2; support_size = 2048
 
 Data: lines of JSON (\"image\", \"images\", \"video\" or \"frames\"; \"answer\" or \"answers\";
 \"candidates\"; other fields for the template), captions of COCO (.json), VQAv2 (.json with

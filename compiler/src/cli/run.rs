@@ -17,6 +17,7 @@ use super::{Caching, Opening, Outcome};
 #[derive(Args)]
 #[command(after_help = "Examples:
   flamingoc run demo.flamingo --prompt \"<image>what color ?\" --image a.png
+  flamingoc run otter.flamingo --ask \"What is in the image?\" --image a.png
   flamingoc run demo.flamingo --prompt-file p.json --json
   flamingoc run demo.flamingo --bank bank/ --shots 8 --prompt \"<image>\" --image a.png
 
@@ -78,8 +79,10 @@ pub(super) struct Run {
 impl Run {
     pub(super) fn run(self, output: &mut Output) -> Result<Outcome> {
         let prompt = self.prompt.read()?;
-        let options = self.options(&prompt)?;
+        let mut options = self.options(&prompt)?;
         let model = self.caching.open(&self.artifact, &self.opening)?;
+        let (prompt, stops) = self.prompt.in_form(prompt, &model);
+        options.stop_strings.extend(stops);
         self.profiling.start(model.backend())?;
         let shots = self.shooting.shots(&model, &prompt, self.seed, self.opening.engine.verify)?;
         let mut shown = Ok(());

@@ -59,6 +59,7 @@ impl Score {
         let prompt = self.prompt.read()?;
         let candidates = self.all_candidates()?;
         let model = self.caching.open(&self.artifact, &self.opening)?;
+        let (prompt, _) = self.prompt.in_form(prompt, &model);
         let verify = self.opening.engine.verify;
         let n_orders = self.permutations.get();
         let orders = self.shooting.orders(&model, &prompt, self.seed, n_orders, verify)?;

@@ -11,6 +11,7 @@ use flamingo_scenes::random::stream;
 use rand::seq::SliceRandom;
 
 use super::data::{MediaSource, Row};
+use super::features::Features;
 use super::journal::Answer;
 use super::select::{Asked, Chooser, Select};
 use super::task::{TEXT_EXAMPLES, Task};
@@ -54,6 +55,8 @@ pub struct Asker<'a> {
     /// Questions, in the order of the data.
     queries: Vec<&'a Row>,
     chooser: Chooser,
+    /// What RICES compares pictures by.
+    features: Features,
     /// Whether the media of an example can be read, as far as that was asked.
     readable: BTreeMap<usize, bool>,
     /// Token ids of the task's candidates.
@@ -96,6 +99,19 @@ impl<'a> Asker<'a> {
     /// # Errors
     /// Options that do not go with the task; an engine that cannot compare pictures.
     pub fn new(model: &'a Model, task: &'a Task, options: &'a AskOptions) -> Result<Asker<'a>> {
+        Asker::with_features(model, task, options, Features::in_memory())
+    }
+
+    /// As [`Asker::new`], with features that are known already, and kept.
+    ///
+    /// # Errors
+    /// As [`Asker::new`]; a file of features that cannot be written.
+    pub fn with_features(
+        model: &'a Model,
+        task: &'a Task,
+        options: &'a AskOptions,
+        features: Features,
+    ) -> Result<Asker<'a>> {
         ensure!(
             options.ensemble <= 1 || task.metric.is_closed(),
             "task `{}`: `--ensemble` averages likelihoods of candidates, and this task generates text\n\nhint: leave it out",
@@ -120,6 +136,7 @@ impl<'a> Asker<'a> {
             support,
             queries,
             chooser,
+            features,
             readable,
             candidates,
             encoded,
@@ -127,20 +144,26 @@ impl<'a> Asker<'a> {
             limits,
         };
         if options.select == Select::Rices {
-            for place in 0..asker.support.len() {
-                let features = features(model, asker.support[place]);
-                asker.readable.insert(place, features.is_ok());
-                if features.as_ref().is_ok_and(Option::is_none) {
-                    ensure!(
-                        asker.support[place].media.is_empty(),
-                        "the engine has no features to compare pictures by\n\nhint: use `--backend native`, or \
-                         `--select random`"
-                    );
-                }
-                asker.chooser.features.push(features.ok().flatten().unwrap_or_default());
-            }
+            asker.look_at_support()?;
         }
         Ok(asker)
+    }
+
+    /// For RICES: features of all examples. What cannot be read is not shown.
+    fn look_at_support(&mut self) -> Result<()> {
+        for (place, row) in self.support.iter().enumerate() {
+            let features = self.features.of(self.model, row);
+            self.readable.insert(place, features.is_ok());
+            if features.as_ref().is_ok_and(Option::is_none) {
+                ensure!(
+                    row.media.is_empty(),
+                    "the engine has no features to compare pictures by\n\nhint: use `--backend native`, or \
+                     `--select random`"
+                );
+            }
+            self.chooser.features.push(features.ok().flatten().unwrap_or_default());
+        }
+        self.features.check()
     }
 
     /// The task.
@@ -170,14 +193,14 @@ impl<'a> Asker<'a> {
     ) -> Result<()> {
         let prefixes = self.prefixes(shots);
         for part in numbers.chunks(TOGETHER) {
-            let answers = match self.task.metric.is_closed() && self.options.sharing == Sharing::All
-            {
-                true => self.compare_together(shots, part, &prefixes),
-                false => part.iter().map(|number| self.alone(shots, *number, &prefixes)).collect(),
+            let answers = match (self.options.sharing, self.task.metric.is_closed()) {
+                (Sharing::All, true) => self.compare_together(shots, part, &prefixes),
+                (Sharing::All, false) => self.generate_together(shots, part, &prefixes),
+                _ => part.iter().map(|number| self.alone(shots, *number)).collect(),
             };
             answers.into_iter().try_for_each(&mut *on_answer)?;
         }
-        Ok(())
+        self.features.check()
     }
 
     /// The same examples before all questions, read once in each order. What cannot be read is said with each question.
@@ -264,7 +287,8 @@ impl<'a> Asker<'a> {
         let n = self.showing(shots).n;
         if self.options.select == Select::Rices && n > 0 {
             if !self.seen.contains_key(&number) {
-                self.seen.insert(number, features(self.model, row)?.unwrap_or_default());
+                let features = self.features.of(self.model, row)?;
+                self.seen.insert(number, features.unwrap_or_default());
             }
             asked.features = self.seen.get(&number).cloned().unwrap_or_default();
         }
@@ -374,6 +398,62 @@ impl<'a> Asker<'a> {
         numbers.iter().zip(asked).map(answer).collect()
     }
 
+    /// Generates the answers to several questions in common passes.
+    fn generate_together(
+        &mut self,
+        shots: usize,
+        numbers: &[usize],
+        prefixes: &[Prefix],
+    ) -> Vec<Answer> {
+        let started = Instant::now();
+        self.encoded = self.encode_together(numbers);
+        let mut asked: Vec<Result<Found>> = Vec::with_capacity(numbers.len());
+        let mut groups: BTreeMap<Option<usize>, Vec<(usize, Question)>> = BTreeMap::new();
+        for (at, number) in numbers.iter().enumerate() {
+            let question = self.open_question(shots, *number, prefixes);
+            asked.push(question.map(|(examples, group, question)| {
+                groups.entry(group).or_default().push((at, question));
+                Found { examples, given: String::new(), likelihoods: Vec::new() }
+            }));
+        }
+        for (group, members) in groups {
+            let (places, questions): (Vec<usize>, Vec<Question>) = members.into_iter().unzip();
+            let base = group.and_then(|group| prefixes.get(group)).map(|prefix| &prefix.session);
+            let texts = self.generate_each(base, &questions);
+            for (index, at) in places.into_iter().enumerate() {
+                match (&texts, &mut asked[at]) {
+                    (Ok(texts), Ok(found)) => found.given = self.task.postprocessed(&texts[index]),
+                    (Err(error), place) => *place = Err(anyhow::anyhow!("{error:#}")),
+                    (Ok(_), Err(_)) => {}
+                }
+            }
+        }
+        let ms = started.elapsed().as_secs_f64() * 1e3 / numbers.len().max(1) as f64;
+        let answers = numbers.iter().zip(asked);
+        answers.map(|(number, found)| self.answer(shots, *number, ms, found)).collect()
+    }
+
+    /// The examples of a question that is answered with text, the place of the beginning that was read, and the question.
+    fn open_question(
+        &mut self,
+        shots: usize,
+        number: usize,
+        prefixes: &[Prefix],
+    ) -> Result<(Vec<usize>, Option<usize>, Question)> {
+        let order = self.orders(shots, number)?.into_iter().next().unwrap_or_default();
+        let (prefix, ids, media) = self.after(shots, number, &order, prefixes)?;
+        let group = prefix.and_then(|own| place_of(own, prefixes));
+        Ok((order, group, Question { ids, media, continuations: Vec::new() }))
+    }
+
+    fn generate_each(&self, base: Option<&Session>, questions: &[Question]) -> Result<Vec<String>> {
+        let options = self.generation();
+        match base {
+            Some(session) => Ok(session.search_each(questions, &options)?),
+            None => Ok(self.model.session()?.search_each(questions, &options)?),
+        }
+    }
+
     /// Pictures of questions that have one each, encoded some at a time. What cannot be read is said where it is asked.
     fn encode_together(&self, numbers: &[usize]) -> BTreeMap<usize, Medium> {
         let picture = |number: &usize| {
@@ -423,8 +503,7 @@ impl<'a> Asker<'a> {
     ) -> Result<Vec<(Option<usize>, Question)>> {
         let question = |order: &Vec<usize>| {
             let (prefix, ids, media) = self.after(shots, number, order, prefixes)?;
-            let group =
-                prefix.and_then(|own| prefixes.iter().position(|other| std::ptr::eq(own, other)));
+            let group = prefix.and_then(|own| place_of(own, prefixes));
             let continuations = comparison.candidates.clone();
             Ok((group, Question { ids, media, continuations }))
         };
@@ -432,11 +511,11 @@ impl<'a> Asker<'a> {
     }
 
     /// Answers one question on its own.
-    fn alone(&mut self, shots: usize, number: usize, prefixes: &[Prefix]) -> Answer {
+    fn alone(&mut self, shots: usize, number: usize) -> Answer {
         let started = Instant::now();
         let found = match self.task.metric.is_closed() {
             true => self.compare_alone(shots, number),
-            false => self.generate(shots, number, prefixes),
+            false => self.generate(shots, number),
         };
         let ms = started.elapsed().as_secs_f64() * 1e3;
         self.answer(shots, number, ms, found)
@@ -454,21 +533,21 @@ impl<'a> Asker<'a> {
         Ok(self.best(number, comparison))
     }
 
-    fn generate(&mut self, shots: usize, number: usize, prefixes: &[Prefix]) -> Result<Found> {
+    fn generate(&mut self, shots: usize, number: usize) -> Result<Found> {
         let order = self.orders(shots, number)?.into_iter().next().unwrap_or_default();
-        let (prefix, ids, media) = self.after(shots, number, &order, prefixes)?;
-        let mut session = match prefix {
-            Some(prefix) => prefix.session.fork(),
-            None => self.model.session()?,
-        };
-        session.append_ids(&ids, &media, &self.limits)?;
+        let Prompt { ids, before, own } = self.prompt(shots, number, &order, false)?;
+        let mut session = self.model.session()?;
+        session.append_ids(&ids, &[before, own].concat(), &self.limits)?;
+        let answer = session.generate(&self.generation(), &mut |_| {})?;
+        let given = self.task.postprocessed(&answer.text);
+        Ok(Found { examples: order, given, likelihoods: Vec::new() })
+    }
+
+    fn generation(&self) -> GenerateOptions {
         let beams =
             BeamOptions { n_beams: self.task.beams, length_penalty: 0.0, stop_early: false };
         let max_new_tokens = self.task.max_new_tokens;
-        let generate = GenerateOptions { max_new_tokens, beams, ..GenerateOptions::default() };
-        let answer = session.generate(&generate, &mut |_| {})?;
-        let given = self.task.postprocessed(&answer.text);
-        Ok(Found { examples: order, given, likelihoods: Vec::new() })
+        GenerateOptions { max_new_tokens, beams, ..GenerateOptions::default() }
     }
 
     /// The most likely candidate.
@@ -532,6 +611,10 @@ impl Comparison {
     }
 }
 
+fn place_of(own: &Prefix, prefixes: &[Prefix]) -> Option<usize> {
+    prefixes.iter().position(|other| std::ptr::eq(own, other))
+}
+
 /// Up to `n` rows, drawn by the seed, in their order.
 fn sample<'a>(rows: &'a [Row], n: usize, seed: u64, purpose: &str) -> Vec<&'a Row> {
     let mut places: Vec<usize> = (0..rows.len()).collect();
@@ -550,11 +633,4 @@ fn candidate_ids(model: &Model, task: &Task, candidate: &str) -> Result<Vec<u32>
     ensure!(!ids.is_empty(), "candidate `{candidate}`: no tokens");
     ensure!(!ids.contains(&image), "candidate `{candidate}`: an image token");
     Ok(ids)
-}
-
-/// What the frozen vision encoder sees in the first medium of a row.
-fn features(model: &Model, row: &Row) -> Result<Option<Vec<f32>>> {
-    let Some(source) = row.media.first() else { return Ok(None) };
-    let (values, n_frames) = source.pixel_values(model)?;
-    Ok(model.backend().vision_features(&values, n_frames)?)
 }

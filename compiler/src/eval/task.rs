@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::data::{DataFile, Dataset, Row};
 use super::metric::Metric;
+use super::ok_vqa::stemmed;
 use super::template::{Form, Template};
 
 /// What is done to generated text before it is judged.
@@ -23,6 +24,26 @@ pub enum Postprocess {
     Caption,
     /// OpenFlamingo's of short answers: cut before `Question`, `Answer`, `Short` and `, `.
     Vqa,
+    /// OpenFlamingo's of OK-VQA: that of short answers, and each word's stem.
+    OkVqa,
+}
+
+impl Postprocess {
+    /// A text as it is judged.
+    pub(super) fn of(self, text: &str) -> String {
+        let before = |text: &str, marks: &[&str]| {
+            let end = marks.iter().filter_map(|mark| text.find(mark)).min();
+            text[..end.unwrap_or(text.len())].to_owned()
+        };
+        let short = || before(&before(text, &["Question", "Answer", "Short"]), &[", "]);
+        let text = match self {
+            Postprocess::None => text.to_owned(),
+            Postprocess::Caption => before(text, &["Output"]).replace('"', ""),
+            Postprocess::Vqa => short(),
+            Postprocess::OkVqa => stemmed(&short()),
+        };
+        text.trim().to_owned()
+    }
 }
 
 /// A task file.
@@ -195,16 +216,7 @@ impl Task {
 
     /// Generated text as it is judged.
     pub fn postprocessed(&self, text: &str) -> String {
-        let before = |text: &str, marks: &[&str]| {
-            let end = marks.iter().filter_map(|mark| text.find(mark)).min();
-            text[..end.unwrap_or(text.len())].to_owned()
-        };
-        let text = match self.postprocess {
-            Postprocess::None => text.to_owned(),
-            Postprocess::Caption => before(text, &["Output"]).replace('"', ""),
-            Postprocess::Vqa => before(&before(text, &["Question", "Answer", "Short"]), &[", "]),
-        };
-        text.trim().to_owned()
+        self.postprocess.of(text)
     }
 
     /// A hash of all that decides its answers: texts, rows and settings.

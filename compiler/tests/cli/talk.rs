@@ -74,6 +74,39 @@ fn turns_are_written_as_families_do() {
     }
 }
 
+/// What is asked is the prompt that the family's form makes of it: by default that of the artifact.
+#[test]
+fn questions_are_asked_as_families_do() {
+    let scratch = tempfile::tempdir().unwrap();
+    let (source, otter) = (scratch.path().join("otter"), scratch.path().join("otter.flamingo"));
+    flamingoc!("synth", "tiny-otter", "-o", source).ok();
+    flamingoc!("compile", source, "-o", otter, "--no-calibration", "--no-gate").ok();
+    let demo = Demo::new();
+    let paper = "This is a conversation between a human, User, and an intelligent visual AI, Flamingo. \
+                 User sends images, and Flamingo describes them. User: <image>what color ? Flamingo:";
+    for (artifact, template, prompt) in [
+        (&otter, None, "<image>User: what color ? GPT:<answer>"),
+        (&otter, Some("plain"), QUESTION),
+        (&demo.path(), None, paper),
+        (&demo.path(), Some("otter"), "<image>User: what color ? GPT:<answer>"),
+    ] {
+        let image = picture("single-188.png");
+        let ask = |words: &[&str]| {
+            let mut all: Vec<&OsStr> = vec!["run".as_ref(), artifact.as_ref()];
+            all.extend(words.iter().map(AsRef::<OsStr>::as_ref));
+            all.extend(["--image", &image, "--max-new-tokens", "3", "--json"].map(OsStr::new));
+            let answer = parse(&super::common::run(&all).ok());
+            [at(&answer, "/tokens").clone(), at(&answer, "/n_prompt_tokens").clone()]
+        };
+        let name = template.map(|name| vec!["--template", name]).unwrap_or_default();
+        let asked = ask(&[vec!["--ask", "what color ?"], name].concat());
+        assert_eq!(asked, ask(&["--prompt", prompt]), "{template:?}");
+    }
+    let both = ["--ask", "a", "--prompt", "b"];
+    refused(demo.run(&both), &["--ask", "--prompt"]);
+    refused(demo.run(&["--prompt", "b", "--template", "otter"]), &["--template", "--prompt"]);
+}
+
 #[test]
 fn score_ranks_candidates() {
     let demo = Demo::new();

@@ -5,6 +5,7 @@ use flamingo_ir::op::{Activate, Add, Attention, ClassEmbedding, LayerNorm, Patch
 use flamingo_ir::{Graph, GraphError, ValueId};
 
 use super::nfnet::build_nfnet;
+use super::positions::resample;
 use super::{KeyMap, VisionKey, linear, reshaped, rows};
 use crate::config::{ClipConfig, VisionConfig, VisionEncoder};
 use crate::source::Binder;
@@ -69,15 +70,24 @@ impl Vision<'_, '_, '_> {
         self.graph.add(name, op, &[x, affine[0], affine[1]])
     }
 
+    /// Of the class token and of each patch.
+    fn positions(&mut self) -> Result<ValueId, GraphError> {
+        let (width, n_patches, config) = (self.width, self.n_patches, self.config);
+        let Some(old) = &config.positions else {
+            return Ok(self.weight(VisionKey::Positions, &[n_patches + 1, width]));
+        };
+        let positions = self.weight(VisionKey::Positions, &[old.grid * old.grid + 1, width]);
+        resample(self.graph, positions, old, (n_patches.isqrt(), width))
+    }
+
     fn embed(&mut self, pictures: ValueId) -> Result<ValueId, GraphError> {
         let (patch_size, width) = (self.config.patch_size, self.width);
-        let n_tokens = self.n_patches + 1;
         let patches = self.graph.add("vision.patches", Patches { patch_size }, &[pictures])?;
         let weight = self.weight(VisionKey::Patch, &[width, 3, patch_size, patch_size]);
         let weight = reshaped(self.graph, weight, &[width, 3 * patch_size * patch_size])?;
         let x = linear(self.graph, "vision.patch_embedding", patches, weight, None)?;
         let class = self.weight(VisionKey::ClassToken, &[width]);
-        let positions = self.weight(VisionKey::Positions, &[n_tokens, width]);
+        let positions = self.positions()?;
         let x = self.graph.add("vision.class_embedding", ClassEmbedding, &[x, class, positions])?;
         let affine = ["weight", "bias"].map(|part| self.weight(VisionKey::PreNorm(part), &[width]));
         self.norm("vision.pre_norm", x, affine)
@@ -123,7 +133,7 @@ impl Vision<'_, '_, '_> {
     }
 
     fn feed_forward(&mut self, layer: usize, x: ValueId) -> Result<ValueId, GraphError> {
-        let ClipConfig { mlp_width, activation, .. } = *self.config;
+        let (mlp_width, activation) = (self.config.mlp_width, self.config.activation);
         let width = self.width;
         let name = |part: &str| format!("vision.{layer}.mlp.{part}");
         let affine =

@@ -67,6 +67,7 @@ fn vision_config(config: &Config) -> Result<VisionConfig, SourceError> {
             activation: config.activation("hidden_act", "gelu")?,
             epsilon: config.float_or("layer_norm_eps", 1e-5)?,
             keep_class_token: true,
+            positions: None,
         }),
     })
 }
@@ -97,6 +98,7 @@ fn special_tokens(config: &Config, base: usize) -> Result<SpecialTokens, SourceE
         end: config.id("eos_token_id"),
         pad: config.id("pad_token_id"),
         around_image: Some(base),
+        answer: None,
         stop: if config.size_or("additional_vocab_size", 0)? > 2 {
             vec![base + 2]
         } else {

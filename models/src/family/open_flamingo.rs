@@ -13,9 +13,9 @@ use super::{Recipe, Source, nfnet};
 use crate::build::{GatedKey, KeyMap, ResamplerKey, VisionKey};
 use crate::config::{
     Architecture, ClipConfig, CrossAttentionConfig, Family, LanguageConfig, ModelConfig,
-    ResamplerConfig, SpecialTokens, VisionConfig, VisionEncoder,
+    PositionsConfig, ResamplerConfig, SpecialTokens, VisionConfig, VisionEncoder,
 };
-use crate::image_spec::{IMAGENET_MEAN, IMAGENET_STD, ImageSpec};
+use crate::image_spec::{IMAGENET_MEAN, IMAGENET_STD, ImageSpec, MAX_IMAGE_SIZE};
 use crate::source::{Binder, Parts, SourceError};
 use crate::tokenizer::flamingo_token_ids;
 
@@ -67,8 +67,27 @@ fn image_spec(recipe: &Recipe, vision: &VisionConfig) -> ImageSpec {
     ImageSpec { resize: recipe.vision.resize.unwrap_or(spec.resize), ..spec }
 }
 
-/// What a user should know of a released file that lacks rows of the head.
+/// What a user should know.
 fn notes(parts: &Parts, keys: &Keys, model: &ModelConfig) -> Vec<String> {
+    [note_of_head(parts, keys, model), note_of_positions(&model.vision)]
+        .into_iter()
+        .flatten()
+        .collect()
+}
+
+/// That pictures have another side than in training.
+fn note_of_positions(vision: &VisionConfig) -> Option<String> {
+    let VisionEncoder::Clip(clip) = &vision.encoder else { return None };
+    let old = clip.positions.as_ref()?;
+    Some(format!(
+        "the vision encoder's positions are resampled from pictures of {} pixels to {}",
+        old.grid * clip.patch_size,
+        vision.image_size
+    ))
+}
+
+/// That a released file lacks rows of the head.
+fn note_of_head(parts: &Parts, keys: &Keys, model: &ModelConfig) -> Option<String> {
     let head = match model.language.architecture {
         Architecture::GptNeox => "embed_out.weight",
         _ => "lm_head.weight",
@@ -78,13 +97,13 @@ fn notes(parts: &Parts, keys: &Keys, model: &ModelConfig) -> Vec<String> {
         parts.get(&keys.language(&binder, head)).and_then(|info| info.shape.first().copied());
     match rows {
         Some(rows) if !model.language.tied_head && rows < model.language.vocabulary => {
-            vec![format!(
+            Some(format!(
                 "the output head has {rows} rows in the files and the vocabulary {}: the logits of the other \
              tokens are 0 (the reference draws them at random)",
                 model.language.vocabulary
-            )]
+            ))
         }
-        _ => Vec::new(),
+        _ => None,
     }
 }
 
@@ -106,17 +125,15 @@ fn vocabulary(parts: &Parts, keys: &Keys, config: &Config) -> Result<usize, Sour
 /// What a vision encoder's `config.json` tells.
 struct ToldVision {
     n_heads: Option<usize>,
-    activation: Activation,
+    activation: Option<Activation>,
     epsilon: f32,
 }
 
-/// From the folder's `config.json`, where the section `vision_config` of a whole CLIP is entered; OpenAI's ViT-L/14
-/// without one.
+/// From the folder's `config.json`, where the section `vision_config` of a whole CLIP is entered.
 fn told_vision(path: &Path) -> Result<ToldVision, SourceError> {
     let file = path.join("config.json");
     if !file.is_file() {
-        let activation = Activation::QuickGelu;
-        return Ok(ToldVision { n_heads: None, activation, epsilon: 1e-5 });
+        return Ok(ToldVision { n_heads: None, activation: None, epsilon: 1e-5 });
     }
     let whole = Config::read(&file)?;
     let vision = match whole.has("vision_config") {
@@ -126,7 +143,7 @@ fn told_vision(path: &Path) -> Result<ToldVision, SourceError> {
     vision.must_be("num_channels", Value::from(3))?;
     Ok(ToldVision {
         n_heads: Some(vision.size_or("num_attention_heads", 12)?),
-        activation: vision.activation("hidden_act", "quick_gelu")?,
+        activation: Some(vision.activation("hidden_act", "quick_gelu")?),
         epsilon: vision.float_or("layer_norm_eps", 1e-5)?,
     })
 }
@@ -178,8 +195,9 @@ fn clip_config(
         other => return Err(format!("the first feed-forward weight has the shape {other:?}")),
     };
     expect("vision.patch_size", recipe.patch_size, patch_size)?;
-    expect("vision.image_size", recipe.image_size, grid * patch_size)?;
-    let n_heads = recipe.heads.or(told.n_heads).unwrap_or(width / 64);
+    let (image_size, positions) = image_size(recipe.image_size, (grid, patch_size), &keys.vision)?;
+    let (head_width, usual_activation) = usual_clip(width);
+    let n_heads = recipe.heads.or(told.n_heads).unwrap_or(width / head_width);
     if n_heads == 0 || !width.is_multiple_of(n_heads) {
         return Err(format!(
             "`vision.heads`: expected a divisor of the width {width}, got {n_heads}"
@@ -187,10 +205,10 @@ fn clip_config(
     }
     let activation = match &recipe.activation {
         Some(name) => activation_named("vision.activation", name)?,
-        None => told.activation,
+        None => told.activation.unwrap_or(usual_activation),
     };
     Ok(VisionConfig {
-        image_size: grid * patch_size,
+        image_size,
         width,
         encoder: VisionEncoder::Clip(ClipConfig {
             patch_size,
@@ -200,8 +218,39 @@ fn clip_config(
             activation,
             epsilon: told.epsilon,
             keep_class_token: false,
+            positions,
         }),
     })
+}
+
+/// Width of a head and activation of the CLIPs of a width where no `config.json` tells: OpenAI's B and L, open_clip's H, g
+/// and G.
+fn usual_clip(width: usize) -> (usize, Activation) {
+    match width {
+        1280 => (80, Activation::Gelu),
+        1408 => (88, Activation::Gelu),
+        1664 => (104, Activation::Gelu),
+        _ => (64, Activation::QuickGelu),
+    }
+}
+
+/// Side of pictures, and the positions of the files where the recipe asks for another side than theirs.
+fn image_size(
+    recipe: Option<usize>,
+    (grid, patch_size): (usize, usize),
+    names: &VisionNames,
+) -> Result<(usize, Option<PositionsConfig>), String> {
+    let of_files = grid.saturating_mul(patch_size);
+    let image_size = recipe.unwrap_or(of_files);
+    if image_size == 0 || !image_size.is_multiple_of(patch_size) || image_size > MAX_IMAGE_SIZE {
+        return Err(format!(
+            "`vision.image_size`: expected a multiple of the patch size {patch_size} up to {MAX_IMAGE_SIZE}, got \
+             {image_size}"
+        ));
+    }
+    let antialias = matches!(names, VisionNames::OpenClip(_));
+    let resampled = (image_size != of_files).then_some(PositionsConfig { grid, antialias });
+    Ok((image_size, resampled))
 }
 
 fn expect(key: &str, recipe: Option<usize>, files: usize) -> Result<(), String> {
@@ -325,6 +374,7 @@ fn special_tokens(
         end: config.id("eos_token_id"),
         pad: recipe.tokens.pad.or(known[2]),
         around_image: None,
+        answer: None,
         stop: Vec::new(),
     })
 }

@@ -14,7 +14,7 @@ use crate::build::{GatedKey, KeyMap, ResamplerKey, VisionKey};
 use crate::config::{ClipConfig, Family, ModelConfig, SpecialTokens, VisionConfig, VisionEncoder};
 use crate::image_spec::ImageSpec;
 use crate::source::{Binder, Parts, SourceError};
-use crate::tokenizer::token_ids;
+use crate::tokenizer::{ANSWER, token_ids};
 
 /// Opens an Otter folder.
 pub(super) fn open(folder: &Path, config: &Config) -> Result<Source, SourceError> {
@@ -68,6 +68,7 @@ fn vision_config(config: &Config) -> Result<VisionConfig, SourceError> {
             activation: config.activation("hidden_act", "quick_gelu")?,
             epsilon: config.float_or("layer_norm_eps", 1e-5)?,
             keep_class_token: false,
+            positions: None,
         }),
     })
 }
@@ -78,10 +79,10 @@ fn special_tokens(
     tokenizer: Option<&Path>,
     text: &Config,
 ) -> Result<SpecialTokens, SourceError> {
-    let names = ["<image>", "<|endofchunk|>", "<PAD>"];
+    let names = ["<image>", "<|endofchunk|>", "<PAD>", ANSWER];
     let mut ids = match tokenizer {
         Some(path) => token_ids(path, &names)?,
-        None => vec![None; 3],
+        None => vec![None; 4],
     };
     let added = folder.join("added_tokens.json");
     if added.is_file() {
@@ -99,6 +100,7 @@ fn special_tokens(
         end: text.id("eos_token_id"),
         pad: ids[2],
         around_image: None,
+        answer: ids[3],
         stop: Vec::new(),
     })
 }

@@ -39,13 +39,15 @@ pub struct Recipe {
 pub struct VisionRecipe {
     /// What kind of encoder; default: what the tensors' names tell.
     pub kind: Option<VisionKind>,
-    /// Side of the input in pixels; default: from the positional embeddings. An NFNet has none, and needs it.
+    /// Side of the input in pixels; default: from the positional embeddings, which are resampled to another one. An NFNet
+    /// has none, and needs it.
     pub image_size: Option<usize>,
     /// Side of a patch in pixels; default: from the patch weight.
     pub patch_size: Option<usize>,
-    /// Attention heads; default: the folder's `config.json`, else width / 64.
+    /// Attention heads; default: the folder's `config.json`, else those of OpenAI's and open_clip's CLIPs of this width.
     pub heads: Option<usize>,
-    /// `quick_gelu` (OpenAI's weights) or `gelu`; default: the folder's `config.json`, else `quick_gelu`.
+    /// `quick_gelu` (OpenAI's weights) or `gelu`; default: the folder's `config.json`, else `gelu` from the width of ViT-H on
+    /// and `quick_gelu` below.
     pub activation: Option<String>,
     /// Of an NFNet: `f0` to `f6`. Depths and widths are read from the files, and must be these.
     pub variant: Option<String>,

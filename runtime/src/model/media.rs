@@ -41,11 +41,16 @@ impl Model {
         let pin = |segment: &Segment| {
             let pixels = self.pixels(segment)?;
             let (medium, _) = self.medium(&pixels)?;
-            let key = MediaKey::new(&self.shared.fingerprint, &pixels.values, pixels.n_frames);
+            let key = self.media_key(&pixels.values, pixels.n_frames);
             self.shared.visual_cache.pin(key, &medium.media);
             Ok(key)
         };
         prompt.media().map(pin).collect()
+    }
+
+    /// What tells pixel values `[n_frames, 3, size, size]`, normalised, from others, and this artifact and engine.
+    pub fn media_key(&self, pixel_values: &[f32], n_frames: usize) -> MediaKey {
+        MediaKey::new(&self.shared.fingerprint, pixel_values, n_frames)
     }
 
     /// Finds or encodes a medium of pixel values `[n_frames, 3, size, size]`, normalised.
@@ -62,7 +67,7 @@ impl Model {
     /// # Errors
     /// Sizes that do not fit the model.
     pub fn encode_pictures(&self, pictures: &[Vec<f32>]) -> Result<Vec<Medium>, RunError> {
-        let key = |values: &Vec<f32>| MediaKey::new(&self.shared.fingerprint, values, 1);
+        let key = |values: &Vec<f32>| self.media_key(values, 1);
         let keys: Vec<MediaKey> = pictures.iter().map(key).collect();
         let (cache, backend) = (&self.shared.visual_cache, self.shared.backend.as_ref());
         let media = cache.pictures_with_keys(backend, &keys, pictures)?;
@@ -82,7 +87,7 @@ impl Model {
     /// Finds or encodes a medium; tells where it was found.
     pub(crate) fn medium(&self, pixels: &Pixels) -> Result<(Medium, Found), RunError> {
         let Pixels { values, n_frames } = pixels;
-        let key = MediaKey::new(&self.shared.fingerprint, values, *n_frames);
+        let key = self.media_key(values, *n_frames);
         let backend = self.shared.backend.as_ref();
         let (media, found) =
             self.shared.visual_cache.medium_with_key(backend, key, values, *n_frames)?;

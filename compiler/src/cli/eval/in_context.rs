@@ -14,6 +14,7 @@ use crate::cli::Outcome;
 use crate::cli::output::{Output, count_bar};
 use crate::eval::ask::{AskOptions, Asker, Sharing};
 use crate::eval::builtin::{TASKS, builtin};
+use crate::eval::features::Features;
 use crate::eval::journal::Journal;
 use crate::eval::page::{eval_page, shown};
 use crate::eval::run::{
@@ -44,6 +45,10 @@ pub(super) struct InContext {
     /// Keep answers in this file as they come, and go on from it
     #[arg(long, value_name = "FILE", requires = "task")]
     journal: Option<PathBuf>,
+    /// Keep what `--select rices` compares pictures by in this file, and encode none of them again
+    /// [default: beside the journal, with `.rices` at its end]
+    #[arg(long, value_name = "FILE", requires = "task")]
+    rices_cache: Option<PathBuf>,
     /// Stop after so many new answers; the same command goes on
     #[arg(long, value_name = "N", requires = "journal")]
     at_most: Option<usize>,
@@ -72,6 +77,19 @@ impl InContext {
             "fixed" => Select::Fixed,
             "rices" => Select::Rices,
             _ => Select::Random,
+        }
+    }
+
+    /// Where RICES keeps what it compares pictures by.
+    fn features(&self) -> Result<Features> {
+        let beside_journal = || {
+            let mut path = self.journal.clone()?.into_os_string();
+            path.push(".rices");
+            Some(PathBuf::from(path))
+        };
+        match self.rices_cache.clone().or_else(beside_journal) {
+            Some(path) if self.select() == Select::Rices => Features::open(&path),
+            _ => Ok(Features::in_memory()),
         }
     }
 }
@@ -150,7 +168,8 @@ impl Asking {
                     report.reasons.push(format!("{}: {n} {what} left out: {reason}", task.name));
                 }
             }
-            let mut asker = Asker::new(model, task, options)?;
+            let mut asker =
+                Asker::with_features(model, task, options, self.in_context.features()?)?;
             let bar = count_bar();
             let (mut looked, before) = (Instant::now(), journal.len());
             bar.set_length((asker.queries().len() * shots.len()) as u64);
