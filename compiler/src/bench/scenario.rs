@@ -379,14 +379,11 @@ impl<'a> Play<'a> {
         Ok(medium)
     }
 
-    /// The camera's picture with bits that no other has.
+    /// The next picture of the camera.
     fn picture(&mut self) -> Result<Picture, RunError> {
         self.n_pictures += 1;
-        let mut pixels = self.camera.as_raw().clone();
-        for (index, byte) in pixels.iter_mut().step_by(97).enumerate() {
-            *byte ^= (self.n_pictures >> (index % 24)) as u8;
-        }
         let [width, height] = [self.camera.width(), self.camera.height()].map(|side| side as usize);
+        let pixels = numbered(&self.camera, self.n_pictures).into_raw();
         Ok(Picture::new(width, height, Mode::Rgb, pixels)?)
     }
 
@@ -414,6 +411,24 @@ impl<'a> Play<'a> {
     }
 }
 
+/// A picture that no other number gives, however small it is made: in its middle are 32 tiles, one for each bit of the
+/// number, which are of another brightness where the bit is set.
+fn numbered(camera: &RgbImage, number: u32) -> RgbImage {
+    let mut picture = camera.clone();
+    let span = |side: u32, tile: u32, n_tiles: u32| {
+        let edge = |tile: u32| side / 4 + side / 2 * tile / n_tiles;
+        edge(tile)..edge(tile + 1)
+    };
+    for tile in (0..32).filter(|tile| number >> tile & 1 == 1) {
+        for y in span(camera.height(), tile / 8, 4) {
+            for x in span(camera.width(), tile % 8, 8) {
+                picture.get_pixel_mut(x, y).0.iter_mut().for_each(|channel| *channel ^= 0x40);
+            }
+        }
+    }
+    picture
+}
+
 /// Generates `n` tokens; times are from `start`.
 fn answer(session: &mut Session, n: usize, start: Instant) -> Result<Turn, RunError> {
     let options =
@@ -432,7 +447,19 @@ fn answer(session: &mut Session, n: usize, start: Instant) -> Result<Turn, RunEr
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
+
+    #[test]
+    fn pictures_differ_when_they_are_small() {
+        let small = |number| {
+            let picture = numbered(&camera_picture((640, 480), 0), number);
+            image::imageops::thumbnail(&picture, 32, 32).into_raw()
+        };
+        let all: BTreeSet<Vec<u8>> = (1..60).chain([1 << 16, 1 << 31]).map(small).collect();
+        assert_eq!(all.len(), 61);
+    }
 
     #[test]
     fn scenarios_are_known_by_name_and_by_size() {
