@@ -13,6 +13,7 @@ pub mod features;
 pub mod generated;
 pub mod interval;
 pub mod journal;
+mod lines;
 pub mod metric;
 mod ok_vqa;
 pub mod page;

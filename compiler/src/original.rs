@@ -1,5 +1,5 @@
-//! The model in f32 that rounded weights are fitted to and compared with, and that tells what f16 can hold: it lies in a temporary folder beside the
-//! output while an artifact is made.
+//! The model in f32 that rounded weights are fitted to and compared with, and that tells what f16 can hold: it lies in a
+//! temporary folder beside the output while an artifact is made.
 
 use std::path::{Path, PathBuf};
 

@@ -4,8 +4,8 @@
 //! as base64 of f32. Several artifacts and tasks may share a file.
 
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
+use std::fs::File;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
@@ -15,6 +15,7 @@ use flamingo_runtime::Model;
 use serde::{Deserialize, Serialize};
 
 use super::data::Row;
+use super::lines;
 
 /// The first line of a file, without its end.
 const HEADER: &str = "{\"flamingoc_rices\":1}";
@@ -46,27 +47,13 @@ impl Features {
     /// A file that cannot be read or written, or holds something else.
     pub fn open(path: &Path) -> Result<Features> {
         let place = || format!("features `{}`", path.display());
-        let mut options = OpenOptions::new();
-        let mut file =
-            options.read(true).append(true).create(true).open(path).with_context(place)?;
-        let mut bytes = Vec::new();
-        file.read_to_end(&mut bytes).with_context(place)?;
-        let n_whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
-        let text = String::from_utf8_lossy(&bytes[..n_whole]);
-        let mut lines = text.lines();
-        let is_begun = HEADER.as_bytes().starts_with(&bytes);
-        if lines.next() != Some(HEADER) && !is_begun {
+        let Some((file, lines)) = lines::open(path, HEADER).with_context(place)? else {
             bail!(
                 "features `{}`: it holds something else\n\nhint: name another file, or remove this one",
                 path.display()
             )
-        }
-        // What is left of a line that was being written would spoil the next one.
-        file.set_len(u64::try_from(n_whole)?).with_context(place)?;
-        if n_whole == 0 {
-            writeln!(file, "{HEADER}").with_context(place)?;
-        }
-        let known = lines.filter_map(read_line).collect();
+        };
+        let known = lines.iter().filter_map(|line| read_line(line)).collect();
         Ok(Features { file: Some((path.to_owned(), file)), known, failure: None })
     }
 

@@ -3,12 +3,14 @@
 //! The first line says what the answers are of. A line that breaks off, where a run was killed, is asked again.
 
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
+use std::fs::File;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 use serde::{Deserialize, Serialize};
+
+use super::lines;
 
 /// What was answered to a question.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -53,37 +55,16 @@ impl Journal {
     /// A file that cannot be read or written, or is of another run.
     pub fn open(path: &Path, identity: &str) -> Result<Journal> {
         let place = || format!("journal `{}`", path.display());
-        let mut options = OpenOptions::new();
-        let mut file =
-            options.read(true).append(true).create(true).open(path).with_context(place)?;
-        let mut bytes = Vec::new();
-        file.read_to_end(&mut bytes).with_context(place)?;
-        let n_whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
-        let text = String::from_utf8_lossy(&bytes[..n_whole]);
-        let mut lines = text.lines();
-        let mut answers = BTreeMap::new();
-        match lines.next() {
-            None => {
-                file.set_len(0).with_context(place)?;
-                writeln!(file, "{}", serde_json::json!({ "flamingoc_eval": identity }))
-                    .with_context(place)?;
-            }
-            Some(first) => {
-                let found: serde_json::Value = serde_json::from_str(first).unwrap_or_default();
-                if found.get("flamingoc_eval").and_then(|found| found.as_str()) != Some(identity) {
-                    bail!(
-                        "journal `{}`: it is of other tasks, options or another artifact\n\nhint: name another \
-                         file, or remove this one",
-                        path.display()
-                    )
-                }
-                // What is left of a line that was being written would spoil the next one.
-                file.set_len(u64::try_from(n_whole)?).with_context(place)?;
-                for answer in lines.filter_map(|line| serde_json::from_str::<Answer>(line).ok()) {
-                    answers.insert(key(&answer), answer);
-                }
-            }
-        }
+        let header = serde_json::json!({ "flamingoc_eval": identity }).to_string();
+        let Some((file, lines)) = lines::open(path, &header).with_context(place)? else {
+            bail!(
+                "journal `{}`: it is of other tasks, options or another artifact\n\nhint: name another \
+                 file, or remove this one",
+                path.display()
+            )
+        };
+        let answers = lines.iter().filter_map(|line| serde_json::from_str::<Answer>(line).ok());
+        let answers = answers.map(|answer| (key(&answer), answer)).collect();
         Ok(Journal { file: Some((path.to_owned(), file)), answers })
     }
 
