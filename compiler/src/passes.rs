@@ -12,7 +12,7 @@ mod share_common;
 use std::collections::BTreeMap;
 
 use flamingo_ir::op::Op;
-use flamingo_ir::{Graph, GraphError, Node, Patch, ValueId, Verified, Weights, verify};
+use flamingo_ir::{Graph, GraphError, Node, Patch, ValueId, Verified, Verifier, Weights};
 use serde::{Deserialize, Serialize};
 
 use crate::calibrate::Calibration;
@@ -125,7 +125,8 @@ pub fn optimise(
     calibration: Option<&Calibration>,
     observe: &mut dyn FnMut(&str, &Graph),
 ) -> Result<(Verified, Vec<PassRecord>), GraphError> {
-    let mut verified = verify(graph)?;
+    let mut verifier = Verifier::default();
+    let mut verified = verifier.verify(graph)?;
     let context = Context { weights, scheme, calibration };
     let mut records = vec![record("source", 0, &verified)];
     observe("source", &verified);
@@ -134,7 +135,7 @@ pub fn optimise(
         let mut patch = Patch::new(&mut graph);
         rewrite(&mut patch, &context)?;
         let replaced = patch.apply()?;
-        verified = verify(graph)?;
+        verified = verifier.verify(graph)?;
         records.push(record(name, replaced, &verified));
         observe(name, &verified);
     }

@@ -33,4 +33,4 @@ pub use graph::{Constant, Graph, GraphError, Node, NodeId, Value, ValueId};
 pub use patch::Patch;
 pub use tensor::{Tensor, TensorError};
 pub use text::{TextError, TextProblem};
-pub use verify::{Verified, verify};
+pub use verify::{Verified, Verifier, verify};

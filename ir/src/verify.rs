@@ -30,25 +30,38 @@ impl Deref for Verified {
 /// the ops infer, and that every function's definition of every flavour builds and has the
 /// outputs that the function's own rule says.
 pub fn verify(graph: Graph) -> Result<Verified, GraphError> {
-    check_names(&graph)?;
-    let n_values = graph.values().count();
-    let mut known = check_sources(&graph, n_values)?;
-    let mut bodies = BTreeSet::new();
-    for node in graph.nodes() {
-        check_node(&graph, node, &known)?;
-        for output in &node.outputs {
-            if output.index() >= n_values || !known.insert(*output) {
-                return Err(wrong(&graph, node, "an output is computed twice or is foreign"));
+    Verifier::default().verify(graph)
+}
+
+/// [`verify`] for one graph after another: each definition is checked once.
+#[derive(Debug, Default)]
+pub struct Verifier {
+    /// Functions and the facts of their inputs, whose definitions are right.
+    bodies: BTreeSet<String>,
+}
+
+impl Verifier {
+    /// The same as the function [`verify`].
+    pub fn verify(&mut self, graph: Graph) -> Result<Verified, GraphError> {
+        check_names(&graph)?;
+        let n_values = graph.values().count();
+        let mut known = check_sources(&graph, n_values)?;
+        for node in graph.nodes() {
+            check_node(&graph, node, &known)?;
+            for output in &node.outputs {
+                if output.index() >= n_values || !known.insert(*output) {
+                    return Err(wrong(&graph, node, "an output is computed twice or is foreign"));
+                }
             }
+            check_facts(&graph, node)?;
+            check_bodies(&node.op, &facts(&graph, &node.inputs), &mut self.bodies)?;
         }
-        check_facts(&graph, node)?;
-        check_bodies(&node.op, &facts(&graph, &node.inputs), &mut bodies)?;
-    }
-    match graph.outputs().iter().find(|(_, id)| !known.contains(id)) {
-        None => Ok(Verified(graph)),
-        Some((name, _)) => {
-            let reason = format!("output \"{name}\" is computed by no node");
-            Err(graph.broken(reason))
+        match graph.outputs().iter().find(|(_, id)| !known.contains(id)) {
+            None => Ok(Verified(graph)),
+            Some((name, _)) => {
+                let reason = format!("output \"{name}\" is computed by no node");
+                Err(graph.broken(reason))
+            }
         }
     }
 }
@@ -131,7 +144,11 @@ fn check_facts(graph: &Graph, node: &Node) -> Result<(), GraphError> {
 
 /// Checks the definitions of `op` for these inputs, and of the functions they use.
 fn check_bodies(op: &Op, inputs: &[Fact], done: &mut BTreeSet<String>) -> Result<(), GraphError> {
-    if !op.is_function() || !done.insert(format!("{op:?} {inputs:?}")) {
+    if !op.is_function() {
+        return Ok(());
+    }
+    let key = format!("{op:?} {inputs:?}");
+    if done.contains(&key) {
         return Ok(());
     }
     let in_op = |source| GraphError::Op { node: op.name().into(), op: op.name(), source };
@@ -150,6 +167,7 @@ fn check_bodies(op: &Op, inputs: &[Fact], done: &mut BTreeSet<String>) -> Result
             check_bodies(&node.op, &facts(&body, &node.inputs), done)?;
         }
     }
+    done.insert(key);
     Ok(())
 }
 
