@@ -17,7 +17,7 @@ use half::f16;
 use serde::{Deserialize, Serialize};
 
 use crate::calibrate::Example;
-use crate::walk::Walk;
+use crate::walk::{Walk, on_all_cores};
 
 /// The form of the graphs in which every value is seen.
 const FORM: Flavour = Flavour::Trt10_3;
@@ -165,20 +165,32 @@ fn look(
     examples: &[Example],
     on_example: &mut dyn FnMut(usize),
 ) -> Result<[Seen; 2]> {
-    let mut seen = [Seen::new(), Seen::new()];
-    for (index, example) in examples.iter().enumerate() {
-        on_example(index);
+    let of_each = on_all_cores(examples, on_example, |example| {
+        let mut seen = [Seen::new(), Seen::new()];
         walk.run(example, &mut |graph, node, _, outputs| {
             for (id, tensor) in node.outputs.iter().zip(outputs) {
                 if graph.fact(*id).dtype.is_half() {
-                    let seen = &mut seen[place(&graph.name)];
-                    let before = seen.entry(node.name.clone()).or_insert(0.0);
-                    *before = before.max(largest(tensor));
+                    keep(&mut seen[place(&graph.name)], &node.name, largest(tensor));
                 }
             }
         })?;
+        Ok(seen)
+    })?;
+    let mut all = [Seen::new(), Seen::new()];
+    for seen in of_each {
+        for (all, seen) in all.iter_mut().zip(seen) {
+            seen.iter().for_each(|(name, magnitude)| keep(all, name, *magnitude));
+        }
     }
-    Ok(seen)
+    Ok(all)
+}
+
+/// Keeps the larger magnitude.
+fn keep(seen: &mut Seen, name: &str, magnitude: f32) {
+    match seen.get_mut(name) {
+        Some(before) => *before = before.max(magnitude),
+        None => drop(seen.insert(name.to_owned(), magnitude)),
+    }
 }
 
 /// The largest value of each op, in the order of the graphs.
@@ -207,9 +219,17 @@ fn ops_of(stages: &[Graph; 2], seen: &[Seen; 2]) -> Result<Vec<OpRange>> {
 /// Largest magnitude; NaN counts as infinite. Scores of keys that are not seen are f16's least number, and count for nothing.
 fn largest(tensor: &Tensor) -> f32 {
     let hidden = f32::from(f16::MIN).to_bits();
-    let magnitude = |value: &f32| if value.is_nan() { f32::INFINITY } else { value.abs() };
-    let seen = tensor.as_f32().into_iter().flatten().filter(|value| value.to_bits() != hidden);
-    seen.map(magnitude).fold(0.0, f32::max)
+    // Magnitudes are ordered as their bits are, with NaN beyond infinity.
+    let magnitude = |value: &f32| match value.to_bits() {
+        bits if bits == hidden => 0,
+        bits => bits & !(1 << 31),
+    };
+    let Some(array) = tensor.as_f32() else { return 0.0 };
+    let bits = match array.as_slice_memory_order() {
+        Some(values) => values.iter().map(magnitude).fold(0, u32::max),
+        None => array.iter().map(magnitude).fold(0, u32::max),
+    };
+    f32::from_bits(bits.min(f32::INFINITY.to_bits()))
 }
 
 #[cfg(test)]

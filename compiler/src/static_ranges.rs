@@ -19,7 +19,7 @@ use crate::calibrate::Example;
 use crate::observer::{Histogram, Observer};
 use crate::parity::kl_divergence;
 use crate::ranges::place;
-use crate::walk::Walk;
+use crate::walk::{Walk, on_all_cores};
 
 /// The form of the graphs that is judged.
 const FORM: Flavour = Flavour::Trt10_3;
@@ -176,8 +176,10 @@ impl Subject<'_> {
         let walk = Walk::new(self.config, self.graphs, stages);
         let vocabulary = self.config.language.vocabulary.max(1);
         let (mut n_tokens, mut kl, mut equal) = (0, 0.0, 0);
-        for (example, expected) in self.judged {
-            let Some(found) = walk.run(example, &mut |_, _, _, _| ())? else { continue };
+        let run = |(example, _): &(Example, _)| walk.run(example, &mut |_, _, _, _| ());
+        let found = on_all_cores(self.judged, &mut |_| (), run)?;
+        for (found, (_, expected)) in found.iter().zip(self.judged) {
+            let Some(found) = found else { continue };
             for (found, expected) in found.chunks(vocabulary).zip(expected.chunks(vocabulary)) {
                 n_tokens += 1;
                 kl += kl_divergence(found, expected);

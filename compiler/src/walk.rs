@@ -2,6 +2,10 @@
 //! between, and what graphs of any flavour mean without an engine that runs them.
 
 use std::collections::BTreeMap;
+use std::num::NonZero;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::thread::{self, available_parallelism};
 
 use anyhow::{Context as _, Result};
 use flamingo_ir::{Constant, Dim, Fact, Graph, Node, Tensor, Value, Weights, evaluate_wide};
@@ -82,6 +86,45 @@ impl<'a> Walk<'a> {
     }
 }
 
+/// What `run` gives for each item, in their order, on all cores; `on_item` hears how many had begun before.
+pub(crate) fn on_all_cores<I: Sync, T: Send>(
+    items: &[I],
+    on_item: &mut dyn FnMut(usize),
+    run: impl Fn(&I) -> Result<T> + Sync,
+) -> Result<Vec<T>> {
+    let next = AtomicUsize::new(0);
+    let work = |sender: Sender<(usize, Option<Result<T>>)>| {
+        while let index = next.fetch_add(1, Ordering::Relaxed)
+            && let Some(item) = items.get(index)
+        {
+            // Nobody listens any more once an item failed.
+            let is_heard = sender.send((index, None)).is_ok();
+            if !is_heard || sender.send((index, Some(run(item)))).is_err() {
+                return;
+            }
+        }
+    };
+    thread::scope(|scope| {
+        let (sender, messages) = channel();
+        for _ in 0..available_parallelism().map_or(1, NonZero::get).min(items.len()) {
+            let (work, sender) = (&work, sender.clone());
+            scope.spawn(move || work(sender));
+        }
+        drop(sender);
+        let (mut n_begun, mut results) = (0, BTreeMap::new());
+        for (index, result) in messages {
+            match result {
+                Some(result) => drop(results.insert(index, result?)),
+                None => {
+                    on_item(n_begun);
+                    n_begun += 1;
+                }
+            }
+        }
+        Ok(results.into_values().collect())
+    })
+}
+
 fn floats(shape: &[usize], values: Vec<f32>) -> Result<Tensor> {
     Tensor::f32(shape, values).context("values fill their shape")
 }
@@ -134,5 +177,27 @@ impl Weights for Mapped<'_> {
         let (shape, (dtype, bytes)) = found.ok_or_else(|| format!("no weight `{name}`"))?;
         Tensor::from_stored_bytes(dtype, shape, bytes)
             .ok_or_else(|| format!("weight `{name}`: other bytes than {dtype} {shape:?}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::bail;
+
+    use super::*;
+
+    #[test]
+    fn results_come_in_the_order_of_the_items_and_errors_end_the_work() {
+        for n in [0, 1, 2, 17] {
+            let items: Vec<usize> = (0..n).collect();
+            let mut heard = Vec::new();
+            let squares = on_all_cores(&items, &mut |n| heard.push(n), |i| Ok(i * i)).unwrap();
+            assert_eq!(squares, items.iter().map(|i| i * i).collect::<Vec<usize>>());
+            assert_eq!(heard, items);
+        }
+        let failing = |i: &usize| if *i == 3 { bail!("item {i}") } else { Ok(*i) };
+        let items: Vec<usize> = (0..100).collect();
+        let error = on_all_cores(&items, &mut |_| (), failing).unwrap_err();
+        assert_eq!(error.to_string(), "item 3");
     }
 }

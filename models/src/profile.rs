@@ -11,8 +11,8 @@ use crate::manifest::{GraphEntry, Limits, TensorEntry};
 
 /// Frames of a video for which engines are built.
 const MAX_FRAMES: usize = 8;
-/// Pictures that are encoded in one run.
-const MAX_BATCH: usize = 4;
+/// Media that are encoded in one run at most.
+pub const MAX_BATCH: usize = 4;
 /// Tokens of a usual prompt.
 const USUAL_TOKENS: usize = 128;
 

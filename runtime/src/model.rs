@@ -439,6 +439,7 @@ fn open_ort(artifact: &Artifact, options: &OpenOptions) -> Result<Box<dyn Backen
         execution_provider,
         profiles,
         engines,
+        media_batch: None,
         strict: options.strict_provider,
         trace: options.ort_trace.clone(),
     };

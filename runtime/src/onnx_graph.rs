@@ -72,6 +72,11 @@ pub(crate) trait Engine: Send + Sync + 'static {
     /// Name on the command line.
     const NAME: &'static str;
 
+    /// Media that one run of the media graph takes; several need more memory.
+    fn media_batch(&self) -> usize {
+        1
+    }
+
     /// Runs a graph on its inputs in the graph's order; returns its outputs in the graph's order.
     fn run(
         &self,
@@ -375,10 +380,13 @@ impl<E: Engine> Backend for OnnxBackend<E> {
     ) -> Result<Vec<Media>, BackendError> {
         let pictures = &self.shared.signature.contract.pictures;
         let medium_elements = pictures.check(pixel_values.len(), n_media, n_frames)?;
-        pixel_values
-            .chunks_exact(medium_elements)
-            .map(|medium| self.shared.encode(medium, n_frames))
-            .collect()
+        let batch = medium_elements * self.shared.engine.media_batch().max(1);
+        let mut media = Vec::with_capacity(n_media);
+        for pixel_values in pixel_values.chunks(batch) {
+            let n_media = pixel_values.len() / medium_elements;
+            media.extend(self.shared.encode(pixel_values, n_media, n_frames)?);
+        }
+        Ok(media)
     }
 
     fn new_sequence(&self, max_context: usize) -> Result<Box<dyn Sequence>, BackendError> {
@@ -394,13 +402,18 @@ impl<E: Engine> Backend for OnnxBackend<E> {
 }
 
 impl<E: Engine> Shared<E> {
-    /// Encodes one medium; one at a time needs the least memory.
-    fn encode(&self, pixel_values: &[f32], n_frames: usize) -> Result<Media, BackendError> {
+    /// Encodes media in one run.
+    fn encode(
+        &self,
+        pixel_values: &[f32],
+        n_media: usize,
+        n_frames: usize,
+    ) -> Result<Vec<Media>, BackendError> {
         let pictures = &self.signature.contract.pictures;
         let n_max = pictures.n_max_frames.unwrap_or(0);
         let input = |input: &MediaInput| match input {
             MediaInput::PixelValues => Input::Numbers {
-                shape: [&[1, n_frames], &pictures.frame_shape[..]].concat(),
+                shape: [&[n_media, n_frames], &pictures.frame_shape[..]].concat(),
                 data: Cow::Borrowed(pixel_values),
             },
             MediaInput::FrameWeights => Input::Numbers {
@@ -411,16 +424,19 @@ impl<E: Engine> Shared<E> {
         let inputs: Vec<_> = self.signature.media_inputs.iter().map(input).collect();
         let outputs = self.engine.run(Stage::Media, &inputs, &mut Buffers::none())?;
         let sizes = &self.signature.media_output_sizes;
-        let bindings = [("n_media", 1), ("n_frames", n_frames)];
+        let bindings = [("n_media", n_media), ("n_frames", n_frames)];
         let bindings = bindings.map(|(name, size)| (name.to_owned(), size)).into();
-        let read = |(output, size): (&E::Tensor, &Dim)| {
+        let mut data = vec![Vec::with_capacity(outputs.len()); n_media];
+        for (output, size) in outputs.iter().zip(sizes) {
             let size =
                 size.evaluate(&bindings).map_err(|reason| outputs_differ::<E>("sizes", &reason))?;
-            Ok(self.numbers(output, size)?.into_owned())
-        };
-        let data: Result<Vec<Vec<f32>>, BackendError> =
-            outputs.iter().zip(sizes).map(read).collect();
-        Ok(self.signature.contract.media_from_outputs(data?))
+            let numbers = self.numbers(output, size)?;
+            let each = size / n_media;
+            for (index, data) in data.iter_mut().enumerate() {
+                data.push(numbers[index * each..(index + 1) * each].to_vec());
+            }
+        }
+        Ok(data.into_iter().map(|data| self.signature.contract.media_from_outputs(data)).collect())
     }
 
     /// The numbers of an output, of which there must be `n`.

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use flamingo_ir::{DType, Graph};
-use flamingo_models::profile::{Profile, Profiles, shapes_text};
+use flamingo_models::profile::{MAX_BATCH, Profile, Profiles, shapes_text};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use ort::environment::Environment;
@@ -197,6 +197,9 @@ pub struct OrtOptions {
     pub profiles: Option<Profiles>,
     /// Where TensorRT keeps its engines; none: it builds them at every start.
     pub engines: Option<EnginePlan>,
+    /// Media that are encoded in one run; default: one on the CPU, whose cores one picture fills, and as many as engines
+    /// are built for on a GPU.
+    pub media_batch: Option<NonZeroUsize>,
     /// Whether it is an error, not a warning, if another provider would run a node. Nodes that compute target shapes do
     /// not count: they always run on the CPU.
     pub strict: bool,
@@ -243,6 +246,11 @@ impl OrtBackend {
         let engine = OrtEngine {
             media: OrtStage::new(&environment, "media", media_onnx, &media.graph, options)?,
             decoder: OrtStage::new(&environment, "decoder", decoder_onnx, &decoder.graph, options)?,
+            media_batch: match (options.media_batch, options.execution_provider) {
+                (Some(batch), _) => batch.get(),
+                (None, ExecutionProvider::Cpu) => 1,
+                (None, _) => MAX_BATCH,
+            },
         };
         if let Some(plan) = plan.filter(|plan| plan.build) {
             let place = plan.engines.folder().display().to_string();
@@ -293,6 +301,7 @@ impl Backend for OrtBackend {
 struct OrtEngine {
     media: OrtStage,
     decoder: OrtStage,
+    media_batch: usize,
 }
 
 impl OrtEngine {
@@ -533,6 +542,10 @@ impl Engine for OrtEngine {
     type Tensor = DynValue;
 
     const NAME: &'static str = NAME;
+
+    fn media_batch(&self) -> usize {
+        self.media_batch
+    }
 
     fn run(
         &self,

@@ -1,6 +1,7 @@
 //! Every golden checkpoint, compiled, on every engine: visual tokens, logits and greedy tokens
 //! are PyTorch's.
 
+use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -102,11 +103,12 @@ fn forward(backend: &dyn Backend, model: &Model, golden: &Golden, case: &str) ->
     media.iter().flat_map(|m| m.visual_tokens.iter().copied()).chain(logits).collect()
 }
 
-/// `--backend ort` runs the flavour made for it; the portable graphs must do there too.
+/// `--backend ort` runs the flavour made for it; the portable graphs must do there too, also with media two by two.
 #[test]
 fn onnx_runtime_runs_the_portable_graphs() {
     let library = opening("ort").ort_library;
-    let options = OrtOptions { library, ..OrtOptions::default() };
+    let media_batch = NonZeroUsize::new(2);
+    let options = OrtOptions { library, media_batch, ..OrtOptions::default() };
     for folder in golden_folders() {
         let (_scratch, path) = compiled(&folder);
         let model = Model::open(&path, &opening("native")).unwrap();

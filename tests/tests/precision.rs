@@ -7,8 +7,10 @@ use std::sync::Arc;
 
 use flamingo_runtime::backend::Media;
 use flamingo_runtime::{GenerateOptions, KvFormat, Model, OpenOptions, PromptFile, Segment};
+use flamingo_scenes::Split;
 use flamingo_tests::{Golden, compiled_as, golden_folders, opening, tiny_scenes};
 use flamingoc::calibrate::bundled;
+use flamingoc::eval::{EvalOptions, eval, tasks};
 use flamingoc::gate::judge;
 use flamingoc::parity::{Divergence, F32_BOUND, MIN_COSINE, compare, divergence};
 use flamingoc::scheme::{Precision, Scheme};
@@ -146,7 +148,26 @@ fn the_same_weights_give_the_same_next_tokens_in_onnx_runtime() {
         let name = precision.name();
         assert!(verdict.n_tokens >= 2000 && verdict.top1_agreement >= 0.995, "{name}: {verdict:?}");
         assert!(verdict.mean_kl <= 1e-3, "{name}: {verdict:?}");
+        let (same, all) = answered_the_same(&native, &other);
+        assert!(all >= 1000 && same as f64 >= 0.999 * all as f64, "{name}: {same} of {all}");
     }
+}
+
+/// How many tokens of the answers to the demo's tasks are the same, and how many tokens there are.
+fn answered_the_same(one: &Model, other: &Model) -> (usize, usize) {
+    let tasks = tasks(&[], &[0, 2, 4]).unwrap();
+    let options = EvalOptions { tasks, split: Split::Test, n: 25, seed: 7, blind: false };
+    let answers = |model: &Model| {
+        let mut tokens = Vec::new();
+        eval(model, &options, &mut |_, answer| {
+            tokens.extend_from_slice(answer);
+            Ok(())
+        })
+        .unwrap();
+        tokens
+    };
+    let (one, other) = (answers(one), answers(other));
+    (one.iter().zip(&other).filter(|(one, other)| one == other).count(), one.len())
 }
 
 #[test]
@@ -206,9 +227,8 @@ fn larger_blocks_of_int4_take_fewer_bytes_and_lose_more() {
     let golden = golden_folders().into_iter().find(|f| f.ends_with("openflamingo-mpt")).unwrap();
     let with = |int4_block| compiled_as(&golden, Scheme { int4_block, ..Precision::Int4.into() });
     let (small, large, int8) = (with(8), with(32), compiled_as(&golden, Precision::Int8.into()));
-    let size = |artifact: &Path| {
-        fs::metadata(artifact.join("graphs/weights.safetensors")).unwrap().len()
-    };
+    let size =
+        |artifact: &Path| fs::metadata(artifact.join("graphs/weights.safetensors")).unwrap().len();
     assert!(size(&large.1) < size(&int8.1));
     let [small, large] = [small.1, large.1].map(|it| next_tokens(&it, &Golden::read(&golden)));
     assert!(small.mean_kl < large.mean_kl, "{small:?} {large:?}");

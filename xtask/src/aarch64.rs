@@ -40,7 +40,7 @@ struct Processor {
 
 const PROCESSORS: [Processor; 3] = [
     Processor { name: "cortex-a76", isas: "scalar neon+dotprod", tests: &[] },
-    Processor { name: "cortex-a57", isas: "scalar neon", tests: &[] },
+    Processor { name: "cortex-a57", isas: "scalar neon", tests: &["tests::panels", "isa::"] },
     Processor { name: "max", isas: "scalar neon+dotprod+i8mm", tests: &["tests::panels", "isa::"] },
 ];
 

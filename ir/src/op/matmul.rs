@@ -1,6 +1,7 @@
 //! `MatMul` (<https://onnx.ai/onnx/operators/onnx__MatMul.html>): [.., m, k] · [.., k, n].
 
-use ndarray::{ArrayD, Axis, Ix2, IxDyn, Zip};
+use ndarray::linalg::general_mat_mul;
+use ndarray::{ArrayD, ArrayView2, ArrayViewD, Axis, Dimension as _, Ix2, IxDyn};
 
 use super::broadcast::broadcast;
 use super::{Attributes, OnnxForm, OpError, Operator, expect_inputs, input_error};
@@ -60,33 +61,41 @@ impl Operator for MatMul {
         let facts = self.infer(&[inputs[0].fact(), inputs[1].fact()])?;
         let shape = facts[0].known_shape().ok_or_else(failed)?;
         let (batch, matrix) = shape.split_at(shape.len() - 2);
-        let full = |array: &ndarray::ArcArray<f32, IxDyn>| {
-            let own = array.shape();
-            let target = [batch, &own[own.len() - 2..]].concat();
-            array.broadcast(target).map(|view| view.to_owned())
-        };
-        let (left, right) = (full(left).ok_or_else(failed)?, full(right).ok_or_else(failed)?);
-        let n_batch: usize = batch.iter().product();
-        let stacked = |array: ArrayD<f32>| {
-            let own = array.shape();
-            let target = [n_batch, own[own.len() - 2], own[own.len() - 1]];
-            array.to_shape(target).map(|view| view.to_owned()).map_err(|_| failed())
-        };
-        let (left, right) = (stacked(left)?, stacked(right)?);
-        let mut out = ndarray::Array3::<f32>::zeros((n_batch, matrix[0], matrix[1]));
-        Zip::from(out.axis_iter_mut(Axis(0)))
-            .and(left.axis_iter(Axis(0)))
-            .and(right.axis_iter(Axis(0)))
-            .for_each(|mut out, left, right| {
-                let (left, right) =
-                    (left.into_dimensionality::<Ix2>(), right.into_dimensionality::<Ix2>());
-                if let (Ok(left), Ok(right)) = (left, right) {
-                    out.assign(&left.dot(&right));
+        let out = match right.ndim() {
+            // Rows of all batches meet one matrix.
+            2 => {
+                let n_rows = batch.iter().product::<usize>() * matrix[0];
+                let rows = left.to_shape((n_rows, right.shape()[0])).map_err(|_| failed())?;
+                let right = right.view().into_dimensionality::<Ix2>().map_err(|_| failed())?;
+                rows.dot(&right).into_dyn()
+            }
+            _ => {
+                let mut out = ArrayD::<f32>::zeros(shape.as_slice());
+                for index in ndarray::indices(batch) {
+                    let left = matrix_at(left.view(), index.slice()).ok_or_else(failed)?;
+                    let right = matrix_at(right.view(), index.slice()).ok_or_else(failed)?;
+                    let mut place = out.view_mut();
+                    for position in index.slice() {
+                        place.index_axis_inplace(Axis(0), *position);
+                    }
+                    let mut place = place.into_dimensionality::<Ix2>().map_err(|_| failed())?;
+                    general_mat_mul(1.0, &left, &right, 0.0, &mut place);
                 }
-            });
+                out
+            }
+        };
         let out = out.into_shape_with_order(IxDyn(&shape)).map_err(|_| failed())?;
         Ok(vec![Tensor::F32(out.into_shared())])
     }
+}
+
+/// The matrix at a place of the batch, which the leading dimensions broadcast to.
+fn matrix_at<'a>(mut all: ArrayViewD<'a, f32>, index: &[usize]) -> Option<ArrayView2<'a, f32>> {
+    for position in index.get(index.len().checked_sub(all.ndim() - 2)?..)? {
+        let position = if all.shape()[0] == 1 { 0 } else { *position };
+        all = all.index_axis_move(Axis(0), position);
+    }
+    all.into_dimensionality::<Ix2>().ok()
 }
 
 #[cfg(test)]
@@ -100,6 +109,23 @@ mod tests {
         let product = MatMul.evaluate(&[left, right]).unwrap();
         assert_eq!(product[0].shape(), [2, 1, 2]);
         assert_eq!(product[0].to_f32_vec().unwrap(), [1.0, 20.0, 3.0, 40.0]);
+
+        // [2, 1, 1, 2] and [3, 2, 1]: each of two rows meets each of three columns.
+        let left = Tensor::f32(&[2, 1, 1, 2], vec![1.0, 2.0, 3.0, 4.0]).unwrap();
+        let right = Tensor::f32(&[3, 2, 1], vec![1.0, 0.0, 0.0, 1.0, 1.0, 1.0]).unwrap();
+        let product = MatMul.evaluate(&[left, right]).unwrap();
+        assert_eq!(product[0].shape(), [2, 3, 1, 1]);
+        assert_eq!(product[0].to_f32_vec().unwrap(), [1.0, 2.0, 3.0, 3.0, 4.0, 7.0]);
+    }
+
+    #[test]
+    fn operands_may_be_transposed() {
+        let x = Tensor::f32(&[2, 3], vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).unwrap();
+        let swap = crate::op::Transpose { permutation: vec![1, 0] };
+        let turned = swap.evaluate(std::slice::from_ref(&x)).unwrap().remove(0);
+        let product = MatMul.evaluate(&[turned, x]).unwrap();
+        let expected = [17.0, 22.0, 27.0, 22.0, 29.0, 36.0, 27.0, 36.0, 45.0];
+        assert_eq!(product[0].to_f32_vec().unwrap(), expected);
     }
 
     #[test]
