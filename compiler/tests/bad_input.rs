@@ -350,7 +350,7 @@ fn configs_whose_sizes_do_not_fit_each_other() {
         let edit = |config: &mut Value| config["vision_config"][key] = json!(size);
         Damaged::idefics().edit_json("config.json", edit).refused(words);
     };
-    refused("patch_size", 29, &["vision.patches", "multiples of 29", "28, 28"]);
+    refused("patch_size", 29, &["vision.patches", "of 29 and more", "28, 28"]);
     refused("num_attention_heads", 5, &["vision.0.attention", "multiple of 5", "24]"]);
 }
 
@@ -367,7 +367,7 @@ fn recipes_that_are_wrong() {
     refused("heads = 4", "heads = 5", &["`vision.heads`", "divisor", "got 5"]);
     refused("heads = 4", "heads = 0", &["`vision.heads`", "got 0"]);
     refused("heads = 4", "heads = -4", &["heads"]);
-    refused("image_size = 28", "image_size = 57", &["`vision.image_size`", "patch size 14", "57"]);
+    refused("image_size = 28", "image_size = 13", &["`vision.image_size`", "patch size 14", "13"]);
     refused("patch_size = 14", "patch_size = 7", &["`vision.patch_size`", "14", "7"]);
     refused("quick_gelu", "swoosh", &["`vision.activation`", "swoosh", "expected"]);
     refused("[vision]", "[resampler]\nhead_dim = 7\n[vision]", &["`resampler.head_dim`", "7"]);

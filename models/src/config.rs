@@ -61,13 +61,13 @@ pub struct VisionConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum VisionEncoder {
-    /// A CLIP vision transformer.
+    /// A vision transformer of CLIP or SigLIP.
     Clip(ClipConfig),
     /// An NFNet.
     Nfnet(NfnetConfig),
 }
 
-/// A CLIP vision transformer.
+/// A vision transformer of CLIP or SigLIP. What SigLIP has otherwise is in a manifest only where it is so.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ClipConfig {
     /// Side of a patch in pixels.
@@ -88,6 +88,30 @@ pub struct ClipConfig {
     /// The checkpoint's positions, if they are of another square than the patches.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub positions: Option<PositionsConfig>,
+    /// Whether a class token stands before the patches (CLIP), or none does (SigLIP).
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub has_class_token: bool,
+    /// Whether the patch embedding has a bias (SigLIP).
+    #[serde(default, skip_serializing_if = "is_no")]
+    pub patch_bias: bool,
+    /// Whether a norm stands before the layers (CLIP).
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub pre_norm: bool,
+    /// Whether tokens are handed on behind the last norm.
+    #[serde(default, skip_serializing_if = "is_no")]
+    pub final_norm: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn is_yes(flag: &bool) -> bool {
+    *flag
+}
+
+fn is_no(flag: &bool) -> bool {
+    !*flag
 }
 
 /// Positions of a square of patches, to be resampled to another square.
@@ -394,7 +418,10 @@ mod tests {
         let clip = r#"{"image_size":28,"patch_size":14,"width":16,"n_layers":2,"n_heads":4,"mlp_width":64,
             "activation":"quick_gelu","epsilon":1e-5,"keep_class_token":false}"#;
         let clip: VisionConfig = serde_json::from_str(clip).unwrap();
-        assert!(matches!(clip.encoder, VisionEncoder::Clip(_)));
+        let VisionEncoder::Clip(config) = &clip.encoder else { panic!("{clip:?}") };
+        assert!(config.has_class_token && config.pre_norm);
+        assert!(!config.patch_bias && !config.final_norm);
+        assert!(!serde_json::to_string(&clip).unwrap().contains("norm"));
         for config in [clip, nfnet([1, 2, 6, 3], 192)] {
             let json = serde_json::to_string(&config).unwrap();
             assert_eq!(serde_json::from_str::<VisionConfig>(&json).unwrap(), config, "{json}");

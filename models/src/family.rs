@@ -6,6 +6,7 @@ mod nfnet;
 mod open_flamingo;
 mod otter;
 mod recipe;
+mod vision_transformer;
 
 use std::path::{Path, PathBuf};
 

@@ -95,7 +95,7 @@ fn of_folder(folder: &Path) -> Result<Survey, SourceError> {
     let (what, family, part) = match model_type {
         "idefics" => ("an IDEFICS-1".to_owned(), Some(Family::Idefics), "checkpoint"),
         "otter" | "flamingo" => ("an Otter".to_owned(), Some(Family::Otter), "checkpoint"),
-        "clip" | "clip_vision_model" => {
+        "clip" | "clip_vision_model" | "siglip" | "siglip_vision_model" => {
             ("a vision encoder, one part of an OpenFlamingo".to_owned(), None, "vision_encoder")
         }
         other => (
@@ -108,6 +108,15 @@ fn of_folder(folder: &Path) -> Result<Survey, SourceError> {
     Ok(Survey { what, is_model: family.is_some(), family, parts })
 }
 
+/// Tensors that tell the file of a vision encoder.
+const VISION: [&str; 5] = [
+    "visual.conv1.weight",
+    "conv1.weight",
+    "visual.trunk.patch_embed.proj.weight",
+    "trunk.patch_embed.proj.weight",
+    "patch_embed.proj.weight",
+];
+
 fn of_file(path: &Path) -> Survey {
     let mut part = SurveyedPart::open("checkpoint", path.to_owned());
     let has = |key: &str| part.checkpoint().is_some_and(|found| found.get(key).is_some());
@@ -116,7 +125,7 @@ fn of_file(path: &Path) -> Survey {
             let what = part.checkpoint().map_or_else(String::new, open_flamingo_weights);
             (what, Some(Family::OpenFlamingo), "checkpoint")
         }
-        () if has("visual.conv1.weight") || has("conv1.weight") => {
+        () if VISION.iter().any(|name| has(name)) => {
             ("a vision encoder, one part of an OpenFlamingo".to_owned(), None, "vision_encoder")
         }
         () => ("a weight file".to_owned(), None, "checkpoint"),

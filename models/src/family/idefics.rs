@@ -68,6 +68,10 @@ fn vision_config(config: &Config) -> Result<VisionConfig, SourceError> {
             epsilon: config.float_or("layer_norm_eps", 1e-5)?,
             keep_class_token: true,
             positions: None,
+            has_class_token: true,
+            patch_bias: false,
+            pre_norm: true,
+            final_norm: false,
         }),
     })
 }

@@ -17,8 +17,8 @@ pub struct Recipe {
     pub checkpoint: PathBuf,
     /// Hugging Face folder of the language model.
     pub language_model: PathBuf,
-    /// open_clip visual weights, OpenAI's CLIP file, a Hugging Face folder of CLIP, or timm's weights of `dm_nfnet_f0` to
-    /// `dm_nfnet_f6`.
+    /// open_clip visual weights, OpenAI's CLIP file, a Hugging Face folder of CLIP or SigLIP, or timm's weights of
+    /// `dm_nfnet_f0` to `dm_nfnet_f6`.
     pub vision_encoder: PathBuf,
     /// `tokenizer.json`; default: the one in the language model's folder, if any.
     pub tokenizer: Option<PathBuf>,
@@ -39,19 +39,22 @@ pub struct Recipe {
 pub struct VisionRecipe {
     /// What kind of encoder; default: what the tensors' names tell.
     pub kind: Option<VisionKind>,
-    /// Side of the input in pixels; default: from the positional embeddings, which are resampled to another one. An NFNet
-    /// has none, and needs it.
+    /// Side of the input in pixels; default: the folder's `config.json`, else whole patches as the positional embeddings
+    /// have them, which are resampled to another number. An NFNet has none, and needs it.
     pub image_size: Option<usize>,
     /// Side of a patch in pixels; default: from the patch weight.
     pub patch_size: Option<usize>,
-    /// Attention heads; default: the folder's `config.json`, else those of OpenAI's and open_clip's CLIPs of this width.
+    /// Attention heads; default: the folder's `config.json`, else those of the known CLIPs and SigLIPs of this width.
     pub heads: Option<usize>,
-    /// `quick_gelu` (OpenAI's weights) or `gelu`; default: the folder's `config.json`, else `gelu` from the width of ViT-H on
-    /// and `quick_gelu` below.
+    /// `quick_gelu` (OpenAI's weights), `gelu` or `gelu_tanh` (SigLIP); default: the folder's `config.json`, else that of the
+    /// known CLIPs and SigLIPs of this width.
     pub activation: Option<String>,
+    /// Whether tokens are handed on behind the norm after the layers; default: SigLIP's are, CLIP's are not (open_clip
+    /// from 2.23 on hands them on so).
+    pub final_norm: Option<bool>,
     /// Of an NFNet: `f0` to `f6`. Depths and widths are read from the files, and must be these.
     pub variant: Option<String>,
-    /// How pictures of any shape become square: `shortest_side_center_crop` (default of CLIP), `squash`,
+    /// How pictures of any shape become square: `shortest_side_center_crop` (default of CLIP), `squash` (of SigLIP),
     /// or `pad_to_mean` (the paper's, and the default of an NFNet).
     pub resize: Option<ResizeMode>,
 }
@@ -60,7 +63,7 @@ pub struct VisionRecipe {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum VisionKind {
-    /// A CLIP vision transformer.
+    /// A vision transformer of CLIP or SigLIP.
     Clip,
     /// An NFNet of the F family.
     Nfnet,
