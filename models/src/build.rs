@@ -69,6 +69,8 @@ pub(crate) enum ResamplerKey {
     Latents,
     /// [max_frames, width].
     FrameEmbeddings,
+    /// [max_places, 1, width] (flamingo-pytorch).
+    PlaceEmbeddings,
     /// `weight` or `bias` of the norm of the media features.
     MediaNorm(usize, &'static str),
     /// `weight` or `bias` of the norm of the latents.

@@ -16,6 +16,8 @@ pub enum Family {
     Idefics,
     /// Otter: one Hugging Face folder with OpenFlamingo's arithmetic.
     Otter,
+    /// flamingo-pytorch's `FlamingoPaLM`: one state dict, and a vision encoder.
+    FlamingoPytorch,
 }
 
 /// A whole model.
@@ -42,6 +44,11 @@ impl ModelConfig {
             Some(resampler) => resampler.n_latents,
             None => self.vision.n_tokens(),
         }
+    }
+
+    /// Places in a prompt that a medium has visual tokens for; 1 where they are the same at every place.
+    pub fn n_places(&self) -> usize {
+        self.resampler.as_ref().map_or(1, |resampler| resampler.max_places.max(1))
     }
 }
 
@@ -195,6 +202,10 @@ impl VisionConfig {
     }
 }
 
+fn is_zero(size: &usize) -> bool {
+    *size == 0
+}
+
 /// A Perceiver Resampler.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ResamplerConfig {
@@ -213,6 +224,10 @@ pub struct ResamplerConfig {
     pub activation: Activation,
     /// Rows of the temporal embedding table; 0 without one.
     pub max_frames: usize,
+    /// Rows of the table of embeddings of a medium's place in the prompt (flamingo-pytorch); 0 without one. With one, a medium
+    /// has visual tokens for each place, and a prompt takes no more media.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub max_places: usize,
     /// Whether queries and keys are layer-normalised per head (IDEFICS).
     pub qk_norm: bool,
 }
@@ -220,7 +235,7 @@ pub struct ResamplerConfig {
 /// The gated cross-attention blocks.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CrossAttentionConfig {
-    /// Decoder layers before which a block stands, ascending.
+    /// Decoder layers before which a block stands, ascending; the number of layers for a block after the last.
     pub layers: Vec<usize>,
     /// Heads.
     pub n_heads: usize,
@@ -244,6 +259,8 @@ pub enum Architecture {
     Llama,
     /// OPT (`opt`).
     Opt,
+    /// PaLM as flamingo-pytorch has it.
+    Palm,
 }
 
 /// Normalisation of a language model.

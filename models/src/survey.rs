@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::checkpoint::Checkpoint;
 use crate::config::Family;
-use crate::family::Recipe;
+use crate::family::{Recipe, RecipeFamily};
 use crate::source::SourceError;
 
 /// A source whose parts may be missing or broken.
@@ -71,15 +71,20 @@ impl Survey {
 }
 
 fn of_recipe(recipe: &Recipe) -> Result<Survey, SourceError> {
+    let (what, family) = match recipe.family {
+        RecipeFamily::OpenFlamingo => ("a recipe of an OpenFlamingo", Family::OpenFlamingo),
+        RecipeFamily::FlamingoPytorch => ("a recipe of a FlamingoPaLM", Family::FlamingoPytorch),
+    };
     let parts = [
         ("checkpoint", &recipe.checkpoint),
         ("language_model", &recipe.language_model),
         ("vision_encoder", &recipe.vision_encoder),
     ];
-    let parts = parts.into_iter().map(|(part, path)| SurveyedPart::open(part, path.clone()));
+    let parts = parts.into_iter().filter(|(_, path)| !path.as_os_str().is_empty());
+    let parts = parts.map(|(part, path)| SurveyedPart::open(part, path.clone()));
     Ok(Survey {
-        what: "a recipe of an OpenFlamingo".to_owned(),
-        family: Some(Family::OpenFlamingo),
+        what: what.to_owned(),
+        family: Some(family),
         is_model: true,
         parts: parts.collect(),
     })
@@ -124,6 +129,10 @@ fn of_file(path: &Path) -> Survey {
         () if has("perceiver.latents") => {
             let what = part.checkpoint().map_or_else(String::new, open_flamingo_weights);
             (what, Some(Family::OpenFlamingo), "checkpoint")
+        }
+        () if has("perceiver_resampler.media_pos_emb") && has("token_emb.weight") => {
+            let what = "the state dict of flamingo-pytorch's `FlamingoPaLM`, one part of a recipe, with `vision_encoder`";
+            (what.to_owned(), Some(Family::FlamingoPytorch), "checkpoint")
         }
         () if VISION.iter().any(|name| has(name)) => {
             ("a vision encoder, one part of an OpenFlamingo".to_owned(), None, "vision_encoder")

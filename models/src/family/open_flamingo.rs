@@ -57,7 +57,7 @@ pub(super) fn open(recipe: &Recipe, path: &Path) -> Result<Source, SourceError> 
 }
 
 /// The encoder's picture preparation, with the recipe's resize rule.
-fn image_spec(recipe: &Recipe, vision: &VisionConfig) -> ImageSpec {
+pub(super) fn image_spec(recipe: &Recipe, vision: &VisionConfig) -> ImageSpec {
     let spec = match &vision.encoder {
         VisionEncoder::Clip(clip) if !clip.has_class_token => ImageSpec::siglip(vision.image_size),
         VisionEncoder::Clip(_) => ImageSpec::open_flamingo(vision.image_size),
@@ -75,7 +75,7 @@ fn notes(parts: &Parts, keys: &Keys, model: &ModelConfig) -> Vec<String> {
 }
 
 /// That pictures have another side than in training.
-fn note_of_positions(vision: &VisionConfig) -> Option<String> {
+pub(super) fn note_of_positions(vision: &VisionConfig) -> Option<String> {
     let VisionEncoder::Clip(clip) = &vision.encoder else { return None };
     let old = clip.positions.as_ref()?;
     Some(format!(
@@ -123,7 +123,11 @@ fn vocabulary(parts: &Parts, keys: &Keys, config: &Config) -> Result<usize, Sour
 
 /// The vision encoder's shape from its tensors, and what they cannot tell from recipe or folder; `path` is what errors call
 /// the recipe.
-fn vision_config(parts: &Parts, recipe: &Recipe, path: &Path) -> Result<VisionConfig, SourceError> {
+pub(super) fn vision_config(
+    parts: &Parts,
+    recipe: &Recipe,
+    path: &Path,
+) -> Result<VisionConfig, SourceError> {
     let kind = if nfnet::is_nfnet(parts) { VisionKind::Nfnet } else { VisionKind::Clip };
     let wrong = |reason| SourceError::Config { path: path.to_owned(), reason };
     match recipe.vision.kind.unwrap_or(kind) {
@@ -182,6 +186,7 @@ pub(super) fn shape_resampler(
         mlp_width: rows(ResamplerKey::Up(0))?,
         activation: Activation::Gelu,
         max_frames: rows(ResamplerKey::FrameEmbeddings).unwrap_or(0),
+        max_places: rows(ResamplerKey::PlaceEmbeddings).unwrap_or(0),
         qk_norm: false,
     })
 }
@@ -276,6 +281,7 @@ pub(super) fn layers_path(model_type: &str) -> &'static str {
 pub(super) fn open_flamingo_resampler(key: ResamplerKey) -> String {
     let key = match key {
         ResamplerKey::Latents => "latents".to_owned(),
+        ResamplerKey::PlaceEmbeddings => "media_pos_emb".to_owned(),
         ResamplerKey::FrameEmbeddings => "frame_embs".to_owned(),
         ResamplerKey::MediaNorm(i, part) => format!("layers.{i}.0.norm_media.{part}"),
         ResamplerKey::LatentsNorm(i, part) => format!("layers.{i}.0.norm_latents.{part}"),

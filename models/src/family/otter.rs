@@ -116,6 +116,7 @@ struct Keys {
 fn resampler_key(key: ResamplerKey) -> String {
     let key = match key {
         ResamplerKey::Latents => "latents".to_owned(),
+        ResamplerKey::PlaceEmbeddings => "media_pos_emb".to_owned(),
         ResamplerKey::FrameEmbeddings => "frame_embs".to_owned(),
         ResamplerKey::MediaNorm(i, part) => format!("layers.{i}.norm_media.{part}"),
         ResamplerKey::LatentsNorm(i, part) => format!("layers.{i}.norm_latents.{part}"),

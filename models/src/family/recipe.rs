@@ -1,4 +1,4 @@
-//! The recipe file: names the parts of an OpenFlamingo model, and what its files cannot tell.
+//! The recipe file: names the parts of a model that is several files, and what they cannot tell.
 
 use std::path::{Component, Path, PathBuf};
 
@@ -11,11 +11,12 @@ use crate::source::SourceError;
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
-    /// Family; `openflamingo`.
-    pub family: String,
+    /// Family.
+    pub family: RecipeFamily,
     /// Flamingo weights.
     pub checkpoint: PathBuf,
-    /// Hugging Face folder of the language model.
+    /// Hugging Face folder of the language model; that of flamingo-pytorch is in the checkpoint.
+    #[serde(default)]
     pub language_model: PathBuf,
     /// open_clip visual weights, OpenAI's CLIP file, a Hugging Face folder of CLIP or SigLIP, or timm's weights of
     /// `dm_nfnet_f0` to `dm_nfnet_f6`.
@@ -31,6 +32,17 @@ pub struct Recipe {
     /// Ids of special tokens; default: the tokenizer's.
     #[serde(default)]
     pub tokens: TokensRecipe,
+}
+
+/// Families whose models are several files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RecipeFamily {
+    /// OpenFlamingo.
+    OpenFlamingo,
+    /// flamingo-pytorch's `FlamingoPaLM`.
+    #[serde(rename = "flamingo-pytorch")]
+    FlamingoPytorch,
 }
 
 /// Section `[vision]`.
@@ -98,14 +110,17 @@ impl Recipe {
         let text = std::fs::read_to_string(path).map_err(io)?;
         let wrong = |reason| SourceError::Config { path: path.to_owned(), reason };
         let mut recipe: Recipe = toml::from_str(&text).map_err(|error| wrong(error.to_string()))?;
-        if recipe.family != "openflamingo" {
-            let found = &recipe.family;
-            return Err(wrong(format!("`family`: expected \"openflamingo\", got \"{found}\"")));
-        }
         let folder = path.parent().unwrap_or(Path::new("."));
-        let parts =
-            [&mut recipe.checkpoint, &mut recipe.language_model, &mut recipe.vision_encoder];
-        for part in parts.into_iter().chain(recipe.tokenizer.as_mut()) {
+        let has_its_own = recipe.family == RecipeFamily::FlamingoPytorch;
+        if has_its_own && recipe.language_model != Path::new("") {
+            return Err(wrong(
+                "`language_model`: a `FlamingoPaLM` has its own in `checkpoint`\n\nhint: leave the key out".into(),
+            ));
+        }
+        let language_model = (!has_its_own).then_some(&mut recipe.language_model);
+        let parts = [&mut recipe.checkpoint, &mut recipe.vision_encoder];
+        let parts = parts.into_iter().chain(language_model).chain(recipe.tokenizer.as_mut());
+        for part in parts {
             let inside =
                 part.components().all(|c| matches!(c, Component::Normal(_) | Component::CurDir));
             if !inside || part.as_os_str().is_empty() {
