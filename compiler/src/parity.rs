@@ -226,8 +226,8 @@ pub fn reference(source: &Source, graphs: &Graphs, case: &Case) -> Result<(Vec<f
     Ok((visual_tokens, values(logits)?))
 }
 
-/// Of keys or values [n_media, n_places · n_latents, width] those of each medium at its place in the prompt,
-/// [n_media, n_latents, width].
+/// Of keys or values `[n_media, n_places · n_latents, width]` those of each medium at its place in the prompt,
+/// `[n_media, n_latents, width]`.
 pub fn at_their_places(n_places: usize, of_all: Tensor) -> Result<Tensor> {
     let &[n_media, n_latents, width] = of_all.shape() else { return Ok(of_all) };
     if n_places <= 1 {

@@ -38,9 +38,9 @@ pub(crate) trait KeyMap {
 pub(crate) enum VisionKey {
     /// [width].
     ClassToken,
-    /// [1 + patches, width], without a class token [patches, width].
+    /// `[1 + patches, width]`, without a class token `[patches, width]`.
     Positions,
-    /// `weight` [width, 3, p, p] or `bias` [width] of the patch embedding.
+    /// `weight` `[width, 3, p, p]` or `bias` `[width]` of the patch embedding.
     Patch(&'static str),
     /// `weight` or `bias` of the norm before the layers.
     PreNorm(&'static str),
