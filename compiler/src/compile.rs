@@ -544,6 +544,8 @@ pub(crate) fn limits(
              hint: leave the option out to take {made_for}"
         );
     }
+    let n_places = source.config.n_places();
+    let max_images = if n_places > 1 { max_images.min(n_places) } else { max_images };
     Ok(Limits { max_context, max_images })
 }
 

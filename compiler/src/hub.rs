@@ -12,7 +12,7 @@ mod settings;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
-use flamingo_models::{Recipe, Source};
+use flamingo_models::{Recipe, RecipeFamily, Source};
 
 pub use catalogue::{Catalogue, Published};
 #[cfg(feature = "hub")]
@@ -110,7 +110,7 @@ impl Hub {
         let vision_encoder = part("vision-encoder", &row.vision_encoder, &given.vision_encoder)?;
         let checkpoint = row.checkpoint.as_deref().unwrap_or_default();
         Ok(Recipe {
-            family: "openflamingo".to_owned(),
+            family: RecipeFamily::OpenFlamingo,
             checkpoint: self.file(id, checkpoint, found, progress)?,
             language_model,
             vision_encoder,

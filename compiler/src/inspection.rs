@@ -253,5 +253,6 @@ fn family_name(family: Family) -> &'static str {
         Family::OpenFlamingo => "an OpenFlamingo",
         Family::Idefics => "an IDEFICS-1",
         Family::Otter => "an Otter",
+        Family::FlamingoPytorch => "a FlamingoPaLM of flamingo-pytorch",
     }
 }

@@ -215,13 +215,31 @@ pub fn reference(source: &Source, graphs: &Graphs, case: &Case) -> Result<(Vec<f
     let mut encoded = run(&graphs.media, &inputs, source)?;
     let visual_tokens =
         encoded.remove("visual_tokens").context("media graph without visual tokens")?;
-    inputs.extend(encoded);
+    for (name, tensor) in encoded {
+        inputs.insert(name, at_their_places(config.n_places(), tensor)?);
+    }
     inputs.extend(text_inputs(config, &case.input_ids, n_media)?);
     let mut outputs = run(&graphs.decoder, &inputs, source)?;
     let logits = outputs.remove("logits").context("decoder graph without logits")?;
     let values = |tensor: Tensor| tensor.to_f32_vec().context("outputs are f32");
     let visual_tokens = if case.n_media > 0 { values(visual_tokens)? } else { Vec::new() };
     Ok((visual_tokens, values(logits)?))
+}
+
+/// Of keys or values `[n_media, n_places · n_latents, width]` those of each medium at its place in the prompt,
+/// `[n_media, n_latents, width]`.
+pub fn at_their_places(n_places: usize, of_all: Tensor) -> Result<Tensor> {
+    let &[n_media, n_latents, width] = of_all.shape() else { return Ok(of_all) };
+    if n_places <= 1 {
+        return Ok(of_all);
+    }
+    let values = of_all.to_f32_vec().context("keys and values are f32")?;
+    let n = n_latents / n_places * width;
+    let at =
+        |medium: usize| values.get((medium * n_places + medium) * n..).and_then(|v| v.get(..n));
+    let own: Option<Vec<&[f32]>> = (0..n_media).map(at).collect();
+    let own = own.context("more media than places in a prompt")?.concat();
+    tensor(&[n_media, n_latents / n_places, width], own)
 }
 
 /// What the decoder takes for a whole prompt, but for keys and values of its media.

@@ -14,7 +14,7 @@ use flamingo_runtime::LoadedGraphs;
 use flamingo_runtime::backend::{WeightBytes, frame_weights};
 
 use crate::calibrate::Example;
-use crate::parity::text_inputs;
+use crate::parity::{at_their_places, text_inputs};
 
 /// Hears of each node of a graph, with its inputs and outputs; what is of half precision comes in f32.
 pub(crate) type Observe<'a> = &'a mut dyn FnMut(&Graph, &Node, &[Tensor], &[Tensor]);
@@ -58,7 +58,10 @@ impl<'a> Walk<'a> {
         for (name, id) in decoder.inputs() {
             if name.starts_with("media_k.") || name.starts_with("media_v.") {
                 match stacked(&encoded, name, decoder.fact(*id))? {
-                    Some(tensor) => drop(inputs.insert(name.clone(), tensor)),
+                    Some(tensor) => {
+                        let n_places = if encoded.is_empty() { 1 } else { self.config.n_places() };
+                        inputs.insert(name.clone(), at_their_places(n_places, tensor)?);
+                    }
                     None => return Ok(None),
                 }
             }

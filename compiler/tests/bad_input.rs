@@ -350,7 +350,7 @@ fn configs_whose_sizes_do_not_fit_each_other() {
         let edit = |config: &mut Value| config["vision_config"][key] = json!(size);
         Damaged::idefics().edit_json("config.json", edit).refused(words);
     };
-    refused("patch_size", 29, &["vision.patches", "multiples of 29", "28, 28"]);
+    refused("patch_size", 29, &["vision.patches", "of 29 and more", "28, 28"]);
     refused("num_attention_heads", 5, &["vision.0.attention", "multiple of 5", "24]"]);
 }
 
@@ -361,13 +361,17 @@ fn recipes_that_are_wrong() {
             .replace("recipe.toml", from, to)
             .refused(&[&["recipe.toml"], words].concat());
     };
-    refused("family = \"openflamingo\"", "family = \"blip\"", &["`family`", "expected", "blip"]);
+    refused(
+        "family = \"openflamingo\"",
+        "family = \"blip\"",
+        &["family", "`openflamingo`", "blip"],
+    );
     refused("[vision]", "colour = 3\n[vision]", &["unknown field `colour`"]);
     refused("[vision]", "[vision]\nchannels = 3", &["unknown field `channels`"]);
     refused("heads = 4", "heads = 5", &["`vision.heads`", "divisor", "got 5"]);
     refused("heads = 4", "heads = 0", &["`vision.heads`", "got 0"]);
     refused("heads = 4", "heads = -4", &["heads"]);
-    refused("image_size = 28", "image_size = 57", &["`vision.image_size`", "patch size 14", "57"]);
+    refused("image_size = 28", "image_size = 13", &["`vision.image_size`", "patch size 14", "13"]);
     refused("patch_size = 14", "patch_size = 7", &["`vision.patch_size`", "14", "7"]);
     refused("quick_gelu", "swoosh", &["`vision.activation`", "swoosh", "expected"]);
     refused("[vision]", "[resampler]\nhead_dim = 7\n[vision]", &["`resampler.head_dim`", "7"]);
@@ -395,6 +399,30 @@ fn recipes_that_are_wrong() {
 }
 
 #[test]
+fn recipes_of_siglips_that_are_wrong() {
+    let refused = |from: &str, to: &str, words: &[&str]| {
+        let words = [&["recipe.toml"], words].concat();
+        Damaged::copy_of("tests/golden/siglip-timm")
+            .replace("recipe.toml", from, to)
+            .refused(&words);
+    };
+    let words = ["`vision.activation`", "gelu_tanh", "hint: timm"];
+    refused("activation = \"gelu\"\n", "", &words);
+    refused("heads = 2", "", &["`vision.heads`", "width 18", "got 0"]);
+    refused("image_size = 48", "image_size = 13", &["`vision.image_size`", "patch size 14", "13"]);
+    let config = |edit: fn(&mut Value), words: &[&str]| {
+        Damaged::copy_of("tests/golden/siglip")
+            .edit_json("vision_encoder/config.json", edit)
+            .refused(words);
+    };
+    config(
+        |config| config["hidden_act"] = json!("swoosh"),
+        &["hidden_act", "gelu_pytorch_tanh", "swoosh"],
+    );
+    config(|config| config["num_attention_heads"] = json!(4), &["`vision.heads`", "18", "got 4"]);
+}
+
+#[test]
 fn recipes_of_nfnets_that_are_wrong() {
     let refused = |from: &str, to: &str, words: &[&str]| {
         let words = [&["recipe.toml"], words].concat();
@@ -404,6 +432,7 @@ fn recipes_of_nfnets_that_are_wrong() {
     refused("image_size = 36", "image_size = 0", &["`vision.image_size`", "1 to 4096", "got 0"]);
     refused("image_size = 36", "image_size = 999999", &["`vision.image_size`", "999999"]);
     refused("[vision]", "[vision]\nheads = 4", &["`vision.heads`", "hint: "]);
+    refused("[vision]", "[vision]\nfinal_norm = true", &["`vision.final_norm`", "hint: "]);
     refused("\"nfnet\"", "\"resnet\"", &["resnet", "`clip` or `nfnet`"]);
     refused("\"nfnet\"", "\"clip\"", &["no tensor", "conv1.weight", "hint: "]);
     let other = "[vision]\nvariant = \"f6\"";

@@ -12,6 +12,8 @@ use crate::{
 pub enum Activation {
     /// `x Φ(x)`, Φ the normal distribution function (exact form, by erf; absolute error of erf below 1e-6).
     Gelu,
+    /// `x (1 + tanh(√(2/π) (x + 0.044715 x³))) / 2`
+    GeluTanh,
     /// `x σ(1.702 x)`
     QuickGelu,
     /// `max(x, 0)`
@@ -86,6 +88,7 @@ impl Task for Add<'_> {
 pub(crate) fn activate_in_place<S: Simd>(s: S, activation: Activation, data: &mut [f32]) {
     match activation {
         Activation::Gelu => math::map_in_place(s, data, &Gelu),
+        Activation::GeluTanh => math::map_in_place(s, data, &GeluTanh),
         Activation::QuickGelu => math::map_in_place(s, data, &Swish(1.702)),
         Activation::Relu => math::map_in_place(s, data, &Relu),
         Activation::SquaredRelu => math::map_in_place(s, data, &SquaredRelu),
@@ -98,6 +101,7 @@ pub(crate) fn activate_in_place<S: Simd>(s: S, activation: Activation, data: &mu
 pub(crate) fn activate_wide<S: Simd>(s: S, activation: Activation, a: S::Wide) -> S::Wide {
     match activation {
         Activation::Gelu => s.wide_map(a, &Gelu),
+        Activation::GeluTanh => s.wide_map(a, &GeluTanh),
         Activation::QuickGelu => s.wide_map(a, &Swish(1.702)),
         Activation::Relu => s.wide_map(a, &Relu),
         Activation::SquaredRelu => s.wide_map(a, &SquaredRelu),
@@ -113,6 +117,18 @@ impl Unary for Gelu {
         let a = s.min(s.splat(20.0), s.abs(x)); // erfc is 0 there; keeps infinity out of the product
         let correction = s.mul(s.mul(a, s.splat(0.5)), math::erfc_of_scaled(s, a));
         s.sub(s.max(s.splat(0.0), x), correction)
+    }
+}
+
+struct GeluTanh;
+impl Unary for GeluTanh {
+    /// `x σ(2 √(2/π) (x + 0.044715 x³))`, equal to the form with tanh and free of cancellation for negative x.
+    #[inline(always)]
+    fn apply<S: Simd>(&self, s: S, x: S::F) -> S::F {
+        let slope = -2.0 * std::f32::consts::FRAC_2_SQRT_PI * std::f32::consts::FRAC_1_SQRT_2;
+        let cubic = s.mul(s.mul(x, x), s.splat(0.044_715 * slope));
+        let e = math::exp(s, s.mul(x, s.add(cubic, s.splat(slope))));
+        s.div(x, s.add(e, s.splat(1.0)))
     }
 }
 

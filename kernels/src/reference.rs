@@ -41,6 +41,10 @@ pub fn gated_linear(
 pub fn activate(activation: Activation, x: f64) -> f64 {
     match activation {
         Activation::Gelu => x * 0.5 * erfc(-x / std::f64::consts::SQRT_2),
+        Activation::GeluTanh => {
+            let scaled = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3));
+            x / (1.0 + (-2.0 * scaled).exp())
+        }
         Activation::QuickGelu => x / (1.0 + (-1.702 * x).exp()),
         Activation::Relu => {
             if x < 0.0 {

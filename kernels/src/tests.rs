@@ -10,8 +10,9 @@ use proptest::prelude::*;
 
 use crate::*;
 
-const ACTIVATIONS: [Activation; 5] = [
+const ACTIVATIONS: [Activation; 6] = [
     Activation::Gelu,
+    Activation::GeluTanh,
     Activation::QuickGelu,
     Activation::Relu,
     Activation::SquaredRelu,

@@ -19,7 +19,7 @@ use crate::source::Binder;
 
 /// Names of the tensors of one model part, and where the families differ in spelling.
 pub(crate) trait KeyMap {
-    /// A tensor of a CLIP vision transformer.
+    /// A tensor of a vision transformer.
     fn vision(&self, key: VisionKey) -> String;
     /// A tensor of an NFNet by its name in timm, which all files have.
     fn nfnet(&self, key: &str) -> String {
@@ -33,15 +33,15 @@ pub(crate) trait KeyMap {
     fn language(&self, binder: &Binder, key: &str) -> String;
 }
 
-/// Tensors of a CLIP vision transformer; `usize` is the layer.
+/// Tensors of a vision transformer; `usize` is the layer.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum VisionKey {
     /// [width].
     ClassToken,
-    /// [1 + patches, width].
+    /// `[1 + patches, width]`, without a class token `[patches, width]`.
     Positions,
-    /// [width, 3, p, p].
-    Patch,
+    /// `weight` `[width, 3, p, p]` or `bias` `[width]` of the patch embedding.
+    Patch(&'static str),
     /// `weight` or `bias` of the norm before the layers.
     PreNorm(&'static str),
     /// `weight` or `bias` of the norm before attention.
@@ -58,6 +58,8 @@ pub(crate) enum VisionKey {
     Up(usize, &'static str),
     /// `weight` or `bias` of the second linear.
     Down(usize, &'static str),
+    /// `weight` or `bias` of the norm after the layers.
+    FinalNorm(&'static str),
 }
 
 /// Tensors of a resampler; `usize` is the layer.
@@ -67,6 +69,8 @@ pub(crate) enum ResamplerKey {
     Latents,
     /// [max_frames, width].
     FrameEmbeddings,
+    /// [max_places, 1, width] (flamingo-pytorch).
+    PlaceEmbeddings,
     /// `weight` or `bias` of the norm of the media features.
     MediaNorm(usize, &'static str),
     /// `weight` or `bias` of the norm of the latents.

@@ -34,8 +34,13 @@ pub struct Count {
 }
 
 /// Embeddings of the language models, by the ends of their names.
-const EMBEDDINGS: [&str; 4] =
-    ["wte.weight", "embed_in.weight", "embed_tokens.weight", "additional_embedding.weight"];
+const EMBEDDINGS: [&str; 5] = [
+    "token_emb.weight",
+    "wte.weight",
+    "embed_in.weight",
+    "embed_tokens.weight",
+    "additional_embedding.weight",
+];
 /// Their output heads.
 const HEADS: [&str; 3] = ["lm_head.weight", "embed_out.weight", "additional_fc.weight"];
 
@@ -50,7 +55,9 @@ impl Component {
                 Component::Vision
             }
             () if key.contains("perceiver") => Component::Resampler,
-            () if key.contains("gated_cross_attn_layer") => Component::CrossAttention,
+            () if key.contains("gated_cross_attn_layer") || is_palms_block(key) => {
+                Component::CrossAttention
+            }
             () if ends(&EMBEDDINGS) || ends(&HEADS) => Component::Embeddings,
             () => Component::Language,
         }
@@ -86,6 +93,12 @@ impl Count {
     }
 }
 
+/// Whether a tensor is of a gated block in flamingo-pytorch's spelling, `layers.N.1.`; `layers.N.0.` is the frozen layer.
+fn is_palms_block(key: &str) -> bool {
+    let mut path = key.split('.');
+    path.next() == Some("layers") && path.nth(1) == Some("1")
+}
+
 /// What is trained: resampler and gated blocks, and of the embeddings in OpenFlamingo the whole input table
 /// (`factory.py`, as its count of trainable parameters says), in IDEFICS the rows of the added tokens.
 fn is_trained(family: Family, name: &str) -> bool {
@@ -94,6 +107,7 @@ fn is_trained(family: Family, name: &str) -> bool {
         Component::Vision | Component::Language => false,
         Component::Embeddings => match family {
             Family::Idefics => name.contains(".additional_"),
+            Family::FlamingoPytorch => false,
             Family::OpenFlamingo | Family::Otter => {
                 EMBEDDINGS.iter().any(|end| name.ends_with(end))
             }
@@ -135,6 +149,9 @@ mod tests {
     #[test]
     fn every_family_spells_its_components() {
         let of = |name: &str| Component::of(name);
+        assert_eq!(of("checkpoint/layers.3.1.attn.norm.weight"), Component::CrossAttention);
+        assert_eq!(of("checkpoint/layers.3.0.fn.attn_out.weight"), Component::Language);
+        assert_eq!(of("checkpoint/token_emb.weight"), Component::Embeddings);
         assert_eq!(of("vision_encoder/conv1.weight"), Component::Vision);
         assert_eq!(
             of("checkpoint/vision_encoder.vision_model.pre_layrnorm.bias"),

@@ -16,6 +16,8 @@ pub enum Family {
     Idefics,
     /// Otter: one Hugging Face folder with OpenFlamingo's arithmetic.
     Otter,
+    /// flamingo-pytorch's `FlamingoPaLM`: one state dict, and a vision encoder.
+    FlamingoPytorch,
 }
 
 /// A whole model.
@@ -43,6 +45,11 @@ impl ModelConfig {
             None => self.vision.n_tokens(),
         }
     }
+
+    /// Places in a prompt that a medium has visual tokens for; 1 where they are the same at every place.
+    pub fn n_places(&self) -> usize {
+        self.resampler.as_ref().map_or(1, |resampler| resampler.max_places.max(1))
+    }
 }
 
 /// A vision encoder.
@@ -61,13 +68,13 @@ pub struct VisionConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum VisionEncoder {
-    /// A CLIP vision transformer.
+    /// A vision transformer of CLIP or SigLIP.
     Clip(ClipConfig),
     /// An NFNet.
     Nfnet(NfnetConfig),
 }
 
-/// A CLIP vision transformer.
+/// A vision transformer of CLIP or SigLIP. What SigLIP has otherwise is in a manifest only where it is so.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ClipConfig {
     /// Side of a patch in pixels.
@@ -88,6 +95,30 @@ pub struct ClipConfig {
     /// The checkpoint's positions, if they are of another square than the patches.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub positions: Option<PositionsConfig>,
+    /// Whether a class token stands before the patches (CLIP), or none does (SigLIP).
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub has_class_token: bool,
+    /// Whether the patch embedding has a bias (SigLIP).
+    #[serde(default, skip_serializing_if = "is_no")]
+    pub patch_bias: bool,
+    /// Whether a norm stands before the layers (CLIP).
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub pre_norm: bool,
+    /// Whether tokens are handed on behind the last norm.
+    #[serde(default, skip_serializing_if = "is_no")]
+    pub final_norm: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn is_yes(flag: &bool) -> bool {
+    *flag
+}
+
+fn is_no(flag: &bool) -> bool {
+    !*flag
 }
 
 /// Positions of a square of patches, to be resampled to another square.
@@ -171,6 +202,10 @@ impl VisionConfig {
     }
 }
 
+fn is_zero(size: &usize) -> bool {
+    *size == 0
+}
+
 /// A Perceiver Resampler.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ResamplerConfig {
@@ -189,6 +224,10 @@ pub struct ResamplerConfig {
     pub activation: Activation,
     /// Rows of the temporal embedding table; 0 without one.
     pub max_frames: usize,
+    /// Rows of the table of embeddings of a medium's place in the prompt (flamingo-pytorch); 0 without one. With one, a medium
+    /// has visual tokens for each place, and a prompt takes no more media.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub max_places: usize,
     /// Whether queries and keys are layer-normalised per head (IDEFICS).
     pub qk_norm: bool,
 }
@@ -196,7 +235,7 @@ pub struct ResamplerConfig {
 /// The gated cross-attention blocks.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CrossAttentionConfig {
-    /// Decoder layers before which a block stands, ascending.
+    /// Decoder layers before which a block stands, ascending; the number of layers for a block after the last.
     pub layers: Vec<usize>,
     /// Heads.
     pub n_heads: usize,
@@ -220,6 +259,8 @@ pub enum Architecture {
     Llama,
     /// OPT (`opt`).
     Opt,
+    /// PaLM as flamingo-pytorch has it.
+    Palm,
 }
 
 /// Normalisation of a language model.
@@ -394,7 +435,10 @@ mod tests {
         let clip = r#"{"image_size":28,"patch_size":14,"width":16,"n_layers":2,"n_heads":4,"mlp_width":64,
             "activation":"quick_gelu","epsilon":1e-5,"keep_class_token":false}"#;
         let clip: VisionConfig = serde_json::from_str(clip).unwrap();
-        assert!(matches!(clip.encoder, VisionEncoder::Clip(_)));
+        let VisionEncoder::Clip(config) = &clip.encoder else { panic!("{clip:?}") };
+        assert!(config.has_class_token && config.pre_norm);
+        assert!(!config.patch_bias && !config.final_norm);
+        assert!(!serde_json::to_string(&clip).unwrap().contains("norm"));
         for config in [clip, nfnet([1, 2, 6, 3], 192)] {
             let json = serde_json::to_string(&config).unwrap();
             assert_eq!(serde_json::from_str::<VisionConfig>(&json).unwrap(), config, "{json}");

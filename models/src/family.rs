@@ -1,17 +1,19 @@
 //! Checkpoint families: which files there are, what their configs say, how tensors are called.
 
+mod flamingo_pytorch;
 mod hugging_face;
 mod idefics;
 mod nfnet;
 mod open_flamingo;
 mod otter;
 mod recipe;
+mod vision_transformer;
 
 use std::path::{Path, PathBuf};
 
 use flamingo_ir::Graph;
 
-pub use recipe::{Recipe, TokensRecipe};
+pub use recipe::{Recipe, RecipeFamily, TokensRecipe};
 
 use crate::build::{KeyMap, build_decoder, build_media};
 use crate::config::ModelConfig;
@@ -65,7 +67,10 @@ impl Source {
 
     /// Opens the parts that a recipe names; `path` is what errors call the recipe.
     pub fn from_recipe(recipe: &Recipe, path: &Path) -> Result<Source, SourceError> {
-        open_flamingo::open(recipe, path)
+        match recipe.family {
+            RecipeFamily::OpenFlamingo => open_flamingo::open(recipe, path),
+            RecipeFamily::FlamingoPytorch => flamingo_pytorch::open(recipe, path),
+        }
     }
 
     /// Builds both graphs. Every tensor of the files must be used or be known to be of no use.

@@ -134,6 +134,11 @@ impl ImageSpec {
         }
     }
 
+    /// SigLIP: transformers' `SiglipImageProcessor`, open_clip's transform of SigLIP models. Values from −1 to 1.
+    pub fn siglip(size: usize) -> Self {
+        Self { resize: ResizeMode::Squash, mean: [0.5; 3], std: [0.5; 3], ..Self::otter(size) }
+    }
+
     /// The Flamingo paper: aspect kept, padded with the mean, mean 0 and variance 1.
     ///
     /// The paper does not print its statistics; those of the encoder's training data go here.
@@ -193,6 +198,7 @@ mod tests {
             ImageSpec::open_flamingo(224),
             ImageSpec::otter(224),
             ImageSpec::idefics(224),
+            ImageSpec::siglip(384),
             ImageSpec::paper(320, [0.5; 3], [0.25; 3]),
         ] {
             let text = serde_json::to_string(&spec).unwrap();

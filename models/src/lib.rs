@@ -25,7 +25,7 @@ mod survey;
 mod tokenizer;
 
 pub use config::{Family, ModelConfig, SpecialTokens};
-pub use family::{Graphs, Recipe, Source, TokensRecipe};
+pub use family::{Graphs, Recipe, RecipeFamily, Source, TokensRecipe};
 pub use media_time::{MediaClock, media_time};
 pub use source::{Parts, SourceError, WeightProblem};
 pub use survey::{Survey, SurveyedPart};

@@ -35,7 +35,7 @@ impl MediaClock {
     pub fn new(family: Family, tokens: &SpecialTokens) -> MediaClock {
         let forget = match family {
             Family::Idefics => tokens.end,
-            Family::OpenFlamingo | Family::Otter => None,
+            Family::OpenFlamingo | Family::Otter | Family::FlamingoPytorch => None,
         };
         MediaClock { image: tokens.image, forget, n_seen: 0, now: 0, last: 0 }
     }

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::checkpoint::Checkpoint;
 use crate::config::Family;
-use crate::family::Recipe;
+use crate::family::{Recipe, RecipeFamily};
 use crate::source::SourceError;
 
 /// A source whose parts may be missing or broken.
@@ -71,15 +71,20 @@ impl Survey {
 }
 
 fn of_recipe(recipe: &Recipe) -> Result<Survey, SourceError> {
+    let (what, family) = match recipe.family {
+        RecipeFamily::OpenFlamingo => ("a recipe of an OpenFlamingo", Family::OpenFlamingo),
+        RecipeFamily::FlamingoPytorch => ("a recipe of a FlamingoPaLM", Family::FlamingoPytorch),
+    };
     let parts = [
         ("checkpoint", &recipe.checkpoint),
         ("language_model", &recipe.language_model),
         ("vision_encoder", &recipe.vision_encoder),
     ];
-    let parts = parts.into_iter().map(|(part, path)| SurveyedPart::open(part, path.clone()));
+    let parts = parts.into_iter().filter(|(_, path)| !path.as_os_str().is_empty());
+    let parts = parts.map(|(part, path)| SurveyedPart::open(part, path.clone()));
     Ok(Survey {
-        what: "a recipe of an OpenFlamingo".to_owned(),
-        family: Some(Family::OpenFlamingo),
+        what: what.to_owned(),
+        family: Some(family),
         is_model: true,
         parts: parts.collect(),
     })
@@ -95,7 +100,7 @@ fn of_folder(folder: &Path) -> Result<Survey, SourceError> {
     let (what, family, part) = match model_type {
         "idefics" => ("an IDEFICS-1".to_owned(), Some(Family::Idefics), "checkpoint"),
         "otter" | "flamingo" => ("an Otter".to_owned(), Some(Family::Otter), "checkpoint"),
-        "clip" | "clip_vision_model" => {
+        "clip" | "clip_vision_model" | "siglip" | "siglip_vision_model" => {
             ("a vision encoder, one part of an OpenFlamingo".to_owned(), None, "vision_encoder")
         }
         other => (
@@ -108,6 +113,15 @@ fn of_folder(folder: &Path) -> Result<Survey, SourceError> {
     Ok(Survey { what, is_model: family.is_some(), family, parts })
 }
 
+/// Tensors that tell the file of a vision encoder.
+const VISION: [&str; 5] = [
+    "visual.conv1.weight",
+    "conv1.weight",
+    "visual.trunk.patch_embed.proj.weight",
+    "trunk.patch_embed.proj.weight",
+    "patch_embed.proj.weight",
+];
+
 fn of_file(path: &Path) -> Survey {
     let mut part = SurveyedPart::open("checkpoint", path.to_owned());
     let has = |key: &str| part.checkpoint().is_some_and(|found| found.get(key).is_some());
@@ -116,7 +130,11 @@ fn of_file(path: &Path) -> Survey {
             let what = part.checkpoint().map_or_else(String::new, open_flamingo_weights);
             (what, Some(Family::OpenFlamingo), "checkpoint")
         }
-        () if has("visual.conv1.weight") || has("conv1.weight") => {
+        () if has("perceiver_resampler.media_pos_emb") && has("token_emb.weight") => {
+            let what = "the state dict of flamingo-pytorch's `FlamingoPaLM`, one part of a recipe, with `vision_encoder`";
+            (what.to_owned(), Some(Family::FlamingoPytorch), "checkpoint")
+        }
+        () if VISION.iter().any(|name| has(name)) => {
             ("a vision encoder, one part of an OpenFlamingo".to_owned(), None, "vision_encoder")
         }
         () => ("a weight file".to_owned(), None, "checkpoint"),

@@ -20,12 +20,15 @@ use crate::watch::Watcher;
 /// visual tokens, and the keys and values of every gated block. Shared between sequences.
 #[derive(Clone, Debug, PartialEq, Default)]
 pub struct Media {
-    /// Output of the resampler, `[n_latents, dim]`, f32.
+    /// Output of the resampler, `[n_latents, dim]`, f32; where places have embeddings, of each place a medium can have in a
+    /// prompt, one after the other.
     pub visual_tokens: Vec<f32>,
-    /// Keys and values of each gated block.
+    /// Keys and values of each gated block, at the first place of a prompt.
     pub blocks: Vec<MediaKv>,
-    /// Latents of a medium.
+    /// Latents of a medium at one place.
     pub n_latents: usize,
+    /// What it is at the second place and after, where places have embeddings, without visual tokens; else empty.
+    pub later: Vec<Arc<Media>>,
 }
 
 /// Keys and values of a medium for one gated block.
@@ -103,7 +106,35 @@ impl Media {
     /// Memory that the numbers take, in bytes.
     pub fn bytes(&self) -> usize {
         let blocks: usize = self.blocks.iter().map(MediaKv::bytes).sum();
-        self.visual_tokens.len() * size_of::<f32>() + blocks
+        let later: usize = self.later.iter().map(|media| media.bytes()).sum();
+        self.visual_tokens.len() * size_of::<f32>() + blocks + later
+    }
+
+    /// What the medium is as the `place`-th of a prompt, from 0.
+    pub(crate) fn at(self: &Arc<Media>, place: usize) -> &Arc<Media> {
+        place.checked_sub(1).and_then(|place| self.later.get(place)).unwrap_or(self)
+    }
+
+    /// Takes the keys and values of `n_places` places apart, which lie one after the other.
+    pub(crate) fn split(mut self, n_places: usize) -> Media {
+        self.n_latents /= n_places.max(1);
+        let blocks = std::mem::take(&mut self.blocks);
+        let mut places = (0..n_places).map(|place| {
+            let of_place = |rows: &[f32]| {
+                let n = rows.len() / n_places;
+                rows[place * n..(place + 1) * n].to_vec()
+            };
+            let block = |kv: &MediaKv| match kv {
+                MediaKv::Rows { k, v } => MediaKv::Rows { k: of_place(k), v: of_place(v) },
+                MediaKv::None | MediaKv::Cache(_) => kv.clone(),
+            };
+            blocks.iter().map(block).collect::<Vec<MediaKv>>()
+        });
+        let first = places.next().unwrap_or_default();
+        let later =
+            |blocks| Arc::new(Media { blocks, n_latents: self.n_latents, ..Media::default() });
+        let later = places.map(later).collect();
+        Media { blocks: first, later, ..self }
     }
 
     /// What a medium of visual tokens of zeros would be: the control of what a model answers without eyes.
@@ -112,6 +143,7 @@ impl Media {
             visual_tokens: vec![0.0; self.visual_tokens.len()],
             blocks: self.blocks.iter().map(MediaKv::zeroed).collect(),
             n_latents: self.n_latents,
+            later: self.later.iter().map(|media| Arc::new(media.blind())).collect(),
         }
     }
 
@@ -552,7 +584,20 @@ mod tests {
                 MediaKv::None,
             ],
             n_latents: 2,
+            later: vec![Arc::new(Media { visual_tokens: vec![0.0; 3], ..Media::default() })],
         };
-        assert_eq!(media.bytes(), (14 + 2 * 256) * 4);
+        assert_eq!(media.bytes(), (17 + 2 * 256) * 4);
+    }
+
+    #[test]
+    fn places_are_taken_apart() {
+        let rows = |first: usize| (first..first + 4).map(|n| n as f32).collect::<Vec<f32>>();
+        let kv = |k: &[f32], v: &[f32]| MediaKv::Rows { k: k.to_vec(), v: v.to_vec() };
+        let media =
+            Media { blocks: vec![kv(&rows(0), &rows(10))], n_latents: 4, ..Media::default() };
+        let media = Arc::new(media.split(2));
+        assert_eq!((media.n_latents, media.later.len()), (2, 1));
+        assert_eq!(media.at(0).blocks, [kv(&[0.0, 1.0], &[10.0, 11.0])]);
+        assert_eq!(media.at(1).blocks, [kv(&[2.0, 3.0], &[12.0, 13.0])]);
     }
 }

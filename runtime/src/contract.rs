@@ -17,6 +17,8 @@ pub(crate) struct Contract {
     media_outputs: Vec<MediaOutput>,
     /// Gated blocks.
     n_blocks: usize,
+    /// Places in a prompt that the media graph computes a medium for.
+    n_places: usize,
 }
 
 /// What the media graph says of its pictures.
@@ -52,7 +54,8 @@ impl Contract {
             MediaOutput::VisualTokens { .. } => None,
         };
         let n_blocks = media_outputs.iter().filter_map(block).max().unwrap_or(0);
-        Ok(Contract { pictures, media_outputs, n_blocks })
+        let n_places = n_places(media, decoder);
+        Ok(Contract { pictures, media_outputs, n_blocks, n_places })
     }
 
     /// Place of `visual_tokens` among the media graph's outputs.
@@ -80,7 +83,7 @@ impl Contract {
             false => MediaKv::Rows { k, v },
         };
         media.blocks = blocks.into_iter().map(block).collect();
-        media
+        if self.n_places > 1 { media.split(self.n_places) } else { media }
     }
 }
 
@@ -150,6 +153,13 @@ pub(crate) fn check_step(
     if let Some(time) = step.media_time.iter().find(|time| **time > n_media) {
         let hint = "give as many media as the text has image tokens";
         return wrong("media_time", format!("0 to {n_media}"), time.to_string(), hint);
+    }
+    let n_places = step.media.iter().map(|media| media.later.len()).filter(|later| *later > 0);
+    if let Some(n_places) = n_places.min().map(|later| later + 1).filter(|n| step.media.len() > *n)
+    {
+        let found = format!("{} media", step.media.len());
+        let hint = "the checkpoint has no embeddings for more places in a prompt";
+        return wrong("media", format!("at most {n_places} media"), found, hint);
     }
     if let Some(row) = step.logit_rows.iter().find(|row| **row >= text_len) {
         let hint = "logit rows count from the first new token";
@@ -302,7 +312,26 @@ fn serves(output: &Fact, input: &Fact) -> bool {
         && input.rank() == 3
         && output.dtype == input.dtype
         && output.shape[2] == input.shape[2]
-        && (latents(output) == latents(input) || latents(input).as_symbol() == Some("n_latents"))
+        && (latents(output) == latents(input)
+            || latents(input).as_symbol() == Some("n_latents")
+            || places(output, input).is_some())
+}
+
+/// How many times the latents that the decoder takes of a medium the media graph puts out: once for each place in a prompt.
+fn places(output: &Fact, input: &Fact) -> Option<usize> {
+    let known = |fact: &Fact| fact.shape.get(1).and_then(Dim::known).filter(|n| *n > 0);
+    let (given, taken) = known(output).zip(known(input))?;
+    given.is_multiple_of(taken).then_some(given / taken)
+}
+
+/// Places in a prompt that the media graph computes a medium for; 1 where they are all the same.
+fn n_places(media: &Graph, decoder: &Graph) -> usize {
+    let of = |(name, id): &(String, ValueId)| {
+        let output =
+            fact_of(media, media.outputs(), name).filter(|_| name.starts_with("media_"))?;
+        places(output, decoder.fact(*id))
+    };
+    decoder.inputs().iter().find_map(of).unwrap_or(1)
 }
 
 /// Checks the decoder's inputs and outputs, and that its media inputs are what the media graph

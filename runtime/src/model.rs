@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use flamingo_kernels::KvFormat;
 use flamingo_models::manifest::Manifest;
-use flamingo_models::{ModelConfig, SourceError, read_tokenizer};
+use flamingo_models::{Family, ModelConfig, SourceError, read_tokenizer};
 use tokenizers::Tokenizer;
 
 use crate::answer::{Answer, CacheCounts, GenerateOptions, Generated};
@@ -242,7 +242,13 @@ impl Model {
         let encoder = encoder(self.tokenizer()?, &self.shared.manifest.config);
         let ids = self.shared.chunk_ids.encode_after(&encoder, last, prompt)?;
         let limit = self.shared.manifest.limits.max_images;
+        let config = &self.shared.manifest.config;
+        let n_places = config.n_places();
         match n_media + prompt.media().count() {
+            0 if config.family == Family::FlamingoPytorch => Err(PromptError::NoMedia.into()),
+            given if n_places > 1 && given > n_places => {
+                Err(PromptError::NoPlace { given, limit: n_places }.into())
+            }
             given if given > limit => Err(PromptError::TooManyMedia { given, limit }.into()),
             _ => Ok(ids),
         }

@@ -388,6 +388,9 @@ impl Shared {
                 *block = MediaKv::Cache(cache);
             }
         }
+        for later in &mut media.later {
+            *later = Arc::new(self.pack(Arc::unwrap_or_clone(std::mem::take(later))));
+        }
         media
     }
 }
@@ -469,7 +472,8 @@ impl BatchRows {
         self.input_ids.extend(step.input_ids.iter().map(|id| i64::from(*id)));
         let time = |time: &u32| if *time == 0 { 0 } else { time.saturating_add(n_media) };
         self.media_time.extend(step.media_time.iter().map(time));
-        self.media.extend(step.media.iter().cloned());
+        self.media
+            .extend(step.media.iter().enumerate().map(|(place, media)| media.at(place).clone()));
         Ok(())
     }
 }

@@ -655,7 +655,10 @@ impl<'a> Values<'a> {
         let mut used: Vec<u32> = step.media_time.iter().copied().filter(|time| *time > 0).collect();
         used.sort_unstable();
         used.dedup();
-        let medium = |time: &u32| step.media.get(usize::try_from(*time).ok()?.checked_sub(1)?);
+        let medium = |time: &u32| {
+            let place = usize::try_from(*time).ok()?.checked_sub(1)?;
+            Some(step.media.get(place)?.at(place))
+        };
         let media: Vec<&Arc<Media>> = used.iter().filter_map(medium).collect();
         check_latents(&media)?;
         let renumbered = |time: &u32| used.binary_search(time).map_or(0, |place| place + 1);

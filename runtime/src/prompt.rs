@@ -117,6 +117,23 @@ pub enum PromptError {
         /// The artifact's limit.
         limit: usize,
     },
+    /// More pictures than the checkpoint has embeddings of places for.
+    #[error(
+        "prompt: {given} pictures and videos, the checkpoint has embeddings for {limit} places in a prompt\n\n\
+         hint: ask about fewer at once"
+    )]
+    NoPlace {
+        /// Pictures and videos.
+        given: usize,
+        /// Places.
+        limit: usize,
+    },
+    /// A prompt without pictures, which the reference treats as another model.
+    #[error(
+        "prompt: no pictures; flamingo-pytorch leaves its gated blocks out where a prompt has none, and the artifact has \
+         them\n\nhint: give at least one `--image`"
+    )]
+    NoMedia,
     /// The prompt does not fit the context.
     #[error(
         "prompt: {tokens} tokens do not fit the context of {limit}\n\n\
@@ -295,7 +312,9 @@ impl PromptEncoder<'_> {
                 let after_image = last.is_some() && last == self.tokens.around_image;
                 self.write_idefics_text(segments, after_image, text)
             }
-            Family::OpenFlamingo | Family::Otter => self.write_plain_text(segments, text),
+            Family::OpenFlamingo | Family::Otter | Family::FlamingoPytorch => {
+                self.write_plain_text(segments, text)
+            }
         }
     }
 
@@ -310,7 +329,9 @@ impl PromptEncoder<'_> {
     fn end(&self) -> Option<u32> {
         match self.family {
             Family::Idefics => self.tokens.end,
-            Family::OpenFlamingo | Family::Otter => self.tokens.end_of_chunk,
+            Family::OpenFlamingo | Family::Otter | Family::FlamingoPytorch => {
+                self.tokens.end_of_chunk
+            }
         }
     }
 

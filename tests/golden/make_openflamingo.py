@@ -56,9 +56,17 @@ RESAMPLER_DEPTH, N_LATENTS = 2, 8
 N_NEW_TOKENS, N_BEAMS = 8, 3
 
 
+def write_state(module: nn.Module, path: Path) -> None:
+    torch.save(module.state_dict(), path)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    return torch.load(path, weights_only=True)
+
+
 @dataclass(frozen=True)
 class Vision:
-    """A vision encoder: the module gives (pooled, tokens), its state dict is the file."""
+    """A vision encoder: the module gives (pooled, tokens), its state dict is the file unless `write` says otherwise."""
 
     image_size: int
     width: int
@@ -66,6 +74,8 @@ class Vision:
     recipe: str  # the lines of `[vision]`
     build: Callable[[], nn.Module]
     randomise: Callable[[nn.Module, int], None] = randomise
+    write: Callable[[nn.Module, Path], None] = write_state
+    read: Callable[[Path], dict[str, Tensor]] = read_state
 
 
 CLIP = Vision(
@@ -91,6 +101,8 @@ class Variant:
     max_num_frames: int | None = None
     squared_relu: bool = False
     n_frames: dict[str, int] = field(default_factory=dict)  # by batch name, one frame if absent
+    batches: str = "ABCD"
+    resampler_depth: int = RESAMPLER_DEPTH
 
 
 VARIANTS = {
@@ -230,7 +242,7 @@ def assemble(visual: nn.Module, lm: nn.Module, variant: Variant) -> Flamingo:
     )
     model.perceiver = PerceiverResampler(
         dim=variant.vision.width,
-        depth=RESAMPLER_DEPTH,
+        depth=variant.resampler_depth,
         num_latents=N_LATENTS,
         max_num_frames=variant.max_num_frames,
     )
@@ -271,7 +283,7 @@ def fill_new_rows(lm: nn.Module, form: str) -> None:
 
 def write_released(folder: Path, variant: Variant, model: Flamingo, base_lm: nn.Module) -> None:
     torch.save(released_state(model), folder / "checkpoint.pt")
-    torch.save(model.vision_encoder.state_dict(), folder / variant.vision.file)
+    variant.vision.write(model.vision_encoder, folder / variant.vision.file)
     write_lm_and_recipe(folder, variant, base_lm)
 
 
@@ -528,12 +540,13 @@ def batches(variant: Variant) -> list[Batch]:
     d += [IMAGE] + words(10)
     b_pixels = pixels("B", 2, 2)
     b_pixels[1, 1] = 0  # the slot of the medium that row 1 does not have
-    return [
+    found = [
         Batch(["A"], [a], pixels("A", 1, 2)),
         Batch(["B0", "B1"], [b0, b1], b_pixels),
         Batch(["C"], [c], torch.zeros(pixels("C", 1, 1).shape)),
         Batch(["D"], [d], pixels("D", 1, 5)),
     ]
+    return [batch for batch in found if batch.names[0][0] in variant.batches]
 
 
 @torch.no_grad()
@@ -607,7 +620,7 @@ def load(folder: Path, variant: Variant) -> Flamingo:
         return load_otter(folder, variant)
     lm = transformers.AutoModelForCausalLM.from_pretrained(folder / "lang_encoder")
     visual = variant.vision.build()
-    visual.load_state_dict(read_visual(folder / variant.vision.file, variant.form))
+    visual.load_state_dict(read_visual(folder / variant.vision.file, variant))
     model = assemble(visual, lm, variant)
     fill_new_rows(model.lang_encoder, variant.form)
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
@@ -619,9 +632,9 @@ def load(folder: Path, variant: Variant) -> Flamingo:
     return model
 
 
-def read_visual(path: Path, form: str) -> dict[str, Tensor]:
-    if form != "torchscript":
-        return torch.load(path, weights_only=True)
+def read_visual(path: Path, variant: Variant) -> dict[str, Tensor]:
+    if variant.form != "torchscript":
+        return variant.vision.read(path)
     state = torch.jit.load(str(path)).state_dict()
     prefix = "visual."
     return {name.removeprefix(prefix): t.float() for name, t in state.items() if name.startswith(prefix)}

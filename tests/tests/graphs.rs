@@ -7,6 +7,7 @@ use std::path::Path;
 use flamingo_ir::{Graph, Tensor, evaluate_with};
 use flamingo_models::{Source, media_time};
 use flamingo_tests::{Golden, golden_folders};
+use flamingoc::parity::at_their_places;
 use flamingoc::passes::optimise;
 use flamingoc::scheme::Scheme;
 
@@ -50,7 +51,9 @@ fn forward(
         .insert("frame_weights".to_owned(), Tensor::f32(&[shape[1], max_frames], weights).unwrap());
     let mut encoded = run(media, &inputs, source);
     let visual_tokens = encoded.remove("visual_tokens").unwrap();
-    inputs.extend(encoded);
+    for (name, tensor) in encoded {
+        inputs.insert(name, at_their_places(source.config.n_places(), tensor).unwrap());
+    }
     let tokens: Vec<u32> = ids.iter().map(|id| u32::try_from(*id).unwrap()).collect();
     let time = media_time(source.config.family, &source.config.tokens, &tokens);
     let range = || 0..i64::try_from(ids.len()).unwrap();

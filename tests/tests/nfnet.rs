@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use flamingo_ir::onnx::{ReadLimits, ReadModel, read_onnx};
-use flamingo_ir::{Constant, Tensor, evaluate_with};
+use flamingo_ir::{Constant, Dim, Tensor, evaluate_with};
 use flamingo_models::Source;
 use flamingo_models::checkpoint::Checkpoint;
 use flamingo_models::config::VisionEncoder;
@@ -16,6 +16,7 @@ use flamingo_tests::{compile_options, compiled, compiled_as, opening};
 use flamingoc::compile::{CalibrateOn, CompileOptions, Gate, compile};
 use flamingoc::parity::{F32_BOUND, MIN_COSINE, compare};
 use flamingoc::scheme::{Precision, Scheme};
+use flamingoc::synth::outline;
 use safetensors::SafeTensors;
 
 /// GELU's factor.
@@ -139,6 +140,23 @@ fn the_manifest_says_what_the_files_told() {
     assert_eq!(stages, expected);
     assert_eq!(manifest.image.resize, ResizeMode::PadToMean);
     assert_eq!(manifest.image.mean, [0.485, 0.456, 0.406]);
+}
+
+/// The paper's encoder, in shapes alone: no test has time for its 435 million numbers.
+#[test]
+fn f6_gives_ten_by_ten_tokens_of_a_picture_of_320_pixels() {
+    let folder = tempfile::tempdir().unwrap();
+    outline("nfnet-f6", folder.path()).unwrap();
+    let source = Source::open(folder.path()).unwrap();
+    let vision = &source.config.vision;
+    let VisionEncoder::Nfnet(nfnet) = &vision.encoder else { panic!("{vision:?}") };
+    assert_eq!((nfnet.variant().as_deref(), vision.image_size), (Some("f6"), 320));
+    assert_eq!((vision.grid(), vision.n_tokens()), (10, 100));
+    let media = source.graphs().unwrap().media;
+    let last = media.nodes().iter().rfind(|node| node.name.starts_with("vision.")).unwrap();
+    let pictures = Dim::symbol("n_frames") * Dim::symbol("n_media");
+    let expected = [pictures, Dim::from(100), Dim::from(3072)];
+    assert_eq!(media.fact(last.outputs[0]).shape, expected);
 }
 
 /// The files do not know the side of the pictures. Odd sides at every depth, on every engine and as built.

@@ -29,8 +29,8 @@ use crate::static_ranges::{StaticRange, StaticRanges};
 
 /// Compile a checkpoint into an artifact
 ///
-/// SOURCE is a recipe `.toml` that names the parts of an OpenFlamingo model, a folder
-/// with a `recipe.toml`, the Hugging Face folder of an IDEFICS-1 or Otter model, or the
+/// SOURCE is a recipe `.toml` that names the parts of an OpenFlamingo or a
+/// flamingo-pytorch model, a folder with a `recipe.toml`, the Hugging Face folder of an IDEFICS-1 or Otter model, or the
 /// name of a model on the Hugging Face hub, `owner/name` or `owner/name@revision`, whose
 /// files are downloaded into the cache that Python has, too (HF_HOME, HF_HUB_CACHE,
 /// HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT).

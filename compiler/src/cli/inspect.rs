@@ -181,8 +181,10 @@ fn describe_config(output: &mut Output, config: &flamingo_models::ModelConfig) -
     let (size, width) = (vision.image_size, vision.width);
     output.line(&match &vision.encoder {
         VisionEncoder::Clip(clip) => format!(
-            "vision encoder    CLIP ViT, {size} x {size} pixels, patch {}, {} layers of width {width}",
-            clip.patch_size, clip.n_layers
+            "vision encoder    {} ViT, {size} x {size} pixels, patch {}, {} layers of width {width}",
+            if clip.has_class_token { "CLIP" } else { "SigLIP" },
+            clip.patch_size,
+            clip.n_layers
         ),
         VisionEncoder::Nfnet(nfnet) => format!(
             "vision encoder    NFNet{}, {size} x {size} pixels, {} blocks, {} tokens of width {width}",

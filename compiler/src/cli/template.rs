@@ -64,7 +64,7 @@ impl Template {
     /// The one of this name; without, that of a family.
     pub(super) fn named(name: Option<&str>, family: Family) -> &'static Template {
         let of_family = match family {
-            Family::OpenFlamingo => "flamingo",
+            Family::OpenFlamingo | Family::FlamingoPytorch => "flamingo",
             Family::Idefics => "idefics",
             Family::Otter => "otter",
         };

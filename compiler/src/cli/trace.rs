@@ -173,7 +173,7 @@ fn trace(
     let mut outputs = Vec::new();
     if let Some(first) = media.first() {
         let values: Vec<f32> = media.iter().flat_map(|m| m.visual_tokens.iter().copied()).collect();
-        let n_latents = first.n_latents.max(1);
+        let n_latents = (first.n_latents * (1 + first.later.len())).max(1);
         let shape = vec![media.len(), n_latents, first.visual_tokens.len() / n_latents];
         outputs.push(("visual_tokens", Array::f32(shape, &values)));
     }

@@ -58,18 +58,24 @@ impl Form {
             (Form::HatefulMemes, _) if is_papers => {
                 spaced("<image>is an image with written: \"{text}\" on it. Is it hateful? Answer:")
             }
-            (Form::Caption, Family::OpenFlamingo) => plain("<image>Output:", "\n"),
-            (Form::Classify, Family::OpenFlamingo) => plain("<image>Output:", ""),
-            (Form::Vqa, Family::OpenFlamingo) => {
+            (Form::Caption, Family::OpenFlamingo | Family::FlamingoPytorch) => {
+                plain("<image>Output:", "\n")
+            }
+            (Form::Classify, Family::OpenFlamingo | Family::FlamingoPytorch) => {
+                plain("<image>Output:", "")
+            }
+            (Form::Vqa, Family::OpenFlamingo | Family::FlamingoPytorch) => {
                 plain("<image>Question:{question} Short answer:", "\n")
             }
-            (Form::HatefulMemes, Family::OpenFlamingo) => {
+            (Form::HatefulMemes, Family::OpenFlamingo | Family::FlamingoPytorch) => {
                 plain("<image>is an image with: '{text}' written on it. Is it hateful? Answer:", "")
             }
-            (Form::Dialogue, Family::OpenFlamingo | Family::Idefics) => Template {
-                turn: "Question: {user} Answer: {model} ".to_owned(),
-                ..spaced("<image>{turns}Question: {question} Answer:")
-            },
+            (Form::Dialogue, Family::OpenFlamingo | Family::FlamingoPytorch | Family::Idefics) => {
+                Template {
+                    turn: "Question: {user} Answer: {model} ".to_owned(),
+                    ..spaced("<image>{turns}Question: {question} Answer:")
+                }
+            }
             (Form::Caption, Family::Idefics) => spaced("<image>Caption:"),
             (Form::Classify, Family::Idefics) => spaced("<image>Output:"),
             (Form::Vqa, Family::Idefics) => spaced("<image>Question: {question} Answer:"),

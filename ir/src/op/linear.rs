@@ -3,7 +3,7 @@
 use super::contrib::{FusedMatMul, Gelu, QuickGelu};
 use super::{
     Add, Attribute, Attributes, Div, Erf, Flavour, MatMul, Mul, OpError, Operator, Relu, Rounding,
-    Sigmoid, Transpose, expect_fact, input_error,
+    Sigmoid, Tanh, Transpose, expect_fact, input_error,
 };
 use crate::graph::{Graph, GraphError, ValueId};
 use crate::{DType, Dim, Fact, Tensor};
@@ -13,6 +13,8 @@ use crate::{DType, Dim, Fact, Tensor};
 pub enum Activation {
     /// x · (1 + erf(x / √2)) / 2.
     Gelu,
+    /// x · (1 + tanh(√(2/π) · (x + 0.044715 x³))) / 2, of SigLIP.
+    GeluTanh,
     /// x · σ(1.702 x), of CLIP.
     QuickGelu,
     /// max(x, 0).
@@ -24,8 +26,9 @@ pub enum Activation {
 }
 
 impl Activation {
-    const NAMES: [(Activation, &'static str); 5] = [
+    const NAMES: [(Activation, &'static str); 6] = [
         (Activation::Gelu, "gelu"),
+        (Activation::GeluTanh, "gelu_tanh"),
         (Activation::QuickGelu, "quick_gelu"),
         (Activation::Relu, "relu"),
         (Activation::SquaredRelu, "squared_relu"),
@@ -51,7 +54,7 @@ impl Activation {
             "none" => Ok(None),
             name => Activation::from_name(name).map(Some).ok_or_else(|| OpError::Attribute {
                 name: "activation".into(),
-                expected: "none, gelu, quick_gelu, relu, squared_relu or silu".into(),
+                expected: "none, gelu, gelu_tanh, quick_gelu, relu, squared_relu or silu".into(),
                 found: name.into(),
             }),
         }
@@ -83,6 +86,7 @@ impl Activation {
                 let product = graph.add("product", Mul, &[x, shifted])?;
                 graph.add("gelu", Mul, &[product, half])
             }
+            (Activation::GeluTanh, _) => define_gelu_tanh(graph, x),
             (Activation::QuickGelu, false) => {
                 let alpha = graph.literal(Tensor::scalar(1.702));
                 let scaled = graph.add("scaled", Mul, &[x, alpha])?;
@@ -100,6 +104,22 @@ impl Activation {
             }
         }
     }
+}
+
+/// x · (1 + tanh(x · (c + 0.044715 c x²))) / 2 with c = √(2/π). The cube is never formed: where x² is infinite in half
+/// precision, tanh is ±1 all the same.
+fn define_gelu_tanh(graph: &mut Graph, x: ValueId) -> Result<ValueId, GraphError> {
+    let c = std::f32::consts::FRAC_2_SQRT_PI * std::f32::consts::FRAC_1_SQRT_2;
+    let [linear, cubic, one, half] =
+        [c, 0.044_715 * c, 1.0, 0.5].map(|number| graph.literal(Tensor::scalar(number)));
+    let square = graph.add("square", Mul, &[x, x])?;
+    let cubic = graph.add("cubic", Mul, &[square, cubic])?;
+    let factor = graph.add("factor", Add, &[cubic, linear])?;
+    let scaled = graph.add("scaled", Mul, &[x, factor])?;
+    let tanh = graph.add("tanh", Tanh, &[scaled])?;
+    let shifted = graph.add("shifted", Add, &[tanh, one])?;
+    let product = graph.add("product", Mul, &[x, shifted])?;
+    graph.add("gelu_tanh", Mul, &[product, half])
 }
 
 /// An activation function on its own.

@@ -1,7 +1,7 @@
 //! Ops of the vision side that only move, repeat or add rows.
 
 use super::{
-    Add, Attributes, Concat, Expand, Flavour, MatMul, OpError, Operator, Reshape, Transpose,
+    Add, Attributes, Concat, Expand, Flavour, MatMul, OpError, Operator, Reshape, Slice, Transpose,
     expect_fact, expect_inputs, expect_rank, input_error,
 };
 use crate::Dim;
@@ -9,7 +9,8 @@ use crate::Fact;
 use crate::graph::{Graph, GraphError};
 
 /// Cuts pictures into square patches, one row a patch, ordered (channel, y, x) inside a row as
-/// a convolution's weight is: [n, c, H, W] → [n, H/p · W/p, c·p·p].
+/// a convolution's weight is: [n, c, H, W] → [n, ⌊H/p⌋ · ⌊W/p⌋, c·p·p]. Pixels right and below of whole patches are left out,
+/// as such a convolution leaves them.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Patches {
     /// Side of a patch in pixels (p).
@@ -48,9 +49,15 @@ impl Patches {
         let known = |axis: usize| inputs[0].shape[axis].known().unwrap_or(0);
         let (n, p) = (inputs[0].shape[0].clone(), self.patch_size);
         let (channels, rows, columns) = (known(1), known(2) / p, known(3) / p);
+        let mut whole = x;
+        for (axis, end) in [(2, rows * p), (3, columns * p)] {
+            if end < known(axis) {
+                whole = graph.add("whole", Slice { axis, start: 0, end }, &[whole])?;
+            }
+        }
         let sizes = [channels, rows, p, columns, p].map(Dim::from);
         let shape = [std::slice::from_ref(&n), &sizes[..]].concat();
-        let grid = graph.add("grid", Reshape { shape }, &[x])?;
+        let grid = graph.add("grid", Reshape { shape }, &[whole])?;
         let permutation = vec![0, 2, 4, 1, 3, 5];
         let moved = graph.add("moved", Transpose { permutation }, &[grid])?;
         let patch = Dim::from(channels) * Dim::from(p) * Dim::from(p);
@@ -88,16 +95,14 @@ impl Operator for Patches {
         let known = |axis: usize| inputs[0].shape[axis].known();
         let p = self.patch_size;
         match (known(1), known(2), known(3)) {
-            (Some(channels), Some(height), Some(width))
-                if height > 0 && height % p == 0 && width > 0 && width % p == 0 =>
-            {
+            (Some(channels), Some(height), Some(width)) if height >= p && width >= p => {
                 let n_patches = Dim::from(height / p) * Dim::from(width / p);
                 let patch = Dim::from(channels) * Dim::from(p) * Dim::from(p);
                 let shape = [inputs[0].shape[0].clone(), n_patches, patch];
                 Ok(vec![Fact::f32(shape)])
             }
             _ => {
-                let expected = format!("[n, c, H, W] with H and W multiples of {p}");
+                let expected = format!("[n, c, H, W] with H and W of {p} and more");
                 Err(input_error(0, "pictures", &expected, &inputs[0]))
             }
         }
@@ -281,6 +286,8 @@ mod tests {
         let rows = Patches { patch_size: 2 }.evaluate(&[counting(&[1, 1, 2, 4])]).unwrap();
         assert_eq!(rows[0].shape(), [1, 2, 4]);
         assert_eq!(rows[0].to_f32_vec().unwrap(), [0.0, 1.0, 4.0, 5.0, 2.0, 3.0, 6.0, 7.0]);
+        let rows = Patches { patch_size: 2 }.evaluate(&[counting(&[1, 1, 3, 5])]).unwrap();
+        assert_eq!(rows[0].to_f32_vec().unwrap(), [0.0, 1.0, 5.0, 6.0, 2.0, 3.0, 7.0, 8.0]);
         assert!(Patches { patch_size: 3 }.infer(&[Fact::f32([1, 1, 2, 4])]).is_err());
         assert!(Patches { patch_size: usize::MAX }.infer(&[Fact::f32([1, 3, 0, 0])]).is_err());
     }

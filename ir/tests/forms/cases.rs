@@ -449,6 +449,7 @@ fn gated_cross_attention(name: &'static str, query_bias: bool, query_norm: Optio
 pub(crate) fn function_cases() -> Vec<Case> {
     let activations = [
         ("activate.gelu", Activation::Gelu),
+        ("activate.gelu_tanh", Activation::GeluTanh),
         ("activate.quick_gelu", Activation::QuickGelu),
         ("activate.relu", Activation::Relu),
         ("activate.squared_relu", Activation::SquaredRelu),
@@ -612,6 +613,11 @@ pub(crate) fn function_cases() -> Vec<Case> {
         gated_cross_attention("gated", false, None),
         gated_cross_attention("gated.normed", true, Some(1e-6)),
         case("patches", Patches { patch_size: 2 }, &[("x", Noise, "n_media*n_frames, 3, 4, 6")]),
+        case(
+            "patches.rest",
+            Patches { patch_size: 3 },
+            &[("x", Noise, "n_media*n_frames, 3, 4, 8")],
+        ),
         case(
             "class",
             ClassEmbedding,

@@ -30,11 +30,12 @@ pub(crate) fn build_decoder(
     let mut decoder = Decoder { graph: &mut graph, binder, keys, config, inputs };
     let mut x = decoder.embed(&weights)?;
     let mut presents = Vec::with_capacity(config.language.n_layers);
-    for (layer, block) in weights.blocks.iter().enumerate() {
+    for layer in 0..=weights.blocks.len() {
         if let Some(index) = config.cross_attention.layers.iter().position(|l| *l == layer) {
             x = decoder.gated_attention(index, layer, x)?;
             x = decoder.gated_feed_forward(index, layer, x)?;
         }
+        let Some(block) = weights.blocks.get(layer) else { continue };
         let present;
         (x, present) = decoder.block(layer, block, x)?;
         presents.push(present);
@@ -227,7 +228,7 @@ impl Decoder<'_, '_, '_> {
                 let epsilon = rms_epsilon(self.config);
                 self.graph.add(name, RmsNorm { epsilon, n_heads: 1, scale: true }, &[x, scale])
             }
-            Family::OpenFlamingo | Family::Otter => {
+            Family::OpenFlamingo | Family::Otter | Family::FlamingoPytorch => {
                 let bias = self.gated_weight(at, key("bias"), &[width]);
                 let op = LayerNorm { epsilon: 1e-5, n_heads: 1, scale: true, bias: true };
                 self.graph.add(name, op, &[x, scale, bias])

@@ -51,6 +51,7 @@ impl LanguageWeights {
             Architecture::GptNeox => language.gpt_neox(layer),
             Architecture::Llama => Ok(language.llama(layer)),
             Architecture::Opt => Ok(language.opt(layer)),
+            Architecture::Palm => language.palm(layer),
         };
         let blocks: Result<Vec<BlockWeights>, GraphError> =
             (0..config.language.n_layers).map(|layer| block(&mut language, layer)).collect();
@@ -117,6 +118,12 @@ impl Language<'_, '_, '_> {
                 positions: "model.decoder.embed_positions",
                 final_norm: "model.decoder.final_layer_norm",
             },
+            Architecture::Palm => Top {
+                embedding: "token_emb",
+                head: "to_logits.1",
+                positions: "",
+                final_norm: "to_logits.0",
+            },
         }
     }
 
@@ -137,8 +144,12 @@ impl Language<'_, '_, '_> {
     /// Scale, and bias if the file has one.
     fn norm(&mut self, key: &str) -> Vec<ValueId> {
         let width = self.config.width;
-        let mut affine = vec![self.weight(&format!("{key}.weight"), &[width])];
-        let bias = format!("{key}.bias");
+        let [scale, bias] = match self.config.architecture {
+            Architecture::Palm => ["gamma", "beta"],
+            _ => ["weight", "bias"],
+        };
+        let mut affine = vec![self.weight(&format!("{key}.{scale}"), &[width])];
+        let bias = format!("{key}.{bias}");
         if self.binder.has(&self.name(&bias)) {
             affine.push(self.weight(&bias, &[width]));
         }
@@ -172,7 +183,7 @@ impl Language<'_, '_, '_> {
         let additional = match (family, key) {
             (Family::Idefics, "lm_head") => "lm_head.additional_fc.weight",
             (Family::Idefics, _) => "model.embed_tokens.additional_embedding.weight",
-            (Family::OpenFlamingo | Family::Otter, _) => "",
+            (Family::OpenFlamingo | Family::Otter | Family::FlamingoPytorch, _) => "",
         };
         let rest = match additional {
             "" => {
@@ -313,5 +324,26 @@ impl Language<'_, '_, '_> {
             up: self.affine(&key("fc1"), f, d),
             down: self.affine(&key("fc2"), d, f),
         }
+    }
+
+    /// Attention and feed-forward read one norm, and one fused weight [q; k; v; up; gate].
+    fn palm(&mut self, layer: usize) -> Result<BlockWeights, GraphError> {
+        let LanguageConfig { width: d, mlp_width: f, n_heads, n_kv_heads, head_dim, .. } =
+            *self.config;
+        let key = |part: &str| format!("layers.{layer}.0.fn.{part}");
+        let (q, kv) = (n_heads * head_dim, n_kv_heads * head_dim);
+        let up = q + 2 * kv;
+        let fused = self.weight(&key("fused_attn_ff_proj.weight"), &[up + 2 * f, d]);
+        let norm = self.norm(&key("norm"));
+        Ok(BlockWeights {
+            attention_norm: norm.clone(),
+            qkv: self.split_qkv((fused, None))?,
+            qk_norm: None,
+            output: self.affine(&key("attn_out"), d, q),
+            mlp_norm: norm,
+            gate: Some((rows(self.graph, fused, up + f, up + 2 * f)?, None)),
+            up: (rows(self.graph, fused, up, up + f)?, None),
+            down: self.affine(&key("ff_out.1"), d, f),
+        })
     }
 }

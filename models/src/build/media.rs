@@ -1,12 +1,12 @@
 //! The media graph: pixels → visual tokens → keys and values of every gated layer.
 
-use flamingo_ir::op::{FrameEmbedding, MergeFrames, Reshape, RmsNorm};
+use flamingo_ir::op::{Add, Concat, FrameEmbedding, MergeFrames, Reshape, RmsNorm};
 use flamingo_ir::{Dim, Fact, Graph, GraphError, ValueId};
 
 use super::resampler::build_resampler;
 use super::vision::build_vision;
-use super::{GatedKey, KeyMap, linear, rows};
-use crate::config::{ModelConfig, Normalisation};
+use super::{GatedKey, KeyMap, ResamplerKey, linear, reshaped, rows};
+use crate::config::{ModelConfig, Normalisation, ResamplerConfig};
 use crate::source::Binder;
 
 /// Builds the media graph.
@@ -14,7 +14,8 @@ use crate::source::Binder;
 /// Inputs: `pixel_values` f32 [n_media, n_frames, 3, S, S] (one frame without a resampler); with temporal embeddings also
 /// `frame_weights` f32 [n_frames, max_frames], the mixing weights of the table's rows for each
 /// frame. Outputs: `visual_tokens` [n_media, n_latents, width], and `media_k.{i}`, `media_v.{i}`
-/// [n_media, n_latents, heads · head_dim] for the i-th gated block.
+/// [n_media, n_latents, heads · head_dim] for the i-th gated block. Where places have embeddings, n_latents counts those of each
+/// place a medium can have in a prompt, one after the other.
 pub(crate) fn build_media(
     binder: &mut Binder,
     keys: &dyn KeyMap,
@@ -42,13 +43,20 @@ pub(crate) fn build_media(
             if resampler.max_frames > 0 {
                 let fact = Fact::f32([n_frames, Dim::from(resampler.max_frames)]);
                 let weights = g.input("frame_weights", fact);
-                let name = keys.resampler(super::ResamplerKey::FrameEmbeddings);
+                let name = keys.resampler(ResamplerKey::FrameEmbeddings);
                 let table = binder.weight(g, &name, &[resampler.max_frames, width]);
                 let inputs = [x, weights, table, pixel_values];
                 x = g.add("resampler.frame_embedding", FrameEmbedding, &inputs)?;
             }
             let media = g.add("resampler.media", MergeFrames, &[x, pixel_values])?;
-            build_resampler(g, binder, keys, resampler, width, media, pixel_values)?
+            match resampler.max_places {
+                0 => build_resampler(g, binder, keys, resampler, width, media, pixel_values)?,
+                _ => {
+                    let placed = at_each_place(g, binder, keys, (resampler, width), media)?;
+                    let x = build_resampler(g, binder, keys, resampler, width, placed, placed)?;
+                    one_after_the_other(g, x, resampler.max_places)?
+                }
+            }
         }
     };
     let mut outputs = vec![("visual_tokens".to_owned(), visual_tokens)];
@@ -61,6 +69,47 @@ pub(crate) fn build_media(
         graph.output(&name, value);
     }
     Ok(graph)
+}
+
+/// Media [n_media, t, width] → [n_media · max_places, t, width], each with the embedding of each place added.
+fn at_each_place(
+    graph: &mut Graph,
+    binder: &mut Binder,
+    keys: &dyn KeyMap,
+    (resampler, width): (&ResamplerConfig, usize),
+    media: ValueId,
+) -> Result<ValueId, GraphError> {
+    let n_places = resampler.max_places;
+    let name = keys.resampler(ResamplerKey::PlaceEmbeddings);
+    let table = binder.weight(graph, &name, &[n_places, 1, width]);
+    let mut placed = Vec::with_capacity(n_places);
+    for place in 0..n_places {
+        let embedding = rows(graph, table, place, place + 1)?;
+        let embedding = reshaped(graph, embedding, &[width])?;
+        placed.push(graph.add("resampler.place_embedding", Add, &[media, embedding])?);
+    }
+    let placed = graph.add("resampler.places", Concat { axis: 1 }, &placed)?;
+    let [n_media, t, width] = &graph.fact(media).shape[..] else {
+        return Err(GraphError::Structure {
+            graph: "media".into(),
+            reason: "media of rank 3".into(),
+        });
+    };
+    let shape = vec![n_media.clone() * Dim::from(n_places), t.clone(), width.clone()];
+    graph.add("resampler.placed", Reshape { shape }, &[placed])
+}
+
+/// Visual tokens [n_media · n_places, n_latents, width] → [n_media, n_places · n_latents, width].
+fn one_after_the_other(
+    graph: &mut Graph,
+    x: ValueId,
+    n_places: usize,
+) -> Result<ValueId, GraphError> {
+    let [_, n_latents, width] = graph.fact(x).shape.clone().try_into().map_err(|_| {
+        GraphError::Structure { graph: "media".into(), reason: "visual tokens of rank 3".into() }
+    })?;
+    let shape = vec![Dim::symbol("n_media"), Dim::from(n_places) * n_latents, width];
+    graph.add("resampler.of_all_places", Reshape { shape }, &[x])
 }
 
 /// Keys and values of one gated block for all media.

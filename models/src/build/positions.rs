@@ -7,15 +7,15 @@ use flamingo_ir::{Graph, GraphError, Tensor, ValueId};
 use super::{reshaped, rows};
 use crate::config::PositionsConfig;
 
-/// Positions [1 + old², width] → [1 + grid², width]. The first, of the class token, stays.
+/// Positions [n_class + old², width] → [n_class + grid², width]. Those of class tokens stay.
 pub(super) fn resample(
     graph: &mut Graph,
     positions: ValueId,
-    old: &PositionsConfig,
+    (old, n_class): (&PositionsConfig, usize),
     (grid, width): (usize, usize),
 ) -> Result<ValueId, GraphError> {
-    let class = rows(graph, positions, 0, 1)?;
-    let patches = rows(graph, positions, 1, 1 + old.grid * old.grid)?;
+    let n_old = old.grid * old.grid;
+    let patches = rows(graph, positions, n_class, n_class + n_old)?;
     let weights = Tensor::f32(&[grid, old.grid], weights(old.grid, grid, old.antialias));
     let weights = weights.ok_or_else(|| GraphError::Structure {
         graph: "media".to_owned(),
@@ -27,6 +27,10 @@ pub(super) fn resample(
     let columns = reshaped(graph, columns, &[grid, old.grid, width])?;
     let patches = graph.add("vision.position_columns", MatMul, &[weights, columns])?;
     let patches = reshaped(graph, patches, &[grid * grid, width])?;
+    if n_class == 0 {
+        return Ok(patches);
+    }
+    let class = rows(graph, positions, 0, n_class)?;
     graph.add("vision.positions", Concat { axis: 0 }, &[class, patches])
 }
 

@@ -12,7 +12,7 @@ use crate::source::Binder;
 const EPSILON: f32 = 1e-5;
 
 /// Media tokens [n_media, t, width] → visual tokens [n_media, n_latents, width].
-/// `pixel_values` tells the number of media.
+/// `like` has as many entries as there are media.
 pub(super) fn build_resampler(
     graph: &mut Graph,
     binder: &mut Binder,
@@ -20,9 +20,9 @@ pub(super) fn build_resampler(
     config: &ResamplerConfig,
     width: usize,
     media: ValueId,
-    pixel_values: ValueId,
+    like: ValueId,
 ) -> Result<ValueId, GraphError> {
-    let mut resampler = Resampler { graph, binder, keys, config, width, pixel_values };
+    let mut resampler = Resampler { graph, binder, keys, config, width, like };
     let mut latents = resampler.weight(ResamplerKey::Latents, &[config.n_latents, width]);
     for layer in 0..config.n_layers {
         latents = resampler.attention(layer, media, latents)?;
@@ -37,7 +37,7 @@ struct Resampler<'g, 'b, 'p> {
     keys: &'b dyn KeyMap,
     config: &'b ResamplerConfig,
     width: usize,
-    pixel_values: ValueId,
+    like: ValueId,
 }
 
 impl Resampler<'_, '_, '_> {
@@ -89,7 +89,7 @@ impl Resampler<'_, '_, '_> {
     /// is written without a media axis, so that it folds into a constant.
     fn per_media(&mut self, name: &str, x: ValueId) -> Result<ValueId, GraphError> {
         match self.graph.fact(x).rank() {
-            2 => self.graph.add(name, ExpandBatch, &[x, self.pixel_values]),
+            2 => self.graph.add(name, ExpandBatch, &[x, self.like]),
             _ => Ok(x),
         }
     }

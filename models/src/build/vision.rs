@@ -1,5 +1,5 @@
-//! Vision encoders, from pixels to tokens; and CLIP's vision transformer (pre-norm)
-//! (open_clip 2.20 `VisionTransformer.forward`, transformers `CLIPVisionTransformer`).
+//! Vision encoders, from pixels to tokens; and the vision transformers of CLIP (open_clip 2.20 `VisionTransformer.forward`,
+//! transformers `CLIPVisionTransformer`) and SigLIP (transformers `SiglipVisionTransformer`, timm `VisionTransformer`).
 
 use flamingo_ir::op::{Activate, Add, Attention, ClassEmbedding, LayerNorm, Patches, Slice};
 use flamingo_ir::{Graph, GraphError, ValueId};
@@ -24,7 +24,7 @@ pub(super) fn build_vision(
     }
 }
 
-/// The last layer's output without final norm.
+/// The last layer's output, behind the final norm where the configuration says so.
 fn build_clip(
     graph: &mut Graph,
     binder: &mut Binder,
@@ -39,7 +39,10 @@ fn build_clip(
         x = vision.attention(layer, x)?;
         x = vision.feed_forward(layer, x)?;
     }
-    match clip.keep_class_token {
+    if clip.final_norm {
+        x = vision.norm("vision.final_norm", x, VisionKey::FinalNorm)?;
+    }
+    match clip.keep_class_token || !clip.has_class_token {
         true => Ok(x),
         false => graph.add("vision.patch_tokens", Slice { axis: 1, start: 1, end: grid + 1 }, &[x]),
     }
@@ -63,34 +66,55 @@ impl Vision<'_, '_, '_> {
         &mut self,
         name: &str,
         x: ValueId,
-        affine: [ValueId; 2],
+        key: impl Fn(&'static str) -> VisionKey,
     ) -> Result<ValueId, GraphError> {
         let epsilon = self.config.epsilon;
+        let affine = ["weight", "bias"].map(|part| self.weight(key(part), &[self.width]));
         let op = LayerNorm { epsilon, n_heads: 1, scale: true, bias: true };
         self.graph.add(name, op, &[x, affine[0], affine[1]])
     }
 
-    /// Of the class token and of each patch.
+    /// Of the class token, where there is one, and of each patch.
     fn positions(&mut self) -> Result<ValueId, GraphError> {
-        let (width, n_patches, config) = (self.width, self.n_patches, self.config);
-        let Some(old) = &config.positions else {
-            return Ok(self.weight(VisionKey::Positions, &[n_patches + 1, width]));
+        let (width, config) = (self.width, self.config);
+        let n_class = usize::from(config.has_class_token);
+        let stored = config.positions.as_ref().map_or(self.n_patches, |old| old.grid * old.grid);
+        let shape = [n_class + stored, width];
+        let key = self.keys.vision(VisionKey::Positions);
+        // timm's have an axis of pictures.
+        let positions = match self.binder.shape(&key) {
+            Some([1, _, _]) => {
+                let positions = self.weight(VisionKey::Positions, &[1, shape[0], width]);
+                reshaped(self.graph, positions, &shape)?
+            }
+            _ => self.weight(VisionKey::Positions, &shape),
         };
-        let positions = self.weight(VisionKey::Positions, &[old.grid * old.grid + 1, width]);
-        resample(self.graph, positions, old, (n_patches.isqrt(), width))
+        match &config.positions {
+            None => Ok(positions),
+            Some(old) => {
+                resample(self.graph, positions, (old, n_class), (self.n_patches.isqrt(), width))
+            }
+        }
     }
 
     fn embed(&mut self, pictures: ValueId) -> Result<ValueId, GraphError> {
         let (patch_size, width) = (self.config.patch_size, self.width);
         let patches = self.graph.add("vision.patches", Patches { patch_size }, &[pictures])?;
-        let weight = self.weight(VisionKey::Patch, &[width, 3, patch_size, patch_size]);
+        let weight = self.weight(VisionKey::Patch("weight"), &[width, 3, patch_size, patch_size]);
         let weight = reshaped(self.graph, weight, &[width, 3 * patch_size * patch_size])?;
-        let x = linear(self.graph, "vision.patch_embedding", patches, weight, None)?;
-        let class = self.weight(VisionKey::ClassToken, &[width]);
+        let bias = self.config.patch_bias.then(|| self.weight(VisionKey::Patch("bias"), &[width]));
+        let x = linear(self.graph, "vision.patch_embedding", patches, weight, bias)?;
         let positions = self.positions()?;
-        let x = self.graph.add("vision.class_embedding", ClassEmbedding, &[x, class, positions])?;
-        let affine = ["weight", "bias"].map(|part| self.weight(VisionKey::PreNorm(part), &[width]));
-        self.norm("vision.pre_norm", x, affine)
+        let x = if self.config.has_class_token {
+            let class = self.weight(VisionKey::ClassToken, &[width]);
+            self.graph.add("vision.class_embedding", ClassEmbedding, &[x, class, positions])?
+        } else {
+            self.graph.add("vision.embedding", Add, &[x, positions])?
+        };
+        match self.config.pre_norm {
+            true => self.norm("vision.pre_norm", x, VisionKey::PreNorm),
+            false => Ok(x),
+        }
     }
 
     /// Weight and bias of q, k and v, cut out of a fused tensor where the file has one.
@@ -117,9 +141,7 @@ impl Vision<'_, '_, '_> {
     fn attention(&mut self, layer: usize, x: ValueId) -> Result<ValueId, GraphError> {
         let (width, n_heads) = (self.width, self.config.n_heads);
         let name = |part: &str| format!("vision.{layer}.attention.{part}");
-        let affine = ["weight", "bias"]
-            .map(|part| self.weight(VisionKey::AttentionNorm(layer, part), &[width]));
-        let y = self.norm(&name("norm"), x, affine)?;
+        let y = self.norm(&name("norm"), x, |part| VisionKey::AttentionNorm(layer, part))?;
         let [q, k, v] = self.projections(layer)?;
         let q = linear(self.graph, &name("query"), y, q[0], Some(q[1]))?;
         let k = linear(self.graph, &name("key"), y, k[0], Some(k[1]))?;
@@ -136,9 +158,7 @@ impl Vision<'_, '_, '_> {
         let (mlp_width, activation) = (self.config.mlp_width, self.config.activation);
         let width = self.width;
         let name = |part: &str| format!("vision.{layer}.mlp.{part}");
-        let affine =
-            ["weight", "bias"].map(|part| self.weight(VisionKey::MlpNorm(layer, part), &[width]));
-        let y = self.norm(&name("norm"), x, affine)?;
+        let y = self.norm(&name("norm"), x, |part| VisionKey::MlpNorm(layer, part))?;
         let up = self.weight(VisionKey::Up(layer, "weight"), &[mlp_width, width]);
         let up_bias = self.weight(VisionKey::Up(layer, "bias"), &[mlp_width]);
         let hidden = linear(self.graph, &name("up"), y, up, Some(up_bias))?;

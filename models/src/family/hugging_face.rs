@@ -122,10 +122,11 @@ impl Config {
         let name = self.get(key).map_or(Some(default), Value::as_str);
         match name {
             Some("gelu") => Ok(Activation::Gelu),
+            Some("gelu_pytorch_tanh" | "gelu_new") => Ok(Activation::GeluTanh),
             Some("quick_gelu") => Ok(Activation::QuickGelu),
             Some("relu") => Ok(Activation::Relu),
             Some("silu" | "swish") => Ok(Activation::Silu),
-            _ => Err(self.wrong(key, "gelu, quick_gelu, relu or silu")),
+            _ => Err(self.wrong(key, "gelu, gelu_pytorch_tanh, quick_gelu, relu or silu")),
         }
     }
 

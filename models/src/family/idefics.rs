@@ -68,6 +68,10 @@ fn vision_config(config: &Config) -> Result<VisionConfig, SourceError> {
             epsilon: config.float_or("layer_norm_eps", 1e-5)?,
             keep_class_token: true,
             positions: None,
+            has_class_token: true,
+            patch_bias: false,
+            pre_norm: true,
+            final_norm: false,
         }),
     })
 }
@@ -84,6 +88,7 @@ fn resampler_config(
         mlp_width: 4 * vision.width,
         activation: Activation::Relu,
         max_frames: 0,
+        max_places: 0,
         qk_norm: config.flag_or("qk_layer_norms_perceiver", false)?,
     })
 }
@@ -117,6 +122,7 @@ impl KeyMap for Keys {
     fn resampler(&self, key: ResamplerKey) -> String {
         let key = match key {
             ResamplerKey::Latents => "latents".to_owned(),
+            ResamplerKey::PlaceEmbeddings => "media_pos_emb".to_owned(),
             ResamplerKey::FrameEmbeddings => "frame_embs".to_owned(),
             ResamplerKey::MediaNorm(i, part) => format!("blocks.{i}.0.context_layer_norm.{part}"),
             ResamplerKey::LatentsNorm(i, part) => format!("blocks.{i}.0.latents_layer_norm.{part}"),

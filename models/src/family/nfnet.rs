@@ -46,6 +46,7 @@ fn refuse_keys_of_clip(recipe: &VisionRecipe) -> Result<(), String> {
         ("patch_size", recipe.patch_size.is_some()),
         ("heads", recipe.heads.is_some()),
         ("activation", recipe.activation.is_some()),
+        ("final_norm", recipe.final_norm.is_some()),
     ];
     match given.iter().find(|(_, is_given)| *is_given) {
         Some((key, _)) => Err(format!("`vision.{key}`: an NFNet has none\n\nhint: leave it out")),

@@ -4,18 +4,17 @@
 use std::path::Path;
 
 use flamingo_ir::op::Activation;
-use serde_json::Value;
 
 use super::hugging_face::{Config, language_config};
-use super::otter::hugging_face_vision;
 use super::recipe::VisionKind;
-use super::{Recipe, Source, nfnet};
+use super::vision_transformer::VisionNames;
+use super::{Recipe, Source, nfnet, vision_transformer};
 use crate::build::{GatedKey, KeyMap, ResamplerKey, VisionKey};
 use crate::config::{
-    Architecture, ClipConfig, CrossAttentionConfig, Family, LanguageConfig, ModelConfig,
-    PositionsConfig, ResamplerConfig, SpecialTokens, VisionConfig, VisionEncoder,
+    Architecture, CrossAttentionConfig, Family, LanguageConfig, ModelConfig, ResamplerConfig,
+    SpecialTokens, VisionConfig, VisionEncoder,
 };
-use crate::image_spec::{IMAGENET_MEAN, IMAGENET_STD, ImageSpec, MAX_IMAGE_SIZE};
+use crate::image_spec::{IMAGENET_MEAN, IMAGENET_STD, ImageSpec};
 use crate::source::{Binder, Parts, SourceError};
 use crate::tokenizer::flamingo_token_ids;
 
@@ -40,8 +39,7 @@ pub(super) fn open(recipe: &Recipe, path: &Path) -> Result<Source, SourceError> 
     let wrong = |reason| SourceError::Config { path: path.to_owned(), reason };
     let model = ModelConfig {
         family: Family::OpenFlamingo,
-        vision: vision_config(&parts, &keys, recipe, told_vision(&recipe.vision_encoder)?)
-            .map_err(wrong)?,
+        vision: vision_config(&parts, recipe, path)?,
         resampler: Some(resampler_config(&parts, recipe).map_err(wrong)?),
         cross_attention: cross_attention_config(&parts, &keys, &language).map_err(wrong)?,
         tokens: special_tokens(recipe, &config, tokenizer.as_deref(), path)?,
@@ -59,8 +57,9 @@ pub(super) fn open(recipe: &Recipe, path: &Path) -> Result<Source, SourceError> 
 }
 
 /// The encoder's picture preparation, with the recipe's resize rule.
-fn image_spec(recipe: &Recipe, vision: &VisionConfig) -> ImageSpec {
-    let spec = match vision.encoder {
+pub(super) fn image_spec(recipe: &Recipe, vision: &VisionConfig) -> ImageSpec {
+    let spec = match &vision.encoder {
+        VisionEncoder::Clip(clip) if !clip.has_class_token => ImageSpec::siglip(vision.image_size),
         VisionEncoder::Clip(_) => ImageSpec::open_flamingo(vision.image_size),
         VisionEncoder::Nfnet(_) => ImageSpec::paper(vision.image_size, IMAGENET_MEAN, IMAGENET_STD),
     };
@@ -76,7 +75,7 @@ fn notes(parts: &Parts, keys: &Keys, model: &ModelConfig) -> Vec<String> {
 }
 
 /// That pictures have another side than in training.
-fn note_of_positions(vision: &VisionConfig) -> Option<String> {
+pub(super) fn note_of_positions(vision: &VisionConfig) -> Option<String> {
     let VisionEncoder::Clip(clip) = &vision.encoder else { return None };
     let old = clip.positions.as_ref()?;
     Some(format!(
@@ -122,149 +121,25 @@ fn vocabulary(parts: &Parts, keys: &Keys, config: &Config) -> Result<usize, Sour
     rows.copied().ok_or_else(missing)
 }
 
-/// What a vision encoder's `config.json` tells.
-struct ToldVision {
-    n_heads: Option<usize>,
-    activation: Option<Activation>,
-    epsilon: f32,
-}
-
-/// From the folder's `config.json`, where the section `vision_config` of a whole CLIP is entered.
-fn told_vision(path: &Path) -> Result<ToldVision, SourceError> {
-    let file = path.join("config.json");
-    if !file.is_file() {
-        return Ok(ToldVision { n_heads: None, activation: None, epsilon: 1e-5 });
-    }
-    let whole = Config::read(&file)?;
-    let vision = match whole.has("vision_config") {
-        true => whole.section("vision_config"),
-        false => whole,
-    };
-    vision.must_be("num_channels", Value::from(3))?;
-    Ok(ToldVision {
-        n_heads: Some(vision.size_or("num_attention_heads", 12)?),
-        activation: Some(vision.activation("hidden_act", "quick_gelu")?),
-        epsilon: vision.float_or("layer_norm_eps", 1e-5)?,
-    })
-}
-
-/// The vision encoder's shape from its tensors, and what they cannot tell from recipe or folder.
-fn vision_config(
+/// The vision encoder's shape from its tensors, and what they cannot tell from recipe or folder; `path` is what errors call
+/// the recipe.
+pub(super) fn vision_config(
     parts: &Parts,
-    keys: &Keys,
     recipe: &Recipe,
-    told: ToldVision,
-) -> Result<VisionConfig, String> {
+    path: &Path,
+) -> Result<VisionConfig, SourceError> {
     let kind = if nfnet::is_nfnet(parts) { VisionKind::Nfnet } else { VisionKind::Clip };
+    let wrong = |reason| SourceError::Config { path: path.to_owned(), reason };
     match recipe.vision.kind.unwrap_or(kind) {
-        VisionKind::Clip => clip_config(parts, keys, recipe, told),
-        VisionKind::Nfnet => nfnet::config(parts, &recipe.vision),
+        VisionKind::Clip => vision_transformer::config(parts, recipe, path),
+        VisionKind::Nfnet => nfnet::config(parts, &recipe.vision).map_err(wrong),
     }
 }
 
-fn clip_config(
-    parts: &Parts,
-    keys: &Keys,
-    recipe: &Recipe,
-    told: ToldVision,
-) -> Result<VisionConfig, String> {
-    if recipe.vision.variant.is_some() {
-        return Err("`vision.variant`: only an NFNet has one; the files are read as CLIP".into());
-    }
-    let recipe = &recipe.vision;
-    let shape = |key| {
-        let name = keys.vision(key);
-        parts.get(&name).map(|info| info.shape.as_slice()).ok_or(format!(
-            "no tensor `{name}`\n\nhint: `vision_encoder` takes open_clip's `visual` weights, OpenAI's CLIP file, or \
-             a Hugging Face folder of CLIP"
-        ))
+pub(super) fn activation_named(key: &str, name: &str) -> Result<Activation, String> {
+    let unknown = || {
+        format!("`{key}`: expected gelu, gelu_tanh, quick_gelu, relu or squared_relu, got `{name}`")
     };
-    let &[width, 3, patch_size, other] = shape(VisionKey::Patch)? else {
-        return Err("the patch weight has not the shape [width, 3, p, p]".into());
-    };
-    let &[n_tokens, _] = shape(VisionKey::Positions)? else {
-        return Err("the positional embedding has not the shape [tokens, width]".into());
-    };
-    let grid = n_tokens.saturating_sub(1).isqrt();
-    if patch_size == 0 || patch_size != other || grid * grid + 1 != n_tokens {
-        return Err(format!("{n_tokens} positions are not a class token and a square of patches"));
-    }
-    let n_layers = count(|layer| parts.get(&keys.vision(VisionKey::Up(layer, "weight"))).is_some());
-    let mlp_width = match shape(VisionKey::Up(0, "weight"))? {
-        [mlp_width, _] => *mlp_width,
-        other => return Err(format!("the first feed-forward weight has the shape {other:?}")),
-    };
-    expect("vision.patch_size", recipe.patch_size, patch_size)?;
-    let (image_size, positions) = image_size(recipe.image_size, (grid, patch_size), &keys.vision)?;
-    let (head_width, usual_activation) = usual_clip(width);
-    let n_heads = recipe.heads.or(told.n_heads).unwrap_or(width / head_width);
-    if n_heads == 0 || !width.is_multiple_of(n_heads) {
-        return Err(format!(
-            "`vision.heads`: expected a divisor of the width {width}, got {n_heads}"
-        ));
-    }
-    let activation = match &recipe.activation {
-        Some(name) => activation_named("vision.activation", name)?,
-        None => told.activation.unwrap_or(usual_activation),
-    };
-    Ok(VisionConfig {
-        image_size,
-        width,
-        encoder: VisionEncoder::Clip(ClipConfig {
-            patch_size,
-            n_layers,
-            n_heads,
-            mlp_width,
-            activation,
-            epsilon: told.epsilon,
-            keep_class_token: false,
-            positions,
-        }),
-    })
-}
-
-/// Width of a head and activation of the CLIPs of a width where no `config.json` tells: OpenAI's B and L, open_clip's H, g
-/// and G.
-fn usual_clip(width: usize) -> (usize, Activation) {
-    match width {
-        1280 => (80, Activation::Gelu),
-        1408 => (88, Activation::Gelu),
-        1664 => (104, Activation::Gelu),
-        _ => (64, Activation::QuickGelu),
-    }
-}
-
-/// Side of pictures, and the positions of the files where the recipe asks for another side than theirs.
-fn image_size(
-    recipe: Option<usize>,
-    (grid, patch_size): (usize, usize),
-    names: &VisionNames,
-) -> Result<(usize, Option<PositionsConfig>), String> {
-    let of_files = grid.saturating_mul(patch_size);
-    let image_size = recipe.unwrap_or(of_files);
-    if image_size == 0 || !image_size.is_multiple_of(patch_size) || image_size > MAX_IMAGE_SIZE {
-        return Err(format!(
-            "`vision.image_size`: expected a multiple of the patch size {patch_size} up to {MAX_IMAGE_SIZE}, got \
-             {image_size}"
-        ));
-    }
-    let antialias = matches!(names, VisionNames::OpenClip(_));
-    let resampled = (image_size != of_files).then_some(PositionsConfig { grid, antialias });
-    Ok((image_size, resampled))
-}
-
-fn expect(key: &str, recipe: Option<usize>, files: usize) -> Result<(), String> {
-    match recipe {
-        Some(value) if value != files => {
-            Err(format!("`{key}`: the files say {files}, the recipe says {value}"))
-        }
-        _ => Ok(()),
-    }
-}
-
-fn activation_named(key: &str, name: &str) -> Result<Activation, String> {
-    let unknown =
-        || format!("`{key}`: expected gelu, quick_gelu, relu or squared_relu, got `{name}`");
     Activation::from_name(name).ok_or_else(unknown)
 }
 
@@ -311,6 +186,7 @@ pub(super) fn shape_resampler(
         mlp_width: rows(ResamplerKey::Up(0))?,
         activation: Activation::Gelu,
         max_frames: rows(ResamplerKey::FrameEmbeddings).unwrap_or(0),
+        max_places: rows(ResamplerKey::PlaceEmbeddings).unwrap_or(0),
         qk_norm: false,
     })
 }
@@ -386,23 +262,9 @@ struct Keys {
     vision: VisionNames,
 }
 
-/// Whose names the vision encoder's tensors have.
-enum VisionNames {
-    /// open_clip's and OpenAI's, behind this prefix: `visual.` where the file holds both CLIP towers.
-    OpenClip(&'static str),
-    /// transformers' `CLIPModel` or `CLIPVisionModel`.
-    HuggingFace,
-}
-
 impl Keys {
     fn new(parts: &Parts, model_type: &str) -> Keys {
-        let has = |key: &str| parts.get(&format!("vision_encoder/{key}")).is_some();
-        let vision = match () {
-            () if has("visual.conv1.weight") => VisionNames::OpenClip("visual."),
-            () if has("vision_model.embeddings.patch_embedding.weight") => VisionNames::HuggingFace,
-            () => VisionNames::OpenClip(""),
-        };
-        Keys { layers: layers_path(model_type), vision }
+        Keys { layers: layers_path(model_type), vision: VisionNames::of(parts) }
     }
 }
 
@@ -419,6 +281,7 @@ pub(super) fn layers_path(model_type: &str) -> &'static str {
 pub(super) fn open_flamingo_resampler(key: ResamplerKey) -> String {
     let key = match key {
         ResamplerKey::Latents => "latents".to_owned(),
+        ResamplerKey::PlaceEmbeddings => "media_pos_emb".to_owned(),
         ResamplerKey::FrameEmbeddings => "frame_embs".to_owned(),
         ResamplerKey::MediaNorm(i, part) => format!("layers.{i}.0.norm_media.{part}"),
         ResamplerKey::LatentsNorm(i, part) => format!("layers.{i}.0.norm_latents.{part}"),
@@ -459,27 +322,7 @@ pub(super) fn gated_key(key: GatedKey, mlp: &str) -> String {
 
 impl KeyMap for Keys {
     fn vision(&self, key: VisionKey) -> String {
-        let prefix = match self.vision {
-            VisionNames::OpenClip(prefix) => prefix,
-            VisionNames::HuggingFace => {
-                return hugging_face_vision("vision_encoder/vision_model.", key);
-            }
-        };
-        let block = |i: usize, rest: String| format!("transformer.resblocks.{i}.{rest}");
-        let key = match key {
-            VisionKey::ClassToken => "class_embedding".to_owned(),
-            VisionKey::Positions => "positional_embedding".to_owned(),
-            VisionKey::Patch => "conv1.weight".to_owned(),
-            VisionKey::PreNorm(part) => format!("ln_pre.{part}"),
-            VisionKey::AttentionNorm(i, part) => block(i, format!("ln_1.{part}")),
-            VisionKey::Qkv(i, part) => block(i, format!("attn.in_proj_{part}")),
-            VisionKey::Projection(i, side, part) => block(i, format!("attn.{side}_proj.{part}")),
-            VisionKey::Output(i, part) => block(i, format!("attn.out_proj.{part}")),
-            VisionKey::MlpNorm(i, part) => block(i, format!("ln_2.{part}")),
-            VisionKey::Up(i, part) => block(i, format!("mlp.c_fc.{part}")),
-            VisionKey::Down(i, part) => block(i, format!("mlp.c_proj.{part}")),
-        };
-        format!("vision_encoder/{prefix}{key}")
+        self.vision.key(key)
     }
 
     fn resampler(&self, key: ResamplerKey) -> String {
@@ -513,7 +356,8 @@ pub(super) fn in_flamingo(key: &str, layers: &str) -> String {
 fn ignorable(parts: &Parts, name: &str) -> bool {
     let Some((part, key)) = name.split_once('/') else { return false };
     match part {
-        "vision_encoder" => ignorable_vision(parts, key),
+        "vision_encoder" if nfnet::is_nfnet(parts) => key.starts_with("head."),
+        "vision_encoder" => VisionNames::of(parts).is_unused(key),
         "language_model" => buffer(key) || overridden(parts, key),
         _ => {
             buffer(key)
@@ -535,25 +379,4 @@ fn overridden(parts: &Parts, key: &str) -> bool {
 pub(super) fn buffer(key: &str) -> bool {
     let ends = ["rotary_emb.inv_freq", "attention.bias", "attention.masked_bias", "position_ids"];
     ends.iter().any(|end| key.ends_with(end)) || key.ends_with("attn_bias")
-}
-
-/// The projection and final norm that the patch tokens do not pass, and CLIP's text tower; an NFNet's classifier.
-fn ignorable_vision(parts: &Parts, key: &str) -> bool {
-    if nfnet::is_nfnet(parts) {
-        return key.starts_with("head.");
-    }
-    let unused = ["text_model.", "text_projection.", "visual_projection.", "logit_scale"];
-    let in_hugging_face = parts.get("vision_encoder/vision_model.pre_layrnorm.weight").is_some();
-    if in_hugging_face {
-        return buffer(key)
-            || key.starts_with("vision_model.post_layernorm.")
-            || unused.iter().any(|unused| key.starts_with(unused));
-    }
-    let both_towers = parts.get("vision_encoder/visual.conv1.weight").is_some();
-    let visual = match (both_towers, key.strip_prefix("visual.")) {
-        (true, None) => return true,
-        (true, Some(key)) => key,
-        (false, _) => key,
-    };
-    visual == "proj" || visual.starts_with("ln_post.")
 }

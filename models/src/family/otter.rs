@@ -69,6 +69,10 @@ fn vision_config(config: &Config) -> Result<VisionConfig, SourceError> {
             epsilon: config.float_or("layer_norm_eps", 1e-5)?,
             keep_class_token: false,
             positions: None,
+            has_class_token: true,
+            patch_bias: false,
+            pre_norm: true,
+            final_norm: false,
         }),
     })
 }
@@ -112,6 +116,7 @@ struct Keys {
 fn resampler_key(key: ResamplerKey) -> String {
     let key = match key {
         ResamplerKey::Latents => "latents".to_owned(),
+        ResamplerKey::PlaceEmbeddings => "media_pos_emb".to_owned(),
         ResamplerKey::FrameEmbeddings => "frame_embs".to_owned(),
         ResamplerKey::MediaNorm(i, part) => format!("layers.{i}.norm_media.{part}"),
         ResamplerKey::LatentsNorm(i, part) => format!("layers.{i}.norm_latents.{part}"),
@@ -130,13 +135,13 @@ fn resampler_key(key: ResamplerKey) -> String {
     format!("checkpoint/perceiver.{key}")
 }
 
-/// CLIP in transformers' naming; `prefix` ends where `embeddings` or `encoder` begins.
+/// CLIP and SigLIP in transformers' naming; `prefix` ends where `embeddings` or `encoder` begins.
 pub(super) fn hugging_face_vision(prefix: &str, key: VisionKey) -> String {
     let layer = |i: usize, rest: String| format!("encoder.layers.{i}.{rest}");
     let key = match key {
         VisionKey::ClassToken => "embeddings.class_embedding".to_owned(),
         VisionKey::Positions => "embeddings.position_embedding.weight".to_owned(),
-        VisionKey::Patch => "embeddings.patch_embedding.weight".to_owned(),
+        VisionKey::Patch(part) => format!("embeddings.patch_embedding.{part}"),
         VisionKey::PreNorm(part) => format!("pre_layrnorm.{part}"),
         VisionKey::AttentionNorm(i, part) => layer(i, format!("layer_norm1.{part}")),
         VisionKey::Qkv(i, part) => layer(i, format!("self_attn.qkv.{part}")),
@@ -145,6 +150,7 @@ pub(super) fn hugging_face_vision(prefix: &str, key: VisionKey) -> String {
         VisionKey::MlpNorm(i, part) => layer(i, format!("layer_norm2.{part}")),
         VisionKey::Up(i, part) => layer(i, format!("mlp.fc1.{part}")),
         VisionKey::Down(i, part) => layer(i, format!("mlp.fc2.{part}")),
+        VisionKey::FinalNorm(part) => format!("post_layernorm.{part}"),
     };
     format!("{prefix}{key}")
 }

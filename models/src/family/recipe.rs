@@ -1,4 +1,4 @@
-//! The recipe file: names the parts of an OpenFlamingo model, and what its files cannot tell.
+//! The recipe file: names the parts of a model that is several files, and what they cannot tell.
 
 use std::path::{Component, Path, PathBuf};
 
@@ -11,14 +11,15 @@ use crate::source::SourceError;
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
-    /// Family; `openflamingo`.
-    pub family: String,
+    /// Family.
+    pub family: RecipeFamily,
     /// Flamingo weights.
     pub checkpoint: PathBuf,
-    /// Hugging Face folder of the language model.
+    /// Hugging Face folder of the language model; that of flamingo-pytorch is in the checkpoint.
+    #[serde(default)]
     pub language_model: PathBuf,
-    /// open_clip visual weights, OpenAI's CLIP file, a Hugging Face folder of CLIP, or timm's weights of `dm_nfnet_f0` to
-    /// `dm_nfnet_f6`.
+    /// open_clip visual weights, OpenAI's CLIP file, a Hugging Face folder of CLIP or SigLIP, or timm's weights of
+    /// `dm_nfnet_f0` to `dm_nfnet_f6`.
     pub vision_encoder: PathBuf,
     /// `tokenizer.json`; default: the one in the language model's folder, if any.
     pub tokenizer: Option<PathBuf>,
@@ -33,25 +34,39 @@ pub struct Recipe {
     pub tokens: TokensRecipe,
 }
 
+/// Families whose models are several files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RecipeFamily {
+    /// OpenFlamingo.
+    OpenFlamingo,
+    /// flamingo-pytorch's `FlamingoPaLM`.
+    #[serde(rename = "flamingo-pytorch")]
+    FlamingoPytorch,
+}
+
 /// Section `[vision]`.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VisionRecipe {
     /// What kind of encoder; default: what the tensors' names tell.
     pub kind: Option<VisionKind>,
-    /// Side of the input in pixels; default: from the positional embeddings, which are resampled to another one. An NFNet
-    /// has none, and needs it.
+    /// Side of the input in pixels; default: the folder's `config.json`, else whole patches as the positional embeddings
+    /// have them, which are resampled to another number. An NFNet has none, and needs it.
     pub image_size: Option<usize>,
     /// Side of a patch in pixels; default: from the patch weight.
     pub patch_size: Option<usize>,
-    /// Attention heads; default: the folder's `config.json`, else those of OpenAI's and open_clip's CLIPs of this width.
+    /// Attention heads; default: the folder's `config.json`, else those of the known CLIPs and SigLIPs of this width.
     pub heads: Option<usize>,
-    /// `quick_gelu` (OpenAI's weights) or `gelu`; default: the folder's `config.json`, else `gelu` from the width of ViT-H on
-    /// and `quick_gelu` below.
+    /// `quick_gelu` (OpenAI's weights), `gelu` or `gelu_tanh` (SigLIP); default: the folder's `config.json`, else that of the
+    /// known CLIPs and SigLIPs of this width.
     pub activation: Option<String>,
+    /// Whether tokens are handed on behind the norm after the layers; default: SigLIP's are, CLIP's are not (open_clip
+    /// from 2.23 on hands them on so).
+    pub final_norm: Option<bool>,
     /// Of an NFNet: `f0` to `f6`. Depths and widths are read from the files, and must be these.
     pub variant: Option<String>,
-    /// How pictures of any shape become square: `shortest_side_center_crop` (default of CLIP), `squash`,
+    /// How pictures of any shape become square: `shortest_side_center_crop` (default of CLIP), `squash` (of SigLIP),
     /// or `pad_to_mean` (the paper's, and the default of an NFNet).
     pub resize: Option<ResizeMode>,
 }
@@ -60,7 +75,7 @@ pub struct VisionRecipe {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum VisionKind {
-    /// A CLIP vision transformer.
+    /// A vision transformer of CLIP or SigLIP.
     Clip,
     /// An NFNet of the F family.
     Nfnet,
@@ -95,14 +110,17 @@ impl Recipe {
         let text = std::fs::read_to_string(path).map_err(io)?;
         let wrong = |reason| SourceError::Config { path: path.to_owned(), reason };
         let mut recipe: Recipe = toml::from_str(&text).map_err(|error| wrong(error.to_string()))?;
-        if recipe.family != "openflamingo" {
-            let found = &recipe.family;
-            return Err(wrong(format!("`family`: expected \"openflamingo\", got \"{found}\"")));
-        }
         let folder = path.parent().unwrap_or(Path::new("."));
-        let parts =
-            [&mut recipe.checkpoint, &mut recipe.language_model, &mut recipe.vision_encoder];
-        for part in parts.into_iter().chain(recipe.tokenizer.as_mut()) {
+        let has_its_own = recipe.family == RecipeFamily::FlamingoPytorch;
+        if has_its_own && recipe.language_model != Path::new("") {
+            return Err(wrong(
+                "`language_model`: a `FlamingoPaLM` has its own in `checkpoint`\n\nhint: leave the key out".into(),
+            ));
+        }
+        let language_model = (!has_its_own).then_some(&mut recipe.language_model);
+        let parts = [&mut recipe.checkpoint, &mut recipe.vision_encoder];
+        let parts = parts.into_iter().chain(language_model).chain(recipe.tokenizer.as_mut());
+        for part in parts {
             let inside =
                 part.components().all(|c| matches!(c, Component::Normal(_) | Component::CurDir));
             if !inside || part.as_os_str().is_empty() {

@@ -674,6 +674,7 @@ fn repeats(part: &Fact, whole: &Fact) -> bool {
 fn activation(activation: op::Activation) -> Activation {
     match activation {
         op::Activation::Gelu => Activation::Gelu,
+        op::Activation::GeluTanh => Activation::GeluTanh,
         op::Activation::QuickGelu => Activation::QuickGelu,
         op::Activation::Relu => Activation::Relu,
         op::Activation::SquaredRelu => Activation::SquaredRelu,

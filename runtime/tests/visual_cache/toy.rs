@@ -52,7 +52,7 @@ impl Backend for Toy {
         let k: Vec<f32> = tokens[..4].to_vec();
         let v = k.iter().map(|k| -k).collect();
         let blocks = vec![MediaKv::Rows { k, v }];
-        Ok(Media { visual_tokens: tokens, blocks, n_latents: 1 })
+        Ok(Media { visual_tokens: tokens, blocks, n_latents: 1, later: Vec::new() })
     }
 
     fn new_sequence(&self, _: usize) -> Result<Box<dyn Sequence>, BackendError> {

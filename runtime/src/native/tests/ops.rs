@@ -10,8 +10,9 @@ use flamingo_ir::{Dim, Fact, Tensor, ValueId};
 
 use super::{Model, Noise, check, ids};
 
-const ACTIVATIONS: [Activation; 5] = [
+const ACTIVATIONS: [Activation; 6] = [
     Activation::Gelu,
+    Activation::GeluTanh,
     Activation::QuickGelu,
     Activation::Relu,
     Activation::SquaredRelu,
@@ -151,6 +152,7 @@ fn attention() {
 fn media_ops() {
     check_op(Patches { patch_size: 2 }, &[&[3, 2, 4, 6]]);
     check_op(Patches { patch_size: 5 }, &[&[1, 3, 5, 5]]);
+    check_op(Patches { patch_size: 3 }, &[&[2, 3, 7, 11]]);
     check_op(ClassEmbedding, &[&[3, 4, 7], &[7], &[5, 7]]);
     check_op(FrameEmbedding, &[&[6, 4, 7], &[3, 5], &[5, 7], &[2, 3, 1, 2, 2]]);
     check_op(MergeFrames, &[&[6, 4, 7], &[2, 3, 1, 2, 2]]);
