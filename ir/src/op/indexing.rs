@@ -109,7 +109,9 @@ impl Operator for Gather {
         };
         let rows = indices.iter().map(row).collect::<Result<Vec<usize>, OpError>>()?;
         let shape = IxDyn(&[indices.shape(), &table.shape()[1..]].concat());
-        let out = on_any!(table, t => t.select(Axis(0), &rows).into_shape_with_order(shape).ok());
+        let out = on_any!(table, t => {
+            t.select(Axis(0), &rows).to_shape(shape).ok().map(|rows| rows.to_owned())
+        });
         out.map(|t| vec![t]).ok_or_else(failed)
     }
 }

@@ -1,7 +1,7 @@
 //! `MatMul` (<https://onnx.ai/onnx/operators/onnx__MatMul.html>): [.., m, k] · [.., k, n].
 
 use ndarray::linalg::general_mat_mul;
-use ndarray::{ArrayD, ArrayView2, ArrayViewD, Axis, Dimension as _, Ix2, IxDyn};
+use ndarray::{Array2, ArrayD, ArrayView2, ArrayViewD, Axis, Dimension as _, Ix2, IxDyn};
 
 use super::broadcast::broadcast;
 use super::{Attributes, OnnxForm, OpError, Operator, expect_inputs, input_error};
@@ -67,7 +67,9 @@ impl Operator for MatMul {
                 let n_rows = batch.iter().product::<usize>() * matrix[0];
                 let rows = left.to_shape((n_rows, right.shape()[0])).map_err(|_| failed())?;
                 let right = right.view().into_dimensionality::<Ix2>().map_err(|_| failed())?;
-                rows.dot(&right).into_dyn()
+                let mut out = Array2::<f32>::zeros((n_rows, matrix[1]));
+                general_mat_mul(1.0, &rows, &right, 0.0, &mut out);
+                out.into_dyn()
             }
             _ => {
                 let mut out = ArrayD::<f32>::zeros(shape.as_slice());
@@ -123,6 +125,13 @@ mod tests {
         let x = Tensor::f32(&[2, 3], vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).unwrap();
         let swap = crate::op::Transpose { permutation: vec![1, 0] };
         let turned = swap.evaluate(std::slice::from_ref(&x)).unwrap().remove(0);
+        let square = MatMul.evaluate(&[x.clone(), turned.clone()]).unwrap().remove(0);
+        let twice = swap.evaluate(&[square]).unwrap().remove(0);
+        let turned_both = MatMul.evaluate(&[turned.clone(), twice]).unwrap();
+        assert_eq!(
+            turned_both[0].to_f32_vec().unwrap(),
+            [142.0, 340.0, 188.0, 449.0, 234.0, 558.0]
+        );
         let product = MatMul.evaluate(&[turned, x]).unwrap();
         let expected = [17.0, 22.0, 27.0, 22.0, 29.0, 36.0, 27.0, 36.0, 45.0];
         assert_eq!(product[0].to_f32_vec().unwrap(), expected);
