@@ -89,8 +89,8 @@ pub(super) struct Compile {
     /// What the artifact is for, beside the CPU: graphs in f16 for ONNX Runtime's CUDA provider, or for TensorRT 10.3 and
     /// 10.15; repeatable, all share one weight file
     ///
-    /// Graphs for GPUs are first run in f32 over some prompts, on all cores, to find what f16 cannot hold: minutes for a
-    /// released model. `--no-calibration` leaves that out.
+    /// Graphs for GPUs are first run in f32 over some prompts, on all cores, to find what f16 cannot hold: half a minute
+    /// for `of-mini` on two cores, longer for a released model. `--no-calibration` leaves that out.
     #[arg(long, value_enum, default_value = "cpu")]
     target: Vec<Target>,
     /// Most tokens of a sequence [default: what the language model was made for]
