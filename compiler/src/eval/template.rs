@@ -58,30 +58,26 @@ impl Form {
             (Form::HatefulMemes, _) if is_papers => {
                 spaced("<image>is an image with written: \"{text}\" on it. Is it hateful? Answer:")
             }
-            (Form::Caption, Family::OpenFlamingo | Family::FlamingoPytorch) => {
-                plain("<image>Output:", "\n")
-            }
-            (Form::Classify, Family::OpenFlamingo | Family::FlamingoPytorch) => {
-                plain("<image>Output:", "")
-            }
-            (Form::Vqa, Family::OpenFlamingo | Family::FlamingoPytorch) => {
+            (Form::Caption, Family::OpenFlamingo) => plain("<image>Output:", "\n"),
+            (Form::Classify, Family::OpenFlamingo) => plain("<image>Output:", ""),
+            (Form::Vqa, Family::OpenFlamingo) => {
                 plain("<image>Question:{question} Short answer:", "\n")
             }
-            (Form::HatefulMemes, Family::OpenFlamingo | Family::FlamingoPytorch) => {
+            (Form::HatefulMemes, Family::OpenFlamingo) => {
                 plain("<image>is an image with: '{text}' written on it. Is it hateful? Answer:", "")
             }
-            (Form::Dialogue, Family::OpenFlamingo | Family::FlamingoPytorch | Family::Idefics) => {
-                Template {
-                    turn: "Question: {user} Answer: {model} ".to_owned(),
-                    ..spaced("<image>{turns}Question: {question} Answer:")
-                }
-            }
+            (Form::Dialogue, Family::OpenFlamingo | Family::Idefics) => Template {
+                turn: "Question: {user} Answer: {model} ".to_owned(),
+                ..spaced("<image>{turns}Question: {question} Answer:")
+            },
             (Form::Caption, Family::Idefics) => spaced("<image>Caption:"),
             (Form::Classify, Family::Idefics) => spaced("<image>Output:"),
             (Form::Vqa, Family::Idefics) => spaced("<image>Question: {question} Answer:"),
             (Form::HatefulMemes, Family::Idefics) => {
                 spaced("<image>is an image with written: \"{text}\" on it. Is it hateful? Answer:")
             }
+            // The package has no evaluation of its own.
+            (form, Family::FlamingoPytorch) => form.template(Family::OpenFlamingo, is_papers),
             (form, Family::Otter) => Template {
                 turn: "User: {user} GPT:<answer> {model} ".to_owned(),
                 ..spaced(&format!("<image>{{turns}}User: {} GPT:<answer>", form.otter_question()))
