@@ -4,14 +4,18 @@
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::io::Write;
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::thread;
 
 use anyhow::{Context, Result, bail};
 use flamingo_ir::onnx::{MAX_INLINE_BYTES, Typing, WeightEntry, WeightLayout, typed_graph};
 use flamingo_ir::op::{Fit, Flavour, Inputs, Op, PanelFormat, output_sqnr_db, sqnr_db};
 use flamingo_ir::{Constant, DType, Fact, Graph, NodeId, Tensor, ValueId, Verified, Weights, fold};
 use flamingo_models::manifest::{FileEntry, GraphEntry, TensorEntry};
+use flamingo_models::map::MappedFile;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -217,125 +221,134 @@ impl WeightPlan {
         &self.layouts[index]
     }
 
-    /// Writes the file, one weight in memory at a time; `progress` is told the bytes done.
+    /// Writes the file. One weight is read and folded, one packed and one written at a time; `progress` is told the
+    /// bytes done.
     pub fn write(
         &self,
         path: &Path,
         graphs: &[&Verified],
-        weights: &dyn Weights,
+        weights: &(dyn Weights + Sync),
         fits: &Fits,
         progress: &mut dyn FnMut(u64),
     ) -> Result<WrittenWeights> {
         let file =
             File::create(path).with_context(|| format!("cannot create `{}`", path.display()))?;
-        let mut writer =
-            HashingWriter { inner: BufWriter::new(file), hasher: blake3::Hasher::new(), n: 0 };
+        let mut writer = HashingWriter { file, hasher: blake3::Hasher::new(), n: 0 };
         writer.put(&u64::try_from(self.header.len())?.to_le_bytes())?;
         writer.put(&self.header)?;
         let begin = writer.n;
-        let mut folding = Folding::new(graphs, weights, fits);
-        for (offset, tensor) in &self.tensors {
-            writer.pad_to(begin + offset)?;
-            put_tensor(&mut writer, &folding.tensor(tensor)?)?;
-            progress(writer.n);
-        }
+        // Tensors that are made of one folded value: one alone, or the parts of a packed weight.
+        let units =
+            self.tensors.chunk_by(|(_, a), (_, b)| a.panels.is_some() && a.pack() == b.pack());
+        let source = FoldedWeights { graphs, weights };
+        let mut layers = Vec::new();
+        let (not_finite, writer) = thread::scope(|scope| {
+            let (folded_sender, folded) = mpsc::sync_channel(0);
+            let (packed_sender, packed) = mpsc::sync_channel::<(u64, Tensor)>(1);
+            let fold = scope.spawn(move || {
+                let mut not_finite = BTreeMap::new();
+                for unit in units {
+                    let value = source.fold(&unit[0].1, &mut not_finite)?;
+                    if folded_sender.send((unit, value)).is_err() {
+                        break;
+                    }
+                }
+                anyhow::Ok(not_finite)
+            });
+            let write = scope.spawn(move || {
+                for (offset, tensor) in packed {
+                    writer.pad_to(begin + offset)?;
+                    writer.put(&tensor.le_bytes())?;
+                }
+                anyhow::Ok(writer)
+            });
+            'units: for (unit, value) in folded {
+                let (tensors, layer) = pack(unit, value, graphs, fits)?;
+                layers.extend(layer);
+                for ((offset, _), tensor) in unit.iter().zip(tensors) {
+                    if packed_sender.send((*offset, tensor)).is_err() {
+                        // The writer stopped: its error is told below.
+                        break 'units;
+                    }
+                    progress(begin + offset);
+                }
+            }
+            drop(packed_sender);
+            // What the first of them says ended all.
+            let not_finite = fold.join().unwrap_or_else(|panic| resume_unwind(panic))?;
+            anyhow::Ok((not_finite, write.join().unwrap_or_else(|panic| resume_unwind(panic))?))
+        })?;
         if writer.n != self.total_bytes {
             bail!("weight file of {} bytes, planned {}", writer.n, self.total_bytes);
         }
-        writer.inner.flush()?;
-        writer.inner.get_ref().sync_all()?;
-        let file = FileEntry {
-            path: format!("graphs/{WEIGHTS}"),
-            bytes: writer.n,
-            blake3: writer.hasher.finalize().to_hex().to_string(),
-        };
-        Ok(WrittenWeights { file, not_finite: folding.not_finite, layers: folding.layers })
+        progress(writer.n);
+        Ok(WrittenWeights { file: writer.finish()?, not_finite, layers })
     }
 }
 
-/// Computes the planned tensors in the order of the file.
-struct Folding<'a> {
+/// Values of the graphs that are known when an artifact is made.
+struct FoldedWeights<'a> {
     graphs: &'a [&'a Verified],
-    weights: &'a dyn Weights,
-    fits: &'a Fits<'a>,
-    /// The packed weight whose parts come next to each other.
-    packed: Option<((usize, NodeId), Vec<Tensor>)>,
-    not_finite: BTreeMap<String, usize>,
-    layers: Vec<LayerStorage>,
+    weights: &'a (dyn Weights + Sync),
 }
 
-impl<'a> Folding<'a> {
-    fn new(
-        graphs: &'a [&'a Verified],
-        weights: &'a dyn Weights,
-        fits: &'a Fits<'a>,
-    ) -> Folding<'a> {
-        let (not_finite, layers) = (BTreeMap::new(), Vec::new());
-        Folding { graphs, weights, fits, packed: None, not_finite, layers }
-    }
-
-    fn tensor(&mut self, tensor: &Planned) -> Result<Tensor> {
-        let Some(part) = tensor.panels else {
-            self.packed = None;
-            let value = fold(self.graphs[tensor.graph], tensor.value, self.weights)?;
-            self.note_not_finite(tensor, tensor.value, &value)?;
-            if tensor.fact.rank() == 2 {
-                self.layers.push(tensor.storage("f32", tensor.n_bytes, None));
-            }
-            return Ok(value);
-        };
-        let key = (tensor.graph, part.node);
-        if self.packed.as_ref().is_none_or(|(known, _)| *known != key) {
-            self.packed = Some((key, self.pack(tensor, part)?));
-        }
-        let parts = self.packed.as_ref().map(|(_, parts)| parts);
-        parts.and_then(|parts| parts.get(part.output)).cloned().context("a part of a packed weight")
-    }
-
-    /// Data and scales of a weight, which is read here and dropped.
-    fn pack(&mut self, tensor: &Planned, part: PanelPart) -> Result<Vec<Tensor>> {
-        self.packed = None;
+impl FoldedWeights<'_> {
+    /// What a tensor is made of: the value itself, or the weight that is packed. Weights with values that are not
+    /// finite are added to `not_finite`.
+    fn fold(&self, tensor: &Planned, not_finite: &mut BTreeMap<String, usize>) -> Result<Tensor> {
         let graph = self.graphs[tensor.graph];
-        let weight = fold(graph, part.weight, self.weights)?;
-        self.note_not_finite(tensor, part.weight, &weight)?;
-        let node = graph.node(part.node);
-        let name = node.name.strip_suffix(".panels").unwrap_or(&node.name);
-        let fitted = self.fits.get(name);
-        let fit = fitted.map_or_else(Fit::default, |fitted| Fit {
-            inputs: fitted.inputs.as_deref(),
-            reach: fitted.reach,
-        });
-        let packed = match &node.op {
-            Op::PackPanels(op) => op.pack_for(&weight, fit),
-            op => op.operator().evaluate(std::slice::from_ref(&weight)),
-        };
-        let packed = packed.with_context(|| format!("cannot pack `{}`", tensor.stem()))?;
-        let output_sqnr_db = match fit.inputs {
-            Some(inputs) => Some(output_sqnr_db(part.format, &weight, &packed, inputs)?),
-            None => None,
-        };
-        let bytes: usize = packed.iter().map(|t| t.n_elements() * t.dtype().size()).sum();
-        let sqnr_db = Some(sqnr_db(part.format, &weight, &packed)?).filter(|db| db.is_finite());
-        let scheme = part.format.to_string();
-        let mut layer = tensor.storage(&scheme, u64::try_from(bytes)?, sqnr_db);
-        layer.output_sqnr_db = output_sqnr_db.filter(|db| db.is_finite());
-        layer.outlier_ratio = fitted.and_then(|fitted| fitted.outlier_ratio);
-        self.layers.push(layer);
-        Ok(packed)
+        let id = tensor.panels.map_or(tensor.value, |part| part.weight);
+        let value = fold(graph, id, self.weights)?;
+        let bad = count_not_finite(&value);
+        if bad > 0 {
+            let guilty = not_finite_weights(graph, id, self.weights)?;
+            match guilty.is_empty() {
+                true => drop(not_finite.insert(tensor.name.clone(), bad)),
+                false => not_finite.extend(guilty),
+            }
+        }
+        Ok(value)
     }
+}
 
-    fn note_not_finite(&mut self, tensor: &Planned, id: ValueId, value: &Tensor) -> Result<()> {
-        let bad = count_not_finite(value);
-        if bad == 0 {
-            return Ok(());
-        }
-        let guilty = not_finite_weights(self.graphs[tensor.graph], id, self.weights)?;
-        match guilty.is_empty() {
-            true => drop(self.not_finite.insert(tensor.name.clone(), bad)),
-            false => self.not_finite.extend(guilty),
-        }
-        Ok(())
-    }
+/// The tensors that a folded value makes, and how it is stored if it is a matrix.
+fn pack(
+    unit: &[(u64, Planned)],
+    value: Tensor,
+    graphs: &[&Verified],
+    fits: &Fits,
+) -> Result<(Vec<Tensor>, Option<LayerStorage>)> {
+    let (_, tensor) = &unit[0];
+    let Some(part) = tensor.panels else {
+        let layer = (tensor.fact.rank() == 2).then(|| tensor.storage("f32", tensor.n_bytes, None));
+        return Ok((vec![value], layer));
+    };
+    let node = graphs[tensor.graph].node(part.node);
+    let name = node.name.strip_suffix(".panels").unwrap_or(&node.name);
+    let fitted = fits.get(name);
+    let fit = fitted.map_or_else(Fit::default, |fitted| Fit {
+        inputs: fitted.inputs.as_deref(),
+        reach: fitted.reach,
+    });
+    let packed = match &node.op {
+        Op::PackPanels(op) => op.pack_for(&value, fit),
+        op => op.operator().evaluate(std::slice::from_ref(&value)),
+    };
+    let packed = packed.with_context(|| format!("cannot pack `{}`", tensor.stem()))?;
+    let output_sqnr_db = match fit.inputs {
+        Some(inputs) => Some(output_sqnr_db(part.format, &value, &packed, inputs)?),
+        None => None,
+    };
+    let bytes: usize = packed.iter().map(|t| t.n_elements() * t.dtype().size()).sum();
+    let sqnr_db = Some(sqnr_db(part.format, &value, &packed)?).filter(|db| db.is_finite());
+    let mut layer = tensor.storage(&part.format.to_string(), u64::try_from(bytes)?, sqnr_db);
+    layer.output_sqnr_db = output_sqnr_db.filter(|db| db.is_finite());
+    layer.outlier_ratio = fitted.and_then(|fitted| fitted.outlier_ratio);
+    let stored = |(_, tensor): &(u64, Planned)| {
+        let part = tensor.panels.and_then(|part| packed.get(part.output).cloned());
+        part.context("a part of a packed weight")
+    };
+    Ok((unit.iter().map(stored).collect::<Result<_>>()?, Some(layer)))
 }
 
 impl Planned {
@@ -468,7 +481,12 @@ fn header_dtype(dtype: DType) -> Result<&'static str> {
 }
 
 fn count_not_finite(tensor: &Tensor) -> usize {
-    tensor.as_f32().map_or(0, |array| array.iter().filter(|value| !value.is_finite()).count())
+    let Some(array) = tensor.as_f32() else { return 0 };
+    let is_bad = |value: &&f32| !value.is_finite();
+    match array.as_slice_memory_order() {
+        Some(values) => values.iter().filter(is_bad).count(),
+        None => array.iter().filter(is_bad).count(),
+    }
 }
 
 /// Weights with values that are not finite among those that `value` is computed from.
@@ -495,30 +513,27 @@ fn not_finite_weights(
 }
 
 /// Writes the elements in row-major order, without a second copy where they lie so.
-fn put_tensor(writer: &mut HashingWriter, tensor: &Tensor) -> Result<()> {
-    match tensor.as_f32() {
-        Some(array) => match array.as_slice() {
-            Some(values) if cfg!(target_endian = "little") => {
-                writer.put(bytemuck::cast_slice(values))
-            }
-            _ => writer.put(&tensor.to_le_bytes()),
-        },
-        None => writer.put(&tensor.to_le_bytes()),
-    }
-}
-
 struct HashingWriter {
-    inner: BufWriter<File>,
+    file: File,
     hasher: blake3::Hasher,
     n: u64,
 }
 
 impl HashingWriter {
     fn put(&mut self, bytes: &[u8]) -> Result<()> {
-        self.inner.write_all(bytes).context("cannot write the weights")?;
+        self.file.write_all(bytes).context("cannot write the weights")?;
         self.hasher.update(bytes);
         self.n += u64::try_from(bytes.len())?;
         Ok(())
+    }
+
+    fn finish(self) -> Result<FileEntry> {
+        self.file.sync_all().context("cannot write the weights")?;
+        Ok(FileEntry {
+            path: format!("graphs/{WEIGHTS}"),
+            bytes: self.n,
+            blake3: self.hasher.finalize().to_hex().to_string(),
+        })
     }
 
     fn pad_to(&mut self, offset: u64) -> Result<()> {
@@ -574,9 +589,16 @@ pub fn write_file(folder: &Path, path: &str, bytes: &[u8]) -> Result<FileEntry> 
 
 /// Size and hash of a source file.
 pub fn hash_file(path: &Path) -> Result<FileEntry> {
-    let context = || format!("cannot read `{}`", path.display());
+    /// Bytes that are hashed at once: the disk is read in order, also where cores share the work.
+    const WINDOW: usize = 64 << 20;
+    let map =
+        MappedFile::open(path).with_context(|| format!("cannot read `{}`", path.display()))?;
     let mut hasher = blake3::Hasher::new();
-    hasher.update_reader(File::open(path).with_context(context)?).with_context(context)?;
+    for (index, bytes) in map.bytes().chunks(WINDOW).enumerate() {
+        map.will_need(index * WINDOW, 2 * WINDOW);
+        hasher.update_rayon(bytes);
+        map.release();
+    }
     let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     Ok(FileEntry {
         path: name,

@@ -1,5 +1,8 @@
 //! Values of the reference evaluator, and literals in graphs.
 
+use std::borrow::Cow;
+
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use ndarray::{ArcArray, Array, IxDyn};
 
@@ -124,7 +127,12 @@ impl Tensor {
         let tensor = match dtype {
             DType::F64 => Tensor::f32(shape, read(bytes, |b| f64::from_le_bytes(b) as f32)),
             DType::F32 => Tensor::f32(shape, read(bytes, f32::from_le_bytes)),
-            DType::F16 => Tensor::f32(shape, read(bytes, |b| f16::from_le_bytes(b).to_f32())),
+            DType::F16 => {
+                let halves = read(bytes, f16::from_le_bytes);
+                let mut data = vec![0.0; halves.len()];
+                halves.convert_to_f32_slice(&mut data);
+                Tensor::f32(shape, data)
+            }
             DType::BF16 => Tensor::f32(shape, read(bytes, |b| bf16::from_le_bytes(b).to_f32())),
             DType::I64 => Tensor::i64(shape, read(bytes, i64::from_le_bytes)),
             DType::I32 => Tensor::i64(shape, read(bytes, |b| i32::from_le_bytes(b).into())),
@@ -140,17 +148,22 @@ impl Tensor {
         tensor.ok_or_else(wrong_size)
     }
 
-    /// Little-endian bytes, row-major.
-    pub fn to_le_bytes(&self) -> Vec<u8> {
+    /// Little-endian bytes, row-major; not copied where they lie so in memory.
+    pub fn le_bytes(&self) -> Cow<'_, [u8]> {
         match self {
-            Tensor::F32(array) => array.iter().flat_map(|value| value.to_le_bytes()).collect(),
-            Tensor::I64(array) => array.iter().flat_map(|value| value.to_le_bytes()).collect(),
+            Tensor::F32(array) => le_bytes(array, f32::to_le_bytes),
+            Tensor::I64(array) => le_bytes(array, i64::to_le_bytes),
             Tensor::Bool(array) => array.iter().map(|value| u8::from(*value)).collect(),
-            Tensor::F16(array) => array.iter().flat_map(|value| value.to_le_bytes()).collect(),
-            Tensor::BF16(array) => array.iter().flat_map(|value| value.to_le_bytes()).collect(),
-            Tensor::I8(array) => array.iter().map(|value| value.cast_unsigned()).collect(),
-            Tensor::U8(array) => array.iter().copied().collect(),
+            Tensor::F16(array) => le_bytes(array, f16::to_le_bytes),
+            Tensor::BF16(array) => le_bytes(array, bf16::to_le_bytes),
+            Tensor::I8(array) => le_bytes(array, i8::to_le_bytes),
+            Tensor::U8(array) => le_bytes(array, u8::to_le_bytes),
         }
+    }
+
+    /// The same, copied.
+    pub fn to_le_bytes(&self) -> Vec<u8> {
+        self.le_bytes().into_owned()
     }
 
     /// Element type.
@@ -207,6 +220,16 @@ impl Tensor {
     }
 }
 
+fn le_bytes<T: bytemuck::NoUninit, const N: usize>(
+    array: &ArcArray<T, IxDyn>,
+    convert: impl Fn(T) -> [u8; N],
+) -> Cow<'_, [u8]> {
+    match array.as_slice() {
+        Some(values) if cfg!(target_endian = "little") => bytemuck::cast_slice(values).into(),
+        _ => array.iter().flat_map(|value| convert(*value)).collect(),
+    }
+}
+
 fn read<const N: usize, T>(bytes: &[u8], convert: impl Fn([u8; N]) -> T) -> Vec<T> {
     bytes.as_chunks::<N>().0.iter().map(|chunk| convert(*chunk)).collect()
 }
@@ -220,6 +243,17 @@ mod tests {
         let tensor = Tensor::f32(&[2, 2], vec![1.0, -2.5, 0.0, f32::MAX]).unwrap();
         let back = Tensor::from_le_bytes(DType::F32, &[2, 2], &tensor.to_le_bytes()).unwrap();
         assert_eq!(back, tensor);
+    }
+
+    #[test]
+    fn bytes_are_row_major_however_they_lie() {
+        let turned = |tensor: Tensor| match tensor {
+            Tensor::F32(array) => Tensor::F32(array.reversed_axes()),
+            other => other,
+        };
+        let tensor = turned(Tensor::f32(&[2, 2], vec![1.0, 2.0, 3.0, 4.0]).unwrap());
+        let expected = [1.0f32, 3.0, 2.0, 4.0].map(f32::to_le_bytes).concat();
+        assert_eq!(*tensor.le_bytes(), expected);
     }
 
     #[test]

@@ -31,6 +31,10 @@ use view::View;
 const MAX_EXPANSION: usize = 8;
 /// … and this many bytes more.
 const EXPANSION_SLACK_BYTES: usize = 1 << 20;
+/// Bytes of a tensor from which on the disk is asked for it, and for what comes after it, at once.
+const READ_AHEAD_FROM: usize = 1 << 20;
+/// Bytes after a tensor that are asked for with it: tensors are mostly read in the order of their file.
+const READ_AHEAD: usize = 128 << 20;
 
 /// Name, element type and shape of a tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -165,6 +169,9 @@ impl Checkpoint {
         let Entry { info, source } = self.find(name).ok_or_else(unknown)?;
         let (file, map) = &self.maps[source.file];
         let size = self.bounded_size(file, info, source)?;
+        if size >= READ_AHEAD_FROM {
+            map.will_need(source.storage.start, source.storage.size.saturating_add(READ_AHEAD));
+        }
         let storage = source.storage.bytes(file, map.bytes())?;
         if !source.view.is_contiguous() {
             return Ok(Cow::Owned(source.view.gather(&storage, info.dtype.size())));

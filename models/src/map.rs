@@ -38,6 +38,15 @@ impl MappedFile {
         self.map.as_deref().unwrap_or_default()
     }
 
+    /// Tells the system that bytes from `start` on are read soon, so that the disk is not waited for at each page. Does
+    /// nothing where the system cannot.
+    pub fn will_need(&self, start: usize, n_bytes: usize) {
+        if let Some(map) = &self.map {
+            let start = start.min(map.len());
+            ask_for(map, start, n_bytes.min(map.len() - start));
+        }
+    }
+
     /// Gives back the memory of the pages that were read. The content stays what it is: pages that are read again come
     /// from the file. Does nothing where the system cannot.
     pub fn release(&self) {
@@ -46,6 +55,15 @@ impl MappedFile {
         }
     }
 }
+
+#[cfg(unix)]
+fn ask_for(map: &Mmap, start: usize, n_bytes: usize) {
+    // Refused: then pages are read when they are touched.
+    let _ = map.advise_range(memmap2::Advice::WillNeed, start, n_bytes);
+}
+
+#[cfg(not(unix))]
+fn ask_for(_map: &Mmap, _start: usize, _n_bytes: usize) {}
 
 #[cfg(unix)]
 #[expect(unsafe_code, reason = "the system is told to forget pages that references may point to")]
@@ -78,6 +96,8 @@ mod tests {
             std::fs::write(&path, content).unwrap();
             let map = MappedFile::open(&path).unwrap();
             assert_eq!(map.bytes(), content);
+            map.will_need(2, 3);
+            map.will_need(100, usize::MAX);
             map.release();
             assert_eq!(map.bytes(), content, "read again");
         }

@@ -288,8 +288,7 @@ fn score(task: Task, n: usize, right: usize) -> Score {
 fn label(task: Task) -> (String, usize) {
     match task {
         Task::Which(pictures) => (format!("which_{pictures}"), 0),
-        Task::FewShot(shots) | Task::Bind(shots) => (task.name().to_owned(), shots),
-        _ => (task.name().to_owned(), 0),
+        _ => (task.name().to_owned(), task.size().unwrap_or(0)),
     }
 }
 

@@ -34,6 +34,8 @@ pub enum Task {
     FewShot(usize),
     /// So many examples give two new words their meaning.
     Bind(usize),
+    /// So many examples of one new word, all of what is asked: what choosing examples by likeness shows.
+    Alike(usize),
     /// Random words twice: only for a language model.
     Repeat,
 }
@@ -51,7 +53,16 @@ impl Task {
             Task::Which(_) => "which",
             Task::FewShot(_) => "few_shot",
             Task::Bind(_) => "bind",
+            Task::Alike(_) => "alike",
             Task::Repeat => "repeat",
+        }
+    }
+
+    /// How many pictures or examples the task's number asks for.
+    pub fn size(self) -> Option<usize> {
+        match self {
+            Task::Which(n) | Task::FewShot(n) | Task::Bind(n) | Task::Alike(n) => Some(n),
+            _ => None,
         }
     }
 }
@@ -104,7 +115,8 @@ impl Episode {
             Task::Video => writer.video(),
             Task::Which(pictures) => writer.which(pictures),
             Task::FewShot(shots) => writer.few_shot(shots),
-            Task::Bind(shots) => writer.bind(shots),
+            Task::Bind(shots) => writer.bind((0..shots).map(|shot| shot % 2).collect()),
+            Task::Alike(shots) => writer.bind(vec![0; shots]),
             Task::Repeat => writer.repeat(),
         }
         writer.episode
@@ -351,16 +363,18 @@ impl<'a, R: Rng> Writer<'a, R> {
         }
     }
 
-    /// Two colours or two kinds, two new words; each value is scored from its second time on.
-    fn bind(&mut self, shots: usize) {
+    /// Two colours or two kinds, two new words, of which the examples show these; each value is scored from its
+    /// second time on.
+    fn bind(&mut self, mut labels: Vec<usize>) {
+        let shots = labels.len();
+        let n_shown = labels.iter().max().map_or(2, |last| last + 1);
         let by_kind = self.rng.random_bool(0.5);
         self.kind_first = !by_kind;
         let values = shuffled(if by_kind { KINDS.len() } else { COLOURS.len() }, self.rng);
         let names = shuffled(NEW_WORDS.len(), self.rng);
-        let mut labels: Vec<usize> = (0..shots).map(|shot| shot % 2).collect();
         labels.shuffle(self.rng);
         let asked = if self.style.dense && self.style.described { 3 } else { 1 };
-        labels.extend((0..asked).map(|_| self.rng.random_range(0..2)));
+        labels.extend((0..asked).map(|_| self.rng.random_range(0..n_shown)));
         let mut seen = [false; 2];
         for (index, label) in labels.into_iter().enumerate() {
             let is_value = |o: Object| (if by_kind { o.kind } else { o.colour }) == values[label];

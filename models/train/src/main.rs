@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result};
 use clap::{Args, Parser, Subcommand};
 use flamingo_data::command::DataCommand;
 use flamingo_train::recipe::Recipe;
-use flamingo_train::run::{Options, train};
+use flamingo_train::run::{FirstStage, Options, train};
 use flamingo_train::scenes::ScenesArgs;
 use indicatif::ProgressBar;
 
@@ -65,6 +65,15 @@ struct Training {
     /// Take the vision encoder and the language model of this run or model, and train the rest
     #[arg(long, value_name = "DIR")]
     frozen_from: Option<PathBuf>,
+    /// The first stage that is trained with `--frozen-from`
+    #[arg(
+        long,
+        value_enum,
+        value_name = "STAGE",
+        default_value = "flamingo",
+        requires = "frozen_from"
+    )]
+    first_stage: FirstStage,
     /// Stop after so many steps; the same command goes on from there
     #[arg(long, value_name = "STEPS")]
     stop_after: Option<usize>,
@@ -78,7 +87,7 @@ impl Training {
             folder: self.output,
             threads: self.threads.unwrap_or_else(processors).max(1),
             measured: self.measured.max(1),
-            frozen_from: self.frozen_from,
+            frozen_from: self.frozen_from.map(|folder| (folder, self.first_stage)),
             stop_after: self.stop_after,
         };
         let result = train(&recipe, &options)?;

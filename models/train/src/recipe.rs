@@ -176,11 +176,12 @@ impl DataSet {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TaskShare {
-    /// `caption`, `attribute`, `count`, `pair`, `yes_no`, `video`, `which`, `few_shot`, `bind`, `repeat`.
+    /// `caption`, `attribute`, `count`, `pair`, `yes_no`, `video`, `which`, `few_shot`, `bind`, `alike`,
+    /// `repeat`.
     pub task: String,
     /// How often, against the others.
     pub share: f64,
-    /// Numbers of pictures (`which`) or examples (`few_shot`, `bind`) to choose from.
+    /// Numbers of pictures (`which`) or examples (`few_shot`, `bind`, `alike`) to choose from.
     #[serde(default)]
     pub sizes: Vec<usize>,
 }
@@ -201,6 +202,7 @@ impl TaskShare {
             "which" => Task::Which(size(rng)?),
             "few_shot" => Task::FewShot(size(rng)?),
             "bind" => Task::Bind(size(rng)?),
+            "alike" => Task::Alike(size(rng)?),
             "repeat" => Task::Repeat,
             other => bail!("unknown task `{other}`"),
         })

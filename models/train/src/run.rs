@@ -46,10 +46,28 @@ pub struct Options {
     pub threads: usize,
     /// Prompts of each task that are answered at the end.
     pub measured: usize,
-    /// A run or a model whose vision encoder and language model are taken over, so that only stage 3 is trained.
-    pub frozen_from: Option<PathBuf>,
+    /// A run or a model whose parts are taken over, and the first stage that is trained.
+    pub frozen_from: Option<(PathBuf, FirstStage)>,
     /// Stop after this many steps of this run, saved.
     pub stop_after: Option<usize>,
+}
+
+/// The first stage that is trained where what earlier ones make is taken over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum FirstStage {
+    /// The vision encoder is taken over
+    Language,
+    /// The vision encoder and the language model are taken over
+    Flamingo,
+}
+
+impl FirstStage {
+    fn name(self) -> &'static str {
+        match self {
+            FirstStage::Language => STAGES[1],
+            FirstStage::Flamingo => STAGES[2],
+        }
+    }
 }
 
 /// Trains, or goes on where a run of the same recipe in the same folder stopped. Returns what the final
@@ -86,9 +104,9 @@ fn contrastive_start(recipe: &Recipe) -> Weights {
     ContrastiveStage::new(recipe, 1).start()
 }
 
-/// The trained vision encoder and language model of another run's folder, or of the model that a run wrote, in the
-/// shapes that the recipe asks for.
-fn frozen(recipe: &Recipe, folder: &Path) -> Result<Weights> {
+/// What the stages before `first` made in another run's folder, or in that of the model that a run wrote, in the shapes
+/// that the recipe asks for.
+fn frozen(recipe: &Recipe, folder: &Path, first: FirstStage) -> Result<Weights> {
     let run = folder.join("training.safetensors");
     let weights = match run.exists() {
         true => checkpoint::load(&run)?.0,
@@ -99,7 +117,9 @@ fn frozen(recipe: &Recipe, folder: &Path) -> Result<Weights> {
         }
     };
     let mut expected = recipe.vision.start(&mut stream(0, "shapes"));
-    expected.extend(LanguageStage::new(recipe, 1).start());
+    if first == FirstStage::Flamingo {
+        expected.extend(LanguageStage::new(recipe, 1).start());
+    }
     for (name, weight) in expected.iter() {
         let found = weights.iter().find(|(known, _)| *known == name).map(|(_, w)| &w.shape);
         ensure!(
@@ -147,9 +167,9 @@ impl<'a> Run<'a> {
                 (weights, position)
             }
             false => match &options.frozen_from {
-                Some(other) => {
-                    let stage = STAGES[2].to_owned();
-                    (frozen(recipe, other)?, Position { recipe: hash, stage, step: 0 })
+                Some((other, first)) => {
+                    let stage = first.name().to_owned();
+                    (frozen(recipe, other, *first)?, Position { recipe: hash, stage, step: 0 })
                 }
                 None => {
                     let stage = STAGES[0].to_owned();
@@ -333,9 +353,9 @@ impl<'a> Run<'a> {
 
 /// A task's name in metrics.
 fn label(task: Task) -> String {
-    match task {
-        Task::Which(n) | Task::FewShot(n) | Task::Bind(n) => format!("{}/{n}", task.name()),
-        _ => task.name().to_owned(),
+    match task.size() {
+        Some(size) => format!("{}/{size}", task.name()),
+        None => task.name().to_owned(),
     }
 }
 

@@ -109,9 +109,9 @@ fn sample(number: usize, options: &Options, vocabulary: &Vocabulary) -> Sample {
 
 /// A task as `--tasks` takes it.
 fn spelled(task: Task) -> String {
-    match task {
-        Task::Which(n) | Task::FewShot(n) | Task::Bind(n) => format!("{}:{n}", task.name()),
-        _ => task.name().to_owned(),
+    match task.size() {
+        Some(size) => format!("{}:{size}", task.name()),
+        None => task.name().to_owned(),
     }
 }
 
@@ -128,7 +128,7 @@ pub struct ScenesArgs {
     #[arg(long, value_enum, default_value_t = Part::Train)]
     split: Part,
     /// Tasks in turn: caption, attribute, count, pair, yes_no, video, which:PICTURES,
-    /// few_shot:EXAMPLES, bind:EXAMPLES; `demo` is all of them
+    /// few_shot:EXAMPLES, bind:EXAMPLES, alike:EXAMPLES; `demo` is all of them
     #[arg(long, value_name = "TASK[:SIZE,…],…", default_value = "demo")]
     tasks: String,
     /// Samples
@@ -158,7 +158,7 @@ impl ScenesArgs {
 
 /// All tasks that have pictures.
 const DEMO: &str =
-    "caption,attribute,count,pair,yes_no,video,which:2,3,4,few_shot:1,2,4,8,bind:2,4";
+    "caption,attribute,count,pair,yes_no,video,which:2,3,4,few_shot:1,2,4,8,bind:2,4,alike:4";
 
 /// Tasks of a list such as `caption,which:2,3,4`: a number alone is a size of the task before it.
 ///
@@ -188,6 +188,7 @@ fn task(name: &str, size: Option<&str>) -> Result<Task> {
         "which" => Task::Which(sized(2, 4)?),
         "few_shot" => Task::FewShot(sized(0, 64)?),
         "bind" => Task::Bind(sized(2, 64)?),
+        "alike" => Task::Alike(sized(1, 64)?),
         _ => {
             ensure!(size.is_none(), "`{name}` has no size");
             plain_task(name)?
@@ -201,7 +202,9 @@ fn plain_task(name: &str) -> Result<Task> {
     let found = plain.into_iter().find(|task| task.name() == name);
     found.with_context(|| {
         let names = plain.map(Task::name).join(", ");
-        format!("no such task\n\nhint: expected {names}, which, few_shot, bind, or demo alone")
+        format!(
+            "no such task\n\nhint: expected {names}, which, few_shot, bind, alike, or demo alone"
+        )
     })
 }
 
@@ -214,7 +217,7 @@ mod tests {
         let expected =
             [Task::Caption, Task::Which(2), Task::Which(3), Task::FewShot(0), Task::YesNo];
         assert_eq!(tasks("caption,which:2, 3,few_shot:0,yes_no").unwrap(), expected);
-        assert_eq!(tasks("demo").unwrap().len(), 15);
+        assert_eq!(tasks("demo").unwrap().len(), 16);
         for (list, part) in [
             ("captions", "no such task"),
             ("repeat", "no such task"),

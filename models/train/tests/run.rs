@@ -4,7 +4,7 @@ use std::path::Path;
 
 use flamingo_train::checkpoint::load;
 use flamingo_train::recipe::Recipe;
-use flamingo_train::run::{Options, train};
+use flamingo_train::run::{FirstStage, Options, train};
 use flamingo_train::weights::Weights;
 use serde_json::Value;
 
@@ -104,10 +104,11 @@ fn every_stage_learns_and_the_frozen_parts_stay() {
     recipe.gated.tanh_gate = false;
     let value = |w: &Weights, name: &str| w.get(name).into_data().try_into_vec::<f32>().unwrap();
     let checkpoint = path.join("training.safetensors");
-    // First of the run, then of the model that it wrote, which has no checkpoint of the run.
-    for _ in 0..2 {
+    // First of the run, then of the model that it wrote, which has no checkpoint of the run. The language model is the
+    // same whether it is taken over or trained again.
+    for first in [FirstStage::Flamingo, FirstStage::Language] {
         let other = tempfile::tempdir().unwrap();
-        let frozen_from = Some(path.to_owned());
+        let frozen_from = Some((path.to_owned(), first));
         let options = Options { frozen_from, ..options(other.path(), 2, None) };
         train(&recipe, &options).unwrap().unwrap();
         let (taken, ..) = load(&other.path().join("training.safetensors")).unwrap();

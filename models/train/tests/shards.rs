@@ -10,7 +10,7 @@ use flamingo_scenes::words::{IMAGE, PAD};
 use flamingo_train::checkpoint::load;
 use flamingo_train::export::write_tokenizer;
 use flamingo_train::recipe::{DataSet, Recipe};
-use flamingo_train::run::{Options, train};
+use flamingo_train::run::{FirstStage, Options, train};
 use flamingo_train::scenes::{self, Part, tasks};
 use flamingo_train::shards::{ShardStream, Shown};
 use flamingo_train::stage::Stage as _;
@@ -68,7 +68,7 @@ fn a_run_over_shards_learns_and_goes_on_where_it_stopped() {
         train(&recipe, &options).unwrap()
     };
     assert_eq!(run("frozen", 2, Some(140), None), None);
-    let from = || Some(frozen.clone());
+    let from = || Some((frozen.clone(), FirstStage::Flamingo));
     let result = run("whole", 2, None, from());
     assert!(result.is_some());
     // 7 steps are 56 samples: more than there are.

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use ndarray::linalg::general_mat_mul;
-use ndarray::{ArrayView2, ArrayViewMut2, Axis, Slice};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, Slice};
 
 use super::threads::map_in_order;
 
@@ -113,18 +113,16 @@ impl Inputs {
         })
     }
 
-    /// Σ (Σ_j e_j x_j)² of an error e `[k]`, within blocks, over the rows: what rounding should keep small.
-    pub fn error_power(&self, error: &[f32]) -> f64 {
+    /// Σ (Σ_j e_j x_j)² of errors e `[n, k]`, within blocks, over the rows: what rounding should keep small.
+    pub fn error_power(&self, errors: ArrayView2<'_, f32>) -> f64 {
         let of_block = |(start, products): (usize, &[f32])| {
             let width = self.width(start);
-            let e = &error[start..start + width];
-            let row = |(i, e_i): (usize, &f32)| {
-                let sums = &products[i * width..][..width];
-                let dot: f64 =
-                    sums.iter().zip(e).map(|(p, e_j)| f64::from(*p) * f64::from(*e_j)).sum();
-                dot * f64::from(*e_i)
-            };
-            e.iter().enumerate().map(row).sum::<f64>()
+            let e = errors.slice_axis(Axis(1), Slice::from(start..start + width));
+            let products = ArrayView2::from_shape((width, width), products);
+            let dots =
+                products.map_or_else(|_| Array2::zeros(e.dim()), |products| e.dot(&products));
+            let powers = e.iter().zip(&dots).map(|(e, dot)| f64::from(*e) * f64::from(*dot));
+            powers.sum::<f64>()
         };
         self.blocks().map(of_block).sum()
     }
@@ -318,7 +316,9 @@ mod tests {
             let mut rounded = weight.clone();
             Compensation::new(&inputs, 2).round(&mut rounded, |_, w| (w / step).round() * step);
             let error: Vec<f32> = rounded.iter().zip(&weight).map(|(a, b)| a - b).collect();
-            let (with, without) = (inputs.error_power(&error), inputs.error_power(&nearest));
+            let power =
+                |error: &[f32]| inputs.error_power(ArrayView2::from_shape((1, k), error).unwrap());
+            let (with, without) = (power(&error), power(&nearest));
             assert!(rounded.iter().all(|w| ((w / step).round() * step - w).abs() < 1e-5));
             assert!(with <= without * 1.0001, "{k}: {with} {without}");
             assert!(k < 100 || with < 0.6 * without, "{k}: {with} {without}");

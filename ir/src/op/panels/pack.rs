@@ -1,7 +1,11 @@
 //! Numbers of weights in panels: to nearest, or as calibration asks, and how much that loses.
 
+use std::iter::Sum;
+use std::ops::AddAssign;
+
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
-use ndarray::{Array, ArrayView2, Ix2, IxDyn};
+use ndarray::{Array, Array2, ArrayView2, Axis, Ix2, IxDyn, Slice};
 
 use super::inputs::{Compensation, Inputs};
 use super::threads::{map_in_order, n_cores};
@@ -56,29 +60,40 @@ impl Rounder {
             _ => {}
         }
         let error = |scale: f32| -> f32 {
-            let of = |(i, value): (usize, &f32)| {
-                let error = (value - scale * level(*value, scale, range)).powi(2);
-                costs.map_or(error, |costs| error * costs[first + i])
-            };
-            values.iter().enumerate().map(of).sum()
+            let error = |value: f32| (value - scale * level(value, scale, range)).powi(2);
+            match costs {
+                Some(costs) => {
+                    sum(values, &costs[first..][..values.len()], |value, cost| error(value) * cost)
+                }
+                None => sum(values, values, |value, _| error(value)),
+            }
         };
-        let scales = divisors.iter().map(|divisor| magnitude / divisor);
-        scales.min_by(|a, b| error(*a).total_cmp(&error(*b))).unwrap_or(0.0)
+        let errors = divisors.iter().map(|divisor| magnitude / divisor).map(|s| (error(s), s));
+        errors.min_by(|a, b| a.0.total_cmp(&b.0)).map_or(0.0, |(_, scale)| scale)
     }
 
-    /// The levels of a row, given the scale of each column.
-    fn levels(&self, values: &[f32], scale: impl Fn(usize) -> f32, range: (f32, f32)) -> Vec<f32> {
+    /// Writes the levels of a row; each block of columns has a scale.
+    fn levels(
+        &self,
+        values: &[f32],
+        (scales, block): (&[f32], usize),
+        range: (f32, f32),
+        levels: &mut Vec<f32>,
+    ) {
+        levels.clear();
         let Some(compensation) = &self.compensation else {
-            let level = |(col, value): (usize, &f32)| level(*value, scale(col), range);
-            return values.iter().enumerate().map(level).collect();
+            for (values, scale) in values.chunks(block).zip(scales) {
+                levels.extend(values.iter().map(|value| level(*value, *scale, range)));
+            }
+            return;
         };
-        let (mut row, mut levels) = (values.to_vec(), Vec::with_capacity(values.len()));
+        let mut row = values.to_vec();
         compensation.round(&mut row, |col, value| {
-            let (scale, level) = (scale(col), level(value, scale(col), range));
+            let scale = scales[col / block];
+            let level = level(value, scale, range);
             levels.push(level);
             scale * level
         });
-        levels
     }
 }
 
@@ -106,8 +121,8 @@ pub(super) fn pack_on(
     }
     let rounder = Rounder::new(if is_rounded { fit } else { Fit::default() }, n_threads);
     let packed = match format {
-        PanelFormat::F16 => pack_f16(rows)?,
-        PanelFormat::Bf16 => pack_bf16(rows),
+        PanelFormat::F16 => pack_f16(rows, n_threads)?,
+        PanelFormat::Bf16 => pack_bf16(rows, n_threads)?,
         PanelFormat::Int8 => pack_int8(rows, &rounder, n_threads),
         PanelFormat::Int4 { block } => pack_int4(rows, block, &rounder, n_threads)?,
     };
@@ -135,33 +150,74 @@ fn n_panels(rows: ArrayView2<'_, f32>) -> usize {
     rows.nrows().div_ceil(PANEL_ROWS)
 }
 
-fn pack_f16(rows: ArrayView2<'_, f32>) -> Result<Vec<Option<Tensor>>, OpError> {
-    let (panels, k) = (n_panels(rows), rows.ncols());
-    let mut data = vec![f16::ZERO; panels * k * PANEL_ROWS];
-    for ((row, col), value) in rows.indexed_iter() {
-        let half = f16::from_f32(*value);
-        if value.is_finite() && half.is_infinite() {
-            let reason = format!("{value:e} is too large for f16\n\nhint: pass `--precision bf16`");
-            return Err(failed(&reason));
+/// Calls `work` with the place in the panel and the values of each row that the weight has of a panel.
+fn each_row(rows: ArrayView2<'_, f32>, panel: usize, mut work: impl FnMut(usize, &[f32])) {
+    let first = panel * PANEL_ROWS;
+    let mut copy = Vec::new();
+    for row in first..rows.nrows().min(first + PANEL_ROWS) {
+        let values = rows.row(row);
+        let values = match values.as_slice() {
+            Some(values) => values,
+            None => {
+                copy.clear();
+                copy.extend(values.iter().copied());
+                &copy
+            }
+        };
+        work(row - first, values);
+    }
+}
+
+/// Puts a row into a panel, `N` columns of it together.
+fn put<T: Copy, const N: usize>(panel: &mut [T], row: usize, groups: impl Iterator<Item = [T; N]>) {
+    let panel = panel.as_chunks_mut::<N>().0.chunks_exact_mut(PANEL_ROWS);
+    panel.zip(groups).for_each(|(rows, group)| rows[row] = group);
+}
+
+/// Numbers of half precision, `N` columns of a row together; `convert` makes them of each row.
+fn pack_halves<T: Copy + Default + Send, const N: usize>(
+    rows: ArrayView2<'_, f32>,
+    n_threads: usize,
+    convert: impl Fn(&[f32], &mut [T]) -> Result<(), OpError> + Sync,
+) -> Result<Vec<T>, OpError> {
+    let k = rows.ncols().next_multiple_of(N);
+    let mut data = vec![T::default(); n_panels(rows) * k * PANEL_ROWS];
+    let panels = data.chunks_mut((k * PANEL_ROWS).max(1)).enumerate();
+    let done = map_in_order(panels, n_threads, |(panel, data)| {
+        let mut halves = vec![T::default(); k];
+        let mut result = Ok(());
+        each_row(rows, panel, |row, values| {
+            if result.is_ok() {
+                result = convert(values, &mut halves[..values.len()]);
+            }
+            put::<T, N>(data, row, halves.as_chunks().0.iter().copied());
+        });
+        result
+    });
+    done.into_iter().collect::<Result<(), OpError>>().map(|()| data)
+}
+
+fn pack_f16(rows: ArrayView2<'_, f32>, n_threads: usize) -> Result<Vec<Option<Tensor>>, OpError> {
+    let data = pack_halves::<f16, 1>(rows, n_threads, |values, halves| {
+        halves.convert_from_f32_slice(values);
+        let lost = |(value, half): (&f32, &f16)| value.is_finite() && half.is_infinite();
+        match values.iter().zip(&*halves).position(|(value, half)| lost((value, half))) {
+            None => Ok(()),
+            Some(at) => Err(failed(&format!(
+                "{:e} is too large for f16\n\nhint: pass `--precision bf16`",
+                values[at]
+            ))),
         }
-        data[(row / PANEL_ROWS * k + col) * PANEL_ROWS + row % PANEL_ROWS] = half;
-    }
-    Ok(vec![tensor!(F16, [panels, k, PANEL_ROWS], data)])
+    })?;
+    Ok(vec![tensor!(F16, [n_panels(rows), rows.ncols(), PANEL_ROWS], data)])
 }
 
-/// Place of a number where `group` columns of a row lie together.
-fn place((row, col): (usize, usize), n_groups: usize, group: usize) -> usize {
-    let panel_group = row / PANEL_ROWS * n_groups + col / group;
-    (panel_group * PANEL_ROWS + row % PANEL_ROWS) * group + col % group
-}
-
-fn pack_bf16(rows: ArrayView2<'_, f32>) -> Vec<Option<Tensor>> {
-    let (panels, n_groups) = (n_panels(rows), rows.ncols().div_ceil(2));
-    let mut data = vec![bf16::ZERO; panels * n_groups * PANEL_ROWS * 2];
-    for (at, value) in rows.indexed_iter() {
-        data[place(at, n_groups, 2)] = bf16::from_f32(*value);
-    }
-    vec![tensor!(BF16, [panels, n_groups, PANEL_ROWS, 2], data)]
+fn pack_bf16(rows: ArrayView2<'_, f32>, n_threads: usize) -> Result<Vec<Option<Tensor>>, OpError> {
+    let data = pack_halves::<bf16, 2>(rows, n_threads, |values, halves| {
+        halves.convert_from_f32_slice(values);
+        Ok(())
+    })?;
+    Ok(vec![tensor!(BF16, [n_panels(rows), rows.ncols().div_ceil(2), PANEL_ROWS, 2], data)])
 }
 
 fn largest<'a>(values: impl IntoIterator<Item = &'a f32>) -> f32 {
@@ -170,17 +226,30 @@ fn largest<'a>(values: impl IntoIterator<Item = &'a f32>) -> f32 {
 
 /// The level of `value` at `scale`; 0 where there is no scale.
 fn level(value: f32, scale: f32, (min, max): (f32, f32)) -> f32 {
+    /// 1.5 · 2²³: numbers of up to 2²² that are added to it lose their fraction, to nearest, ties to even.
+    const SHIFT: f32 = 12_582_912.0;
     match scale > 0.0 {
-        true => (value / scale).round_ties_even().clamp(min, max),
+        true => ((value / scale).clamp(min, max) + SHIFT) - SHIFT,
         false => 0.0,
     }
 }
 
-/// The rows of a panel that the weight has, by their place in it.
-fn rows_of(rows: &ArrayView2<'_, f32>, panel: usize) -> impl Iterator<Item = (usize, Vec<f32>)> {
-    let first = panel * PANEL_ROWS;
-    let end = rows.nrows().min(first + PANEL_ROWS);
-    (first..end).map(move |row| (row - first, rows.row(row).to_vec()))
+/// Σ `term` over pairs, in eight sums side by side, which need not wait for each other.
+fn sum<T: Copy + Default + AddAssign + Sum>(
+    a: &[f32],
+    b: &[f32],
+    term: impl Fn(f32, f32) -> T,
+) -> T {
+    assert_eq!(a.len(), b.len(), "pairs");
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<8>(), b.as_chunks::<8>());
+    let mut sums = [T::default(); 8];
+    for (a, b) in a.iter().zip(b) {
+        for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
+            *sum += term(*a, *b);
+        }
+    }
+    let rest: T = a_rest.iter().zip(b_rest).map(|(a, b)| term(*a, *b)).sum();
+    sums.into_iter().chain([rest]).sum()
 }
 
 fn pack_int8(
@@ -196,13 +265,15 @@ fn pack_int8(
     let divisors = if rounder.costs.is_some() { &INT8_CUTTING[..] } else { &INT8_CUTTING[..1] };
     let pieces = data.chunks_mut(panel_len.max(1)).zip(scales.chunks_mut(PANEL_ROWS));
     map_in_order(pieces.enumerate(), n_threads, |(panel, (data, scales))| {
-        for (row, values) in rows_of(&rows, panel) {
-            let scale = rounder.scale(&values, 0, divisors, range);
-            scales[row] = scale;
-            for (col, level) in rounder.levels(&values, |_| scale, range).into_iter().enumerate() {
-                data[place((row, col), n_groups, 4)] = level as i8;
-            }
-        }
+        let mut levels = Vec::with_capacity(rows.ncols());
+        each_row(rows, panel, |row, values| {
+            scales[row] = rounder.scale(values, 0, divisors, range);
+            let block = values.len().max(1);
+            rounder.levels(values, (&scales[row..=row], block), range, &mut levels);
+            levels.resize(n_groups * 4, 0.0);
+            let groups = levels.as_chunks::<4>().0.iter();
+            put(data, row, groups.map(|levels| levels.map(|level| level as i8)));
+        });
     });
     vec![
         tensor!(I8, [panels, n_groups, PANEL_ROWS, 4], data),
@@ -251,21 +322,23 @@ fn pack_int4(
     let scales = row_scales.chunks_mut(PANEL_ROWS).zip(block_scales.chunks_mut(blocks_len.max(1)));
     let pieces = data.chunks_mut(data_len.max(1)).zip(scales).enumerate();
     map_in_order(pieces, n_threads, |(panel, (data, (row_scales, block_scales)))| {
-        for (row, values) in rows_of(&rows, panel) {
-            let (steps, row_scale) = int4_scales(&values, block, max_scale, rounder);
+        let mut levels = Vec::with_capacity(rows.ncols());
+        each_row(rows, panel, |row, values| {
+            let (mut scales, row_scale) = int4_scales(values, block, max_scale, rounder);
             row_scales[row] = row_scale;
-            for (index, steps) in steps.iter().enumerate() {
+            for (index, steps) in scales.iter_mut().enumerate() {
                 block_scales[index * PANEL_ROWS + row] = *steps as u8;
+                *steps *= row_scale;
             }
-            let scale = |col: usize| steps[col / block] * row_scale;
-            let levels = rounder.levels(&values, scale, INT4_RANGE);
-            for (col, level) in levels.into_iter().enumerate() {
-                let nibble = level as i8 + 8;
-                let byte = place((row, col / 8 * 4 + col % 4), n_groups, 4);
-                let shift = if col % 8 < 4 { 0 } else { 4 };
-                data[byte] = data[byte] & !(15 << shift) | nibble.cast_unsigned() << shift;
-            }
-        }
+            rounder.levels(values, (&scales, block), INT4_RANGE, &mut levels);
+            levels.resize(n_groups * 8, 0.0);
+            let bytes = |levels: &[f32; 8]| {
+                let [a, b, c, d, e, f, g, h] =
+                    levels.map(|level| (level as i8 + 8).cast_unsigned());
+                [a | e << 4, b | f << 4, c | g << 4, d | h << 4]
+            };
+            put(data, row, levels.as_chunks::<8>().0.iter().map(bytes));
+        });
     });
     Ok(vec![
         tensor!(U8, [panels, n_groups, PANEL_ROWS, 4], data),
@@ -303,23 +376,46 @@ impl<'a> Packed<'a> {
         })
     }
 
-    fn value(&self, (row, col): (usize, usize), k: usize) -> f32 {
-        let (panel, lane) = (row / PANEL_ROWS, row % PANEL_ROWS);
+    /// Reads back the `k` numbers of a row; `values` has room for whole groups of eight.
+    fn row(&self, row: usize, k: usize, values: &mut [f32]) {
         match self {
-            Packed::F16(data) => data[(panel * k + col) * PANEL_ROWS + lane].to_f32(),
-            Packed::Bf16(data) => data[place((row, col), k.div_ceil(2), 2)].to_f32(),
+            Packed::F16(data) => {
+                let halves: Vec<f16> = stored::<_, 1>(data, row, k).flatten().copied().collect();
+                halves.convert_to_f32_slice(&mut values[..halves.len()]);
+            }
+            Packed::Bf16(data) => {
+                let halves: Vec<bf16> = stored::<_, 2>(data, row, k).flatten().copied().collect();
+                halves.convert_to_f32_slice(&mut values[..halves.len()]);
+            }
             Packed::Int8 { data, row_scales } => {
-                f32::from(data[place((row, col), k.div_ceil(4), 4)]) * row_scales[row]
+                let scale = row_scales[row];
+                let levels = stored::<_, 4>(data, row, k);
+                for (values, levels) in values.as_chunks_mut::<4>().0.iter_mut().zip(levels) {
+                    *values = levels.map(|level| f32::from(level) * scale);
+                }
             }
             Packed::Int4 { data, row_scales, block_scales, block } => {
                 let n_blocks = k.div_ceil(*block);
-                let byte = data[place((row, col / 8 * 4 + col % 4), n_blocks * block / 8, 4)];
-                let nibble = if col % 8 < 4 { byte & 15 } else { byte >> 4 };
-                let at = (panel * n_blocks + col / block) * PANEL_ROWS + lane;
-                (f32::from(nibble) - 8.0) * f32::from(block_scales[at]) * row_scales[row]
+                let bytes = stored::<_, 4>(data, row, n_blocks * block / 2);
+                let groups = values.as_chunks_mut::<8>().0.iter_mut().zip(bytes);
+                for (group, (values, bytes)) in groups.enumerate() {
+                    let block = row / PANEL_ROWS * n_blocks + group * 8 / block;
+                    let scale = f32::from(block_scales[block * PANEL_ROWS + row % PANEL_ROWS]);
+                    let value = |nibble: u8| (f32::from(nibble) - 8.0) * scale * row_scales[row];
+                    let (low, high) = values.split_at_mut(4);
+                    low.iter_mut().zip(bytes).for_each(|(v, byte)| *v = value(byte & 15));
+                    high.iter_mut().zip(bytes).for_each(|(v, byte)| *v = value(byte >> 4));
+                }
             }
         }
     }
+}
+
+/// What a row of `len` numbers stored, `N` of them together.
+fn stored<T, const N: usize>(data: &[T], row: usize, len: usize) -> impl Iterator<Item = &[T; N]> {
+    let n_groups = len.div_ceil(N);
+    let groups = data.as_chunks::<N>().0.chunks_exact(PANEL_ROWS);
+    groups.skip(row / PANEL_ROWS * n_groups).take(n_groups).map(move |rows| &rows[row % PANEL_ROWS])
 }
 
 /// Signal-to-noise ratio of the packed weight, in dB: 10 log₁₀(Σ w² / Σ (w − packed)²). Infinite
@@ -333,16 +429,17 @@ pub fn sqnr_db(format: PanelFormat, weight: &Tensor, packed: &[Tensor]) -> Resul
     let fits = packed.iter().map(Tensor::fact).eq(expected);
     let packed = Packed::new(format, packed).filter(|_| fits);
     let packed = packed.ok_or_else(|| failed("expected the panels of the weight"))?;
-    let powers = |row: usize| {
-        let mut powers = [0.0f64; 2];
-        for (col, value) in rows.row(row).iter().enumerate() {
-            let error = f64::from(*value) - f64::from(packed.value((row, col), rows.ncols()));
-            powers[0] += f64::from(*value).powi(2);
-            powers[1] += error.powi(2);
-        }
+    let k = rows.ncols();
+    let powers = |panel: usize| {
+        let (mut stored, mut powers) = (vec![0.0; k.next_multiple_of(8)], [0.0f64; 2]);
+        each_row(rows, panel, |row, values| {
+            packed.row(panel * PANEL_ROWS + row, k, &mut stored);
+            powers[0] += sum(values, values, |value, _| f64::from(value).powi(2));
+            powers[1] += sum(values, &stored[..k], |a, b| (f64::from(a) - f64::from(b)).powi(2));
+        });
         powers
     };
-    Ok(ratio_db(map_in_order(0..rows.nrows(), n_cores(), powers)))
+    Ok(ratio_db(map_in_order(0..n_panels(rows), n_cores(), powers)))
 }
 
 /// Σ signal over Σ noise of rows, in dB; infinite without noise.
@@ -368,11 +465,18 @@ pub fn output_sqnr_db(
     let fits = packed.iter().map(Tensor::fact).eq(expected) && inputs.k() == rows.ncols();
     let packed = Packed::new(format, packed).filter(|_| fits);
     let packed = packed.ok_or_else(|| failed("expected the panels of the weight"))?;
-    let powers = |row: usize| {
-        let values = rows.row(row).to_vec();
-        let error = |(col, value): (usize, &f32)| value - packed.value((row, col), values.len());
-        let error: Vec<f32> = values.iter().enumerate().map(error).collect();
-        [inputs.error_power(&values), inputs.error_power(&error)]
+    let k = rows.ncols();
+    let powers = |panel: usize| {
+        let end = rows.nrows().min((panel + 1) * PANEL_ROWS);
+        let values = rows.slice_axis(Axis(0), Slice::from(panel * PANEL_ROWS..end));
+        let mut errors = Array2::zeros(values.dim());
+        let mut stored = vec![0.0; k.next_multiple_of(8)];
+        for (row, mut errors) in errors.rows_mut().into_iter().enumerate() {
+            packed.row(panel * PANEL_ROWS + row, k, &mut stored);
+            errors.iter_mut().zip(&stored).for_each(|(error, stored)| *error = *stored);
+        }
+        errors -= &values;
+        [inputs.error_power(values), inputs.error_power(errors.view())]
     };
-    Ok(ratio_db(map_in_order(0..rows.nrows(), n_cores(), powers)))
+    Ok(ratio_db(map_in_order(0..n_panels(rows), n_cores(), powers)))
 }

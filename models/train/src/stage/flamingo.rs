@@ -247,7 +247,7 @@ impl Stage for FlamingoStage<'_> {
 }
 
 /// Tasks that are measured during and after training.
-pub const MEASURED: [Task; 14] = [
+pub const MEASURED: [Task; 16] = [
     Task::Caption,
     Task::Attribute,
     Task::Count,
@@ -262,6 +262,8 @@ pub const MEASURED: [Task; 14] = [
     Task::FewShot(32),
     Task::Bind(2),
     Task::Bind(4),
+    Task::Alike(8),
+    Task::Alike(32),
 ];
 
 /// Share of prompts of the test split of which every answer is right, token by token, given the right tokens
