@@ -561,6 +561,30 @@ mod tests {
         }
     }
 
+    /// A weight that lies column by column is packed, and measured, as one that lies row by row.
+    #[test]
+    fn it_does_not_matter_how_a_weight_lies() {
+        for format in FORMATS {
+            for (n, k) in [(1, 1), (17, 33), (35, 130)] {
+                let Tensor::F32(columns) = noise(k, n) else { panic!() };
+                let lying = Tensor::F32(columns.reversed_axes());
+                let weight = Tensor::f32(&[n, k], lying.to_f32_vec().unwrap()).unwrap();
+                let inputs = calibrated(k);
+                for fit in [Fit::default(), fit(&inputs)] {
+                    let op = PackPanels { format };
+                    let [a, b] = [&weight, &lying].map(|w| op.pack_for(w, fit).unwrap());
+                    assert_eq!(a, b, "{format} {n}x{k}");
+                }
+                let packed = PackPanels { format }.evaluate(&[weight.clone()]).unwrap();
+                let [a, b] = [&weight, &lying].map(|w| sqnr_db(format, w, &packed).unwrap());
+                assert_eq!(a, b, "{format} {n}x{k}");
+                let db = |w| output_sqnr_db(format, w, &packed, &inputs).unwrap();
+                let (a, b) = (db(&weight), db(&lying));
+                assert!(a == b || (a - b).abs() < 1e-3, "{format} {n}x{k}: {a} {b}");
+            }
+        }
+    }
+
     #[test]
     fn wide_rows_keep_sums_of_bytes_in_32_bits() {
         let format = PanelFormat::Int4 { block: 32 };

@@ -326,6 +326,27 @@ mod tests {
     }
 
     #[test]
+    fn error_power_is_that_of_products_with_the_rows() {
+        let k = 130;
+        let rows: Vec<Vec<f32>> =
+            (0..40).map(|row| (0..k).map(|j| noise(row * k + j)).collect()).collect();
+        let mut inputs = Inputs::new(k);
+        rows.iter().for_each(|row| inputs.add(row));
+        let errors: Vec<f32> = (0..3 * k).map(|i| noise(i * 5 + 1)).collect();
+        let mut expected = 0.0;
+        for error in errors.chunks(k) {
+            for row in &rows {
+                for (e, x) in error.chunks(BLOCK).zip(row.chunks(BLOCK)) {
+                    let products = e.iter().zip(x).map(|(e, x)| f64::from(*e) * f64::from(*x));
+                    expected += products.sum::<f64>().powi(2);
+                }
+            }
+        }
+        let found = inputs.error_power(ArrayView2::from_shape((3, k), &errors).unwrap());
+        assert!((found - expected).abs() < 1e-4 * expected, "{found} {expected}");
+    }
+
+    #[test]
     fn columns_that_were_never_seen_are_rounded_to_nearest() {
         let mut inputs = Inputs::new(4);
         inputs.add(&[1.0, 0.0, 2.0, 0.0]);
