@@ -575,7 +575,7 @@ mod tests {
                     let [a, b] = [&weight, &lying].map(|w| op.pack_for(w, fit).unwrap());
                     assert_eq!(a, b, "{format} {n}x{k}");
                 }
-                let packed = PackPanels { format }.evaluate(&[weight.clone()]).unwrap();
+                let packed = PackPanels { format }.evaluate(std::slice::from_ref(&weight)).unwrap();
                 let [a, b] = [&weight, &lying].map(|w| sqnr_db(format, w, &packed).unwrap());
                 assert_eq!(a, b, "{format} {n}x{k}");
                 let db = |w| output_sqnr_db(format, w, &packed, &inputs).unwrap();
