@@ -221,8 +221,8 @@ impl WeightPlan {
         &self.layouts[index]
     }
 
-    /// Writes the file. One weight is read and folded, one packed and one written at a time; `progress` is told the
-    /// bytes done.
+    /// Writes the file. One weight at a time is read and folded, one packed and one written, for which a tensor may wait;
+    /// `progress` is told the bytes that are packed.
     pub fn write(
         &self,
         path: &Path,
@@ -512,7 +512,7 @@ fn not_finite_weights(
     Ok(guilty)
 }
 
-/// Writes the elements in row-major order, without a second copy where they lie so.
+/// The weight file, hashed as it grows.
 struct HashingWriter {
     file: File,
     hasher: blake3::Hasher,
