@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::{Add, Mul};
+use std::sync::Arc;
 
 /// Values of symbols, by name.
 pub type Bindings = BTreeMap<String, usize>;
@@ -18,36 +19,62 @@ pub type Bindings = BTreeMap<String, usize>;
 /// assert_eq!(total.to_string(), "past_len + text_len");
 /// assert_eq!("past_len + text_len".parse::<Dim>().unwrap(), total);
 /// ```
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
-pub struct Dim {
-    /// Factor of each product of symbols (sorted); the empty product is the constant term.
-    terms: BTreeMap<Vec<String>, usize>,
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Dim(Form);
+
+/// Most dimensions are sizes, and all are copied often: neither form copies names.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+enum Form {
+    /// A size.
+    Known(usize),
+    /// A sum in which some symbol occurs.
+    Sum(Arc<Terms>),
 }
+
+/// Factor of each product of symbols (sorted); the empty product is the constant term.
+type Terms = BTreeMap<Vec<String>, usize>;
 
 impl Dim {
     /// The dimension that is the symbol `name`.
     pub fn symbol(name: &str) -> Dim {
-        Dim { terms: BTreeMap::from([(vec![name.to_owned()], 1)]) }
+        Dim::of_terms(Terms::from([(vec![name.to_owned()], 1)]))
+    }
+
+    fn of_terms(terms: Terms) -> Dim {
+        let is_known = terms.keys().all(Vec::is_empty);
+        Dim(match is_known {
+            true => Form::Known(terms.into_values().next().unwrap_or(0)),
+            false => Form::Sum(Arc::new(terms)),
+        })
+    }
+
+    fn into_terms(self) -> Terms {
+        match self.0 {
+            Form::Known(0) => Terms::new(),
+            Form::Known(size) => Terms::from([(Vec::new(), size)]),
+            Form::Sum(terms) => Arc::unwrap_or_clone(terms),
+        }
     }
 
     /// The size, if no symbol occurs in it.
     pub fn known(&self) -> Option<usize> {
-        match self.terms.len() {
-            0 => Some(0),
-            1 => self.terms.get(&Vec::new() as &Vec<String>).copied(),
-            _ => None,
+        match self.0 {
+            Form::Known(size) => Some(size),
+            Form::Sum(_) => None,
         }
     }
 
     /// The symbol's name, if this dimension is one bare symbol.
     pub fn as_symbol(&self) -> Option<&str> {
-        let (product, factor) = self.terms.first_key_value()?;
-        (self.terms.len() == 1 && *factor == 1 && product.len() == 1).then(|| product[0].as_str())
+        let Form::Sum(terms) = &self.0 else { return None };
+        let (product, factor) = terms.first_key_value()?;
+        (terms.len() == 1 && *factor == 1 && product.len() == 1).then(|| product[0].as_str())
     }
 
     /// Names of all symbols that occur, sorted, without repeats.
     pub fn symbols(&self) -> Vec<&str> {
-        let mut names: Vec<&str> = self.terms.keys().flatten().map(String::as_str).collect();
+        let Form::Sum(terms) = &self.0 else { return Vec::new() };
+        let mut names: Vec<&str> = terms.keys().flatten().map(String::as_str).collect();
         names.sort_unstable();
         names.dedup();
         names
@@ -56,8 +83,12 @@ impl Dim {
     /// The size under `bindings`; the missing symbol's name if one is unbound, and
     /// `Err("overflow")` where the size does not fit.
     pub fn evaluate(&self, bindings: &Bindings) -> Result<usize, String> {
+        let terms = match &self.0 {
+            Form::Known(size) => return Ok(*size),
+            Form::Sum(terms) => terms,
+        };
         let mut total = 0usize;
-        for (product, factor) in &self.terms {
+        for (product, factor) in terms.iter() {
             let mut term = *factor;
             for symbol in product {
                 let value = bindings.get(symbol).ok_or_else(|| symbol.clone())?;
@@ -71,22 +102,30 @@ impl Dim {
 
 impl From<usize> for Dim {
     fn from(size: usize) -> Dim {
-        match size {
-            0 => Dim::default(),
-            _ => Dim { terms: BTreeMap::from([(Vec::new(), size)]) },
-        }
+        Dim(Form::Known(size))
+    }
+}
+
+/// The size 0.
+impl Default for Dim {
+    fn default() -> Dim {
+        Dim::from(0)
     }
 }
 
 impl Add for Dim {
     type Output = Dim;
 
-    fn add(mut self, other: Dim) -> Dim {
-        for (product, factor) in other.terms {
-            let sum = self.terms.entry(product).or_insert(0);
+    fn add(self, other: Dim) -> Dim {
+        if let (Form::Known(left), Form::Known(right)) = (&self.0, &other.0) {
+            return Dim::from(left.saturating_add(*right));
+        }
+        let mut terms = self.into_terms();
+        for (product, factor) in other.into_terms() {
+            let sum = terms.entry(product).or_insert(0);
             *sum = sum.saturating_add(factor);
         }
-        self
+        Dim::of_terms(terms)
     }
 }
 
@@ -94,26 +133,31 @@ impl Mul for Dim {
     type Output = Dim;
 
     fn mul(self, other: Dim) -> Dim {
-        let mut terms = BTreeMap::new();
-        for (left, left_factor) in &self.terms {
-            for (right, right_factor) in &other.terms {
+        if let (Form::Known(left), Form::Known(right)) = (&self.0, &other.0) {
+            return Dim::from(left.saturating_mul(*right));
+        }
+        let (lefts, rights) = (self.into_terms(), other.into_terms());
+        let mut terms = Terms::new();
+        for (left, left_factor) in &lefts {
+            for (right, right_factor) in &rights {
                 let mut product = [left.as_slice(), right.as_slice()].concat();
                 product.sort_unstable();
                 let sum: &mut usize = terms.entry(product).or_insert(0);
                 *sum = sum.saturating_add(left_factor.saturating_mul(*right_factor));
             }
         }
-        Dim { terms }
+        Dim::of_terms(terms)
     }
 }
 
 impl fmt::Display for Dim {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.terms.is_empty() {
-            return f.write_str("0");
-        }
-        let constant_last = self.terms.iter().skip_while(|(product, _)| product.is_empty());
-        let constant = self.terms.iter().take_while(|(product, _)| product.is_empty());
+        let terms = match &self.0 {
+            Form::Known(size) => return write!(f, "{size}"),
+            Form::Sum(terms) => terms,
+        };
+        let constant_last = terms.iter().skip_while(|(product, _)| product.is_empty());
+        let constant = terms.iter().take_while(|(product, _)| product.is_empty());
         for (i, (product, factor)) in constant_last.chain(constant).enumerate() {
             if i > 0 {
                 f.write_str(" + ")?;
@@ -191,5 +235,9 @@ mod tests {
         assert_eq!((a.clone() + a.clone()).to_string(), "2*a");
         assert_eq!(a.as_symbol(), Some("a"));
         assert_eq!((Dim::from(2) * Dim::from(3)).known(), Some(6));
+        assert_eq!(a.clone() + Dim::from(0), a);
+        assert_eq!(a.clone() * Dim::from(0), Dim::from(0));
+        assert_eq!(Dim::from(0) + Dim::default(), Dim::from(0));
+        assert_eq!((a + Dim::from(usize::MAX) + Dim::from(1)).known(), None);
     }
 }

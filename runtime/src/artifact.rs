@@ -5,8 +5,9 @@ use std::fs;
 use std::io::Read;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
+use std::{panic, thread};
 
-use flamingo_ir::onnx::{OnnxError, ReadLimits, WeightPlace, read_onnx};
+use flamingo_ir::onnx::{OnnxError, ReadLimits, ReadModel, WeightPlace, read_onnx};
 use flamingo_ir::{DType, Verified};
 use flamingo_models::manifest::{FileEntry, GraphEntry, Manifest, SCHEMA_VERSION};
 use flamingo_models::map::MappedFile;
@@ -167,9 +168,7 @@ impl Artifact {
     /// # Errors
     /// Graphs that cannot be read, or weights outside the weight file.
     pub fn load(&self) -> Result<LoadedGraphs, ArtifactError> {
-        let mut places = BTreeMap::new();
-        let mut location = PathBuf::new();
-        let mut read = |stage: &str| {
+        let read = |stage: &str| {
             let path = self.graph_path(stage, "portable")?;
             let hint = "copy the artifact again";
             let bytes = fs::read(&path).map_err(|source| ArtifactError::Io {
@@ -180,16 +179,34 @@ impl Artifact {
             let model = read_onnx(&bytes, &ReadLimits::default()).map_err(|source| {
                 ArtifactError::Graph { path: path.clone(), source: source.into() }
             })?;
+            Ok((path, model))
+        };
+        let (media, decoder) = both(|| read("media"), || read("decoder"));
+        let mut places = BTreeMap::new();
+        let mut location = PathBuf::new();
+        let mut graph = |(path, model): (PathBuf, ReadModel)| {
             places.extend(model.weights);
             if !model.location.is_empty() {
                 location = path.with_file_name(&model.location);
             }
-            Ok(model.graph)
+            model.graph
         };
-        let (media, decoder) = (read("media")?, read("decoder")?);
+        let (media, decoder) = (graph(media?), graph(decoder?));
         let weights = MappedWeights::open(&location, places)?;
         Ok(LoadedGraphs { media, decoder, weights: Arc::new(weights) })
     }
+}
+
+/// What two closures give that run side by side.
+pub(crate) fn both<A: Send, B>(
+    one: impl FnOnce() -> A + Send,
+    other: impl FnOnce() -> B,
+) -> (A, B) {
+    thread::scope(|scope| {
+        let one = scope.spawn(one);
+        let other = other();
+        (one.join().unwrap_or_else(|panic| panic::resume_unwind(panic)), other)
+    })
 }
 
 /// The graphs of an artifact with their weights.

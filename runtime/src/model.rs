@@ -14,7 +14,7 @@ use flamingo_models::{Family, ModelConfig, SourceError, read_tokenizer};
 use tokenizers::Tokenizer;
 
 use crate::answer::{Answer, CacheCounts, GenerateOptions, Generated};
-use crate::artifact::{Artifact, ArtifactError};
+use crate::artifact::{Artifact, ArtifactError, both};
 use crate::backend::{Backend, BackendError, Media, Step};
 use crate::bank::{BankError, Shots};
 use crate::image::ImageError;
@@ -158,12 +158,10 @@ impl Model {
     pub fn open(path: &Path, options: &OpenOptions) -> Result<Model, RunError> {
         let artifact = Artifact::open(path, options.verify)?;
         let kv_format = kv_format(&artifact.manifest, options);
-        let backend = open_backend(&artifact, options)?;
         let tokenizer = path.join("tokenizer.json");
-        let tokenizer = match tokenizer.is_file() {
-            true => Some(read_tokenizer(&tokenizer)?),
-            false => None,
-        };
+        let read_tokenizer = || tokenizer.is_file().then(|| read_tokenizer(&tokenizer)).transpose();
+        let (tokenizer, backend) = both(read_tokenizer, || open_backend(&artifact, options));
+        let (backend, tokenizer) = (backend?, tokenizer?);
         let Artifact { path, manifest } = artifact;
         let provider = options.execution_provider.as_deref().unwrap_or("cpu");
         let flavour = options.flavour.as_deref().unwrap_or_default();

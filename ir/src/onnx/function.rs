@@ -18,6 +18,8 @@ pub(super) struct FunctionTable {
     pub(super) functions: Vec<FunctionProto>,
     /// By op name: bytes of the nameless function, and the name in the file.
     names: BTreeMap<&'static str, Vec<(Vec<u8>, String)>>,
+    /// The name in the file, by op and facts of inputs: what layers have in common is defined once.
+    asked: BTreeMap<String, String>,
 }
 
 impl FunctionTable {
@@ -28,12 +30,24 @@ impl FunctionTable {
             bytes_left: max_bytes,
             functions: Vec::new(),
             names: BTreeMap::new(),
+            asked: BTreeMap::new(),
         }
     }
 
     /// The file's name of the function that defines `op` for inputs of these facts: the op's
     /// name, then `_2`, `_3`, … for further definitions of the same op.
     pub(super) fn name_of(&mut self, op: &Op, inputs: &[Fact]) -> Result<String, OnnxError> {
+        let key = format!("{op:?} {inputs:?}");
+        if let Some(name) = self.asked.get(&key) {
+            return Ok(name.clone());
+        }
+        let name = self.define(op, inputs)?;
+        self.asked.insert(key, name.clone());
+        Ok(name)
+    }
+
+    /// Adds the definition, unless another call needed the same one.
+    fn define(&mut self, op: &Op, inputs: &[Fact]) -> Result<String, OnnxError> {
         let mut function = self.function(op, inputs)?;
         let bytes = message::bytes(&function);
         let known = self.names.entry(op.name()).or_default();

@@ -332,7 +332,7 @@ fn compare(
     (location, places): (&str, &BTreeMap<&str, (u64, u64)>),
     max_function_bytes: usize,
 ) -> Result<(), OnnxError> {
-    let ours = model_from_graph(graph, flavour.into(), (location, places), max_function_bytes)?;
+    let mut ours = model_from_graph(graph, flavour.into(), (location, places), max_function_bytes)?;
     let altered = |place: String| Err(OnnxError::Altered { place });
     if let Some(ours) = ours.functions.iter().find(|function| !model.functions.contains(function)) {
         return altered(format!("function \"{}\"", ours.name()));
@@ -350,8 +350,8 @@ fn compare(
             return altered(format!("initializer \"{}\"", theirs.name()));
         }
     }
-    let theirs = ModelProto { producer_version: ours.producer_version.clone(), ..model.clone() };
-    match ours == theirs {
+    ours.producer_version.clone_from(&model.producer_version);
+    match ours == *model {
         true => Ok(()),
         false => altered("model".into()),
     }
