@@ -34,8 +34,14 @@ pub enum Task {
     FewShot(usize),
     /// So many examples give two new words their meaning.
     Bind(usize),
-    /// So many examples of one new word, all of what is asked: what choosing examples by likeness shows.
+    /// The same; in half of these prompts one word has more examples, up to all: what choosing by likeness shows.
+    Uneven(usize),
+    /// So many examples of one new word, all of what is asked.
     Alike(usize),
+    /// A caption after so many others.
+    Captions(usize),
+    /// A question after so many of its sort about other pictures, with their answers.
+    Questions(usize),
     /// Random words twice: only for a language model.
     Repeat,
 }
@@ -53,7 +59,10 @@ impl Task {
             Task::Which(_) => "which",
             Task::FewShot(_) => "few_shot",
             Task::Bind(_) => "bind",
+            Task::Uneven(_) => "uneven",
             Task::Alike(_) => "alike",
+            Task::Captions(_) => "captions",
+            Task::Questions(_) => "questions",
             Task::Repeat => "repeat",
         }
     }
@@ -61,7 +70,8 @@ impl Task {
     /// How many pictures or examples the task's number asks for.
     pub fn size(self) -> Option<usize> {
         match self {
-            Task::Which(n) | Task::FewShot(n) | Task::Bind(n) | Task::Alike(n) => Some(n),
+            Task::Which(n) | Task::FewShot(n) | Task::Bind(n) | Task::Uneven(n) => Some(n),
+            Task::Alike(n) | Task::Captions(n) | Task::Questions(n) => Some(n),
             _ => None,
         }
     }
@@ -108,15 +118,18 @@ impl Episode {
     ) -> Episode {
         let mut writer = Writer::new(task, style, vocabulary, rng);
         match task {
-            Task::Caption => writer.caption(),
-            Task::Attribute => writer.attribute(),
-            Task::Count => writer.count(),
-            Task::Pair | Task::YesNo => writer.pair(task == Task::YesNo),
+            Task::Caption => writer.any_caption(),
+            Task::Attribute => writer.attribute(4, true),
+            Task::Count => writer.count(3, true),
+            Task::Pair | Task::YesNo => writer.pair(task == Task::YesNo, 4, true),
             Task::Video => writer.video(),
             Task::Which(pictures) => writer.which(pictures),
             Task::FewShot(shots) => writer.few_shot(shots),
             Task::Bind(shots) => writer.bind((0..shots).map(|shot| shot % 2).collect()),
+            Task::Uneven(shots) => writer.uneven(shots),
             Task::Alike(shots) => writer.bind(vec![0; shots]),
+            Task::Captions(shots) => writer.captions(shots),
+            Task::Questions(shots) => writer.questions(shots),
             Task::Repeat => writer.repeat(),
         }
         writer.episode
@@ -193,31 +206,61 @@ impl<'a, R: Rng> Writer<'a, R> {
         Object::random(self.style.split, self.rng)
     }
 
-    /// Questions about a medium; one, or up to `most` in training.
-    fn ask(&mut self, facts: Facts, mut questions: Vec<Question>, most: usize) {
+    /// Questions about a medium; one, or up to `most` in training. The answers of examples are not `scored`.
+    fn ask(&mut self, facts: Facts, mut questions: Vec<Question>, most: usize, scored: bool) {
         self.show(facts);
         questions.truncate(if self.style.dense { most } else { 1 });
         questions.shuffle(self.rng);
         for (question, answer) in questions {
             self.put(&question, 0.0);
-            self.put(&[answer], 1.0);
+            self.put(&[answer], if scored { 1.0 } else { 0.0 });
         }
         self.end_chunk(if self.style.dense { END_WEIGHT } else { 0.0 });
     }
 
-    fn caption(&mut self) {
+    fn any_caption(&mut self) {
         let facts = match self.rng.random_range(0..5) {
             0 if self.style.split != Split::Unseen => Facts::video(self.style.split, self.rng),
             _ => Facts::picture(self.style.split, self.rng),
         };
+        self.caption(facts, true);
+    }
+
+    fn caption(&mut self, facts: Facts, scored: bool) {
         self.episode.media.push(facts);
         self.episode.tokens.push(Token { id: IMAGE, weight: 0.0 });
-        let weight = if self.style.dense { CAPTION_WEIGHT } else { 1.0 };
+        let weight = match (scored, self.style.dense) {
+            (false, _) => 0.0,
+            (true, true) => CAPTION_WEIGHT,
+            (true, false) => 1.0,
+        };
         self.put(&facts.caption(), weight);
         self.end_chunk(weight);
     }
 
-    fn attribute(&mut self) {
+    /// Of pictures: the media of a shard's sample have one number of frames.
+    fn captions(&mut self, shots: usize) {
+        for index in 0..=shots {
+            let facts = Facts::picture(self.style.split, self.rng);
+            self.caption(facts, self.style.dense || index == shots);
+        }
+    }
+
+    /// Half of these prompts ask whether something is there.
+    fn questions(&mut self, shots: usize) {
+        let sort = self.rng.random_range(0..6);
+        for index in 0..=shots {
+            let scored = self.style.dense || index == shots;
+            match sort {
+                0 => self.attribute(1, scored),
+                1 => self.count(1, scored),
+                2 => self.pair(false, 1, scored),
+                _ => self.pair(true, 1, scored),
+            }
+        }
+    }
+
+    fn attribute(&mut self, most: usize, scored: bool) {
         let object = self.object();
         let facts = Facts::single(object, self.rng);
         let mut questions = vec![
@@ -227,10 +270,10 @@ impl<'a, R: Rng> Writer<'a, R> {
             (vec!["where", "?"], facts.attribute(Attribute::Place)),
         ];
         questions.shuffle(self.rng);
-        self.ask(facts, questions, 4);
+        self.ask(facts, questions, most, scored);
     }
 
-    fn count(&mut self) {
+    fn count(&mut self, most: usize, scored: bool) {
         let facts = Facts::several(self.style.split, self.rng);
         let Facts::Several { object, count } = facts else { unreachable!("asked for several") };
         let questions = vec![
@@ -238,13 +281,13 @@ impl<'a, R: Rng> Writer<'a, R> {
             (vec!["what", "color", "?"], object.colour()),
             (vec!["what", "shape", "?"], object.kind()),
         ];
-        let most = self.rng.random_range(1..4);
-        self.ask(facts, questions, most);
+        let most = self.rng.random_range(1..most + 1);
+        self.ask(facts, questions, most, scored);
     }
 
-    fn pair(&mut self, yes_no: bool) {
+    fn pair(&mut self, yes_no: bool, most: usize, scored: bool) {
         if yes_no && self.style.dense && self.rng.random_bool(ONE_OBJECT) {
-            return self.yes_no_of_one();
+            return self.yes_no_of_one(most, scored);
         }
         let facts = Facts::pair(self.style.split, self.rng);
         let Facts::Pair(left, right) = facts else { unreachable!("asked for a pair") };
@@ -259,11 +302,11 @@ impl<'a, R: Rng> Writer<'a, R> {
             true => vec![closed(), closed(), closed(), open.remove(0)],
             false => vec![open.remove(0), open.remove(0), closed()],
         };
-        self.ask(facts, questions, 4);
+        self.ask(facts, questions, most, scored);
     }
 
     /// Whether a single object is what is asked for; half of those asked for differ in colour or in kind.
-    fn yes_no_of_one(&mut self) {
+    fn yes_no_of_one(&mut self, most: usize, scored: bool) {
         let object = self.object();
         let facts = Facts::single(object, self.rng);
         let mut question = || {
@@ -280,7 +323,7 @@ impl<'a, R: Rng> Writer<'a, R> {
             is_there(asked, asked == object)
         };
         let questions = (0..4).map(|_| question()).collect();
-        self.ask(facts, questions, 4);
+        self.ask(facts, questions, most, scored);
     }
 
     /// Half of the objects asked for are there; the others differ in colour, in kind, or mix the two.
@@ -325,7 +368,7 @@ impl<'a, R: Rng> Writer<'a, R> {
         ];
         let [colour, kind] = more;
         let more = if self.rng.random_bool(0.5) { colour } else { kind };
-        self.ask(facts, vec![question, more], 2);
+        self.ask(facts, vec![question, more], 2, true);
     }
 
     /// The word asked for stands right before its label.
@@ -363,6 +406,16 @@ impl<'a, R: Rng> Writer<'a, R> {
         }
     }
 
+    fn uneven(&mut self, shots: usize) {
+        let equal = shots / 2;
+        let n_second = match self.rng.random_bool(0.5) {
+            true => self.rng.random_range(0..=equal),
+            false => equal,
+        };
+        let is_second = |shot: usize| shot % 2 == 1 && shot / 2 < n_second;
+        self.bind((0..shots).map(|shot| usize::from(is_second(shot))).collect());
+    }
+
     /// Two colours or two kinds, two new words, of which the examples show these; each value is scored from its
     /// second time on.
     fn bind(&mut self, mut labels: Vec<usize>) {
@@ -398,5 +451,53 @@ impl<'a, R: Rng> Writer<'a, R> {
         };
         put(0.0);
         put(1.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::random::stream;
+
+    fn episodes(task: Task, dense: bool, count: usize) -> Vec<Episode> {
+        let style = Style { split: Split::Train, dense, described: false };
+        let (vocabulary, mut rng) = (Vocabulary::default(), stream(3, "episodes"));
+        (0..count).map(|_| Episode::random(task, style, &vocabulary, &mut rng)).collect()
+    }
+
+    /// Tokens after each `<image>`.
+    fn chunks(episode: &Episode) -> Vec<&[Token]> {
+        episode.tokens.split(|token| token.id == IMAGE).skip(1).collect()
+    }
+
+    #[test]
+    fn examples_are_scored_in_training_alone() {
+        let is_scored = |chunk: &[Token]| chunk.iter().any(|token| token.weight >= CAPTION_WEIGHT);
+        for task in [Task::Captions(2), Task::Questions(2)] {
+            for episode in episodes(task, true, 50) {
+                assert_eq!(episode.media.len(), 3);
+                assert!(chunks(&episode).into_iter().all(is_scored), "{episode:?}");
+            }
+            for episode in episodes(task, false, 50) {
+                let scored: Vec<bool> = chunks(&episode).into_iter().map(is_scored).collect();
+                assert_eq!(scored, [false, false, true], "{episode:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn words_are_bound_in_equal_or_drawn_shares() {
+        let fewer = |episode: &Episode| {
+            let chunks = chunks(episode);
+            let first = |chunk: &&&[Token]| chunk[0].id == chunks[0][0].id;
+            let n = chunks[..8].iter().filter(first).count();
+            n.min(8 - n)
+        };
+        let seen =
+            |task| -> BTreeSet<usize> { episodes(task, true, 200).iter().map(fewer).collect() };
+        assert_eq!(seen(Task::Bind(8)), BTreeSet::from([4]));
+        assert_eq!(seen(Task::Uneven(8)), (0..=4).collect());
     }
 }

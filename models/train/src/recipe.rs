@@ -176,12 +176,12 @@ impl DataSet {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TaskShare {
-    /// `caption`, `attribute`, `count`, `pair`, `yes_no`, `video`, `which`, `few_shot`, `bind`, `alike`,
-    /// `repeat`.
+    /// `caption`, `attribute`, `count`, `pair`, `yes_no`, `video`, `which`, `few_shot`, `bind`, `uneven`,
+    /// `alike`, `captions`, `questions`, `repeat`.
     pub task: String,
     /// How often, against the others.
     pub share: f64,
-    /// Numbers of pictures (`which`) or examples (`few_shot`, `bind`, `alike`) to choose from.
+    /// Numbers of pictures (`which`) or examples (`few_shot` and what follows) to choose from.
     #[serde(default)]
     pub sizes: Vec<usize>,
 }
@@ -202,7 +202,10 @@ impl TaskShare {
             "which" => Task::Which(size(rng)?),
             "few_shot" => Task::FewShot(size(rng)?),
             "bind" => Task::Bind(size(rng)?),
+            "uneven" => Task::Uneven(size(rng)?),
             "alike" => Task::Alike(size(rng)?),
+            "captions" => Task::Captions(size(rng)?),
+            "questions" => Task::Questions(size(rng)?),
             "repeat" => Task::Repeat,
             other => bail!("unknown task `{other}`"),
         })

@@ -30,7 +30,7 @@ const CLIP: f64 = 1.0;
 const BETAS: (f32, f32) = (0.9, 0.98);
 /// Time between two checkpoints.
 const SAVE_EVERY: Duration = Duration::from_secs(60);
-/// Prompts of each task in a quick look.
+/// Most prompts of each task in a quick look.
 const QUICK: usize = 48;
 /// Quick looks in a stage.
 const LOOKS: usize = 10;
@@ -312,7 +312,7 @@ impl<'a> Run<'a> {
             let score = |n: usize, how| self.accuracy(task, n.max(1), how);
             let mut entry =
                 json!({ "score": score(n, How::SEES), "blind": score(n / 2, How::BLIND) });
-            if task != Task::Caption {
+            if !matches!(task, Task::Caption | Task::Captions(_)) {
                 entry["in_words"] = json!(score(n / 2, How::READS));
             }
             if matches!(task, Task::Caption | Task::Attribute) {
@@ -334,9 +334,12 @@ impl<'a> Run<'a> {
             "flamingo" => How::SEES,
             _ => return Ok(()),
         };
-        let tasks = MEASURED.into_iter().filter(|task| !how.described || *task != Task::Caption);
+        let tasks = MEASURED
+            .into_iter()
+            .filter(|task| !how.described || !matches!(task, Task::Caption | Task::Captions(_)));
+        let n = QUICK.min(self.options.measured.max(1));
         let scores: Vec<(String, f64)> =
-            tasks.map(|task| (label(task), self.accuracy(task, QUICK, how))).collect();
+            tasks.map(|task| (label(task), self.accuracy(task, n, how))).collect();
         let shown: Vec<String> =
             scores.iter().map(|(name, score)| format!("{name} {:.0}", 100.0 * score)).collect();
         self.looked = format!(" · right % {}", shown.join(" "));

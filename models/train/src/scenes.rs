@@ -128,7 +128,7 @@ pub struct ScenesArgs {
     #[arg(long, value_enum, default_value_t = Part::Train)]
     split: Part,
     /// Tasks in turn: caption, attribute, count, pair, yes_no, video, which:PICTURES,
-    /// few_shot:EXAMPLES, bind:EXAMPLES, alike:EXAMPLES; `demo` is all of them
+    /// few_shot, bind, uneven, alike, captions, questions with :EXAMPLES; `demo` is all of them
     #[arg(long, value_name = "TASK[:SIZE,…],…", default_value = "demo")]
     tasks: String,
     /// Samples
@@ -157,8 +157,8 @@ impl ScenesArgs {
 }
 
 /// All tasks that have pictures.
-const DEMO: &str =
-    "caption,attribute,count,pair,yes_no,video,which:2,3,4,few_shot:1,2,4,8,bind:2,4,alike:4";
+const DEMO: &str = "caption,attribute,count,pair,yes_no,video,which:2,3,4,few_shot:1,2,4,8,bind:2,4,uneven:4,alike:4,\
+     captions:2,questions:2";
 
 /// Tasks of a list such as `caption,which:2,3,4`: a number alone is a size of the task before it.
 ///
@@ -188,7 +188,10 @@ fn task(name: &str, size: Option<&str>) -> Result<Task> {
         "which" => Task::Which(sized(2, 4)?),
         "few_shot" => Task::FewShot(sized(0, 64)?),
         "bind" => Task::Bind(sized(2, 64)?),
+        "uneven" => Task::Uneven(sized(2, 64)?),
         "alike" => Task::Alike(sized(1, 64)?),
+        "captions" => Task::Captions(sized(0, 64)?),
+        "questions" => Task::Questions(sized(0, 64)?),
         _ => {
             ensure!(size.is_none(), "`{name}` has no size");
             plain_task(name)?
@@ -203,7 +206,8 @@ fn plain_task(name: &str) -> Result<Task> {
     found.with_context(|| {
         let names = plain.map(Task::name).join(", ");
         format!(
-            "no such task\n\nhint: expected {names}, which, few_shot, bind, alike, or demo alone"
+            "no such task\n\nhint: expected {names}, which, few_shot, bind, uneven, alike, captions, questions, or demo \
+             alone"
         )
     })
 }
@@ -217,9 +221,9 @@ mod tests {
         let expected =
             [Task::Caption, Task::Which(2), Task::Which(3), Task::FewShot(0), Task::YesNo];
         assert_eq!(tasks("caption,which:2, 3,few_shot:0,yes_no").unwrap(), expected);
-        assert_eq!(tasks("demo").unwrap().len(), 16);
+        assert_eq!(tasks("demo").unwrap().len(), 19);
         for (list, part) in [
-            ("captions", "no such task"),
+            ("sing", "no such task"),
             ("repeat", "no such task"),
             ("", "no such task"),
             ("which", "`which:SIZE` with a size from 2 to 4"),

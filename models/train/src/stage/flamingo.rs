@@ -247,7 +247,7 @@ impl Stage for FlamingoStage<'_> {
 }
 
 /// Tasks that are measured during and after training.
-pub const MEASURED: [Task; 16] = [
+pub const MEASURED: [Task; 18] = [
     Task::Caption,
     Task::Attribute,
     Task::Count,
@@ -264,6 +264,8 @@ pub const MEASURED: [Task; 16] = [
     Task::Bind(4),
     Task::Alike(8),
     Task::Alike(32),
+    Task::Captions(3),
+    Task::Questions(3),
 ];
 
 /// Share of prompts of the test split of which every answer is right, token by token, given the right tokens
