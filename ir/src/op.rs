@@ -34,6 +34,7 @@ mod self_attention;
 mod shape;
 mod skip_norm;
 mod softmax;
+mod tensor_scatter;
 
 use std::fmt;
 
@@ -70,6 +71,7 @@ pub use self_attention::{Position, SelfAttention, alibi_slopes, rotary_frequenci
 pub use shape::{Cast, Concat, Expand, Reshape, Transpose};
 pub use skip_norm::SkipNormalization;
 pub use softmax::{ReduceMax, ReduceMean, Softmax};
+pub use tensor_scatter::TensorScatter;
 
 use crate::graph::{Graph, GraphError};
 use crate::{DType, Dim, Fact, Tensor};
@@ -134,8 +136,8 @@ pub enum Flavour {
     Cuda,
     /// In f16 with norms and softmax in f32, for TensorRT 10.3 (JetPack 6.2): standard operators of opset 17.
     Trt10_3,
-    /// The same for TensorRT from 10.15 on: opset 23, attention, rotary positions and norms of the root mean square as one
-    /// operator each.
+    /// The same for TensorRT from 10.15 on: opset 24, attention, rotary positions, norms of the root mean square and writing
+    /// into a cache as one operator each.
     Trt10_15,
 }
 
@@ -167,7 +169,7 @@ impl Flavour {
     /// Version of the standard operators.
     pub fn opset(self) -> i64 {
         match self {
-            Flavour::Trt10_15 => 23,
+            Flavour::Trt10_15 => 24,
             _ => 17,
         }
     }
@@ -185,10 +187,13 @@ impl Flavour {
         matches!(self, Flavour::OrtCpu | Flavour::Cuda)
     }
 
-    /// Whether keys and values of tokens lie in buffers of a fixed size, `cache_len` rows of all heads, into which a step
-    /// writes: past and present are one. Else each step joins past and new.
-    pub fn has_fixed_caches(self) -> bool {
-        self == Flavour::Cuda
+    /// How the decoder's graph has keys and values of tokens.
+    pub fn caches(self) -> CacheForm {
+        match self {
+            Flavour::Portable | Flavour::OrtCpu | Flavour::Trt10_3 => CacheForm::Joined,
+            Flavour::Cuda => CacheForm::Rows,
+            Flavour::Trt10_15 => CacheForm::ByHead,
+        }
     }
 
     /// Whether activations are rounded as integer kernels round them; others only have rounded weights.
@@ -200,6 +205,17 @@ impl Flavour {
     pub fn from_name(name: &str) -> Option<Flavour> {
         Flavour::ALL.into_iter().find(|flavour| flavour.name() == name)
     }
+}
+
+/// How keys and values of tokens lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CacheForm {
+    /// [heads, past_len, dim]; each step joins past and new.
+    Joined,
+    /// [cache_len, heads · dim]: a buffer of a fixed size into which a step writes. Past and present are one.
+    Rows,
+    /// [1, heads, cache_len, dim]: the same by head.
+    ByHead,
 }
 
 /// How an op is written in ONNX.
@@ -400,6 +416,8 @@ ops! {
     Gather,
     /// Elements replaced by index of their rows.
     ScatterElements,
+    /// Rows replaced from a place on.
+    TensorScatter,
     /// ONNX's rounding to signed bytes.
     QuantizeLinear,
     /// ONNX's bytes back to numbers.
@@ -542,6 +560,7 @@ impl Op {
             | Op::MultiHeadAttention(_)
             | Op::BiasedAttention(_)
             | Op::ScatterElements(_)
+            | Op::TensorScatter(_)
             | Op::RotaryEmbeddingOfRows(_)
             | Op::SkipNormalization(_)
             | Op::ScaledDotProductAttention(_)

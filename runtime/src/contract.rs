@@ -345,11 +345,11 @@ fn check_decoder(media: &Graph, decoder: &Graph) -> Result<(), BackendError> {
         ("media_index", text("n_media")),
         ("logit_rows", text("n_logits")),
     ]);
-    let is_of_rows = |(name, id): &(String, ValueId)| {
-        name.starts_with("past_")
-            && decoder.fact(*id).shape.first().and_then(Dim::as_symbol) == Some("cache_len")
+    let has_places = |(name, id): &(String, ValueId)| {
+        let shape = &decoder.fact(*id).shape;
+        name.starts_with("past_") && shape.iter().any(|dim| dim.as_symbol() == Some("cache_len"))
     };
-    let keys = match decoder.inputs().iter().any(is_of_rows) {
+    let keys = match decoder.inputs().iter().any(has_places) {
         true => Dim::symbol("cache_len"),
         false => Dim::symbol("past_len") + Dim::symbol("text_len"),
     };

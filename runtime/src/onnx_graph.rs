@@ -253,8 +253,8 @@ fn decoder_input(
         let present = (output, decoder.fact(decoder.outputs()[output].1));
         caches.push(Cache::new((place, fact), present).ok_or_else(|| {
             wrong(
-                "f32 or f16[heads, past_len, head_dim] and the output longer by `text_len`, or [cache_len, width] and \
-                 the output the same",
+                "f32 or f16[heads, past_len, head_dim] and the output longer by `text_len`, or [cache_len, width] or \
+                 [1, heads, cache_len, head_dim] and the output the same",
             )
         })?);
         return Ok(DecoderInput::Past(caches.len() - 1));

@@ -101,8 +101,8 @@ fn kl_in_f16(artifact: &Path, flavour: Flavour, exact: &Model) -> f64 {
             // Keys and values: nothing in the past, or room for all tokens, and zeros of one medium.
             let fact = model.graph.fact(*id);
             let unknown = match (name.starts_with("past_"), fact.rank()) {
-                (true, 2) => n,
-                (true, _) => 0,
+                (true, 3) => 0,
+                (true, _) => n,
                 (false, _) => 1,
             };
             let size = |dim: &Dim| dim.known().unwrap_or(unknown);

@@ -6,8 +6,8 @@ use super::cuda::fewer_nodes;
 use super::typing::{Island, Typing};
 use crate::graph::{Constant, Graph, GraphError, Node, ValueId};
 use crate::op::{
-    Cast, Flavour, InPlaceSelfAttention, Linear, Op, PanelFormat, PanelLinear, QuantisedLinear,
-    UnpackPanels, Width,
+    CacheForm, Cast, Flavour, InPlaceSelfAttention, Linear, Op, PanelFormat, PanelLinear,
+    QuantisedLinear, UnpackPanels, Width,
 };
 use crate::verify::definition;
 use crate::{DType, Dim, Fact, Tensor};
@@ -58,15 +58,19 @@ fn stays_on_device(name: &str) -> bool {
     ["media_k.", "media_v.", "past_", "present_"].iter().any(|prefix| name.starts_with(prefix))
 }
 
-/// An input of the decoder where keys and values have places of their own: past ones `[heads, past_len, dim]` as rows of
-/// all heads, and a position for each row.
-fn of_fixed_caches(name: &str, fact: Fact) -> Fact {
-    let rows = Dim::symbol("cache_len");
-    match &fact.shape[..] {
-        [heads, _, dim] if name.starts_with("past_") => {
-            Fact::new(fact.dtype, [rows, heads.clone() * dim.clone()])
+/// An input of the decoder where keys and values have places of their own: past ones, which are `[heads, past_len, dim]`,
+/// in buffers, and a position for each place.
+fn of_fixed_caches(name: &str, fact: Fact, form: CacheForm) -> Fact {
+    let n_places = Dim::symbol("cache_len");
+    match (form, &fact.shape[..]) {
+        (CacheForm::Joined, _) => fact,
+        (_, [_]) if name == "key_positions" => Fact::new(fact.dtype, [n_places]),
+        (CacheForm::Rows, [heads, _, dim]) if name.starts_with("past_") => {
+            Fact::new(fact.dtype, [n_places, heads.clone() * dim.clone()])
         }
-        [_] if name == "key_positions" => Fact::new(fact.dtype, [rows]),
+        (CacheForm::ByHead, [heads, _, dim]) if name.starts_with("past_") => {
+            Fact::new(fact.dtype, [Dim::from(1), heads.clone(), n_places, dim.clone()])
+        }
         _ => fact,
     }
 }
@@ -98,7 +102,7 @@ fn inline(
         results: BTreeMap::new(),
         panels: BTreeMap::new(),
     };
-    let has_fixed_caches = flavour.has_fixed_caches() && which == Which::All;
+    let caches = if which == Which::All { flavour.caches() } else { CacheForm::Joined };
     let mut inputs = Vec::new();
     for (name, id) in graph.inputs() {
         let mut fact = graph.fact(*id).clone();
@@ -107,10 +111,7 @@ fn inline(
         {
             fact.dtype = half;
         }
-        if has_fixed_caches {
-            fact = of_fixed_caches(name, fact);
-        }
-        inputs.push(inliner.out.input(name, fact));
+        inputs.push(inliner.out.input(name, of_fixed_caches(name, fact, caches)));
     }
     let outputs = inliner.nodes(graph, &inputs, "")?;
     for ((name, given), id) in graph.outputs().iter().zip(outputs) {
@@ -230,7 +231,7 @@ impl Inliner<'_> {
         };
         if is_replaced {
             let body = match &node.op {
-                Op::SelfAttention(attention) if self.out.fact(inputs[3]).rank() == 2 => {
+                Op::SelfAttention(attention) if self.out.fact(inputs[3]).rank() != 3 => {
                     let op = InPlaceSelfAttention { attention: attention.clone() };
                     let mut facts = facts.to_vec();
                     for place in [3, 4, 6] {

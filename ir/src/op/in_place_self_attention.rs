@@ -1,17 +1,18 @@
 //! Causal self-attention whose keys and values lie in buffers of a fixed size: new ones are written where their
 //! positions say, past and present are one buffer, and shapes are the same in every step.
 
-use super::self_attention::{batch_of_one, relative, rotary_angles};
+use super::self_attention::{batch_of_one, relative, rotary_angles, rotate_by_head};
 use super::{
-    Attributes, BiasedAttention, Expand, Flavour, OpError, Operator, Position, Reshape,
-    RotaryEmbeddingOfRows, ScatterElements, SelfAttention, expect_fact, expect_inputs, expect_rank,
+    Attributes, BiasedAttention, Expand, Flavour, Gather, OpError, Operator, Position, Reshape,
+    RotaryEmbeddingOfRows, ScatterElements, SelfAttention, TensorScatter, expect_fact,
+    expect_inputs, expect_rank,
 };
 use crate::graph::{Graph, GraphError, ValueId};
 use crate::{Dim, Fact, Tensor};
 
-/// [`SelfAttention`] of q [m, h·d], k and v [m, g·d] with buffers of k and v [n, g·d], positions of the new tokens i64 `[m]`,
-/// below n, and of the buffers' rows i64 `[n]`: 0, 1, … Outputs: mixed values [m, h·d] and the buffers with the new rows.
-/// Rows above a token's position are hidden from it, whatever they hold.
+/// [`SelfAttention`] of q [m, h·d], k and v [m, g·d] with buffers of k and v [n, g·d], or [1, g, n, d] by head, positions of
+/// the new tokens i64 `[m]`, one after the other and below n, and of the buffers' rows i64 `[n]`: 0, 1, … Outputs: mixed
+/// values [m, h·d] and the buffers with the new rows. Rows above a token's position are hidden from it, whatever they hold.
 #[derive(Debug, Clone, PartialEq)]
 pub struct InPlaceSelfAttention {
     /// Heads, scale and positions.
@@ -29,6 +30,7 @@ impl InPlaceSelfAttention {
         let names = ["q", "k", "v", "rows_k", "rows_v", "positions", "row_positions"];
         let values = [0, 1, 2, 3, 4, 5, 6].map(|i| g.input(names[i], inputs[i].clone()));
         let [y, k, v] = match flavour {
+            _ if inputs[3].rank() == 4 => self.in_buffers_by_head(g, values)?,
             Flavour::Cuda if !self.attention.is_grouped() => self.by_row(g, values)?,
             _ => self.by_head(g, values)?,
         };
@@ -48,9 +50,7 @@ impl InPlaceSelfAttention {
         let out = graph.fact(q).shape.clone();
         if let Position::Rotary { n_dims, theta } = self.attention.position {
             let [cos, sin] = rotary_angles(graph, positions, n_dims, theta)?;
-            let first = Tensor::i64(&[1], vec![0]);
-            let first = first.ok_or_else(|| graph.broken("a place of the first row".into()))?;
-            let first = graph.literal(first);
+            let first = first_row(graph)?;
             for (name, x) in [("q_rotated", &mut q), ("k_rotated", &mut k)] {
                 let [batch] = batch_of_one(graph, [*x])?;
                 let op = RotaryEmbeddingOfRows { n_heads, n_dims };
@@ -65,6 +65,31 @@ impl InPlaceSelfAttention {
         let [q, k, v] = batch_of_one(graph, [q, rows_k, rows_v])?;
         let mixed = graph.add("attention", BiasedAttention { n_heads, scale }, &[q, k, v, bias])?;
         let y = graph.add("joined", Reshape { shape: out }, &[mixed])?;
+        Ok([y, rows_k, rows_v])
+    }
+
+    /// Operators of TensorRT, which has buffers by head.
+    fn in_buffers_by_head(
+        &self,
+        graph: &mut Graph,
+        [q, k, v, rows_k, rows_v, positions, row_positions]: [ValueId; 7],
+    ) -> Result<[ValueId; 3], GraphError> {
+        let attention = &self.attention;
+        let out = graph.fact(q).clone();
+        let mut q = attention.heads(graph, "q_heads", q, attention.n_heads)?;
+        let mut k = attention.heads(graph, "k_heads", k, attention.n_kv_heads)?;
+        let v = attention.heads(graph, "v_heads", v, attention.n_kv_heads)?;
+        if let Position::Rotary { n_dims, theta } = attention.position {
+            let angles = rotary_angles(graph, positions, n_dims, theta)?;
+            [q, k] = rotate_by_head(graph, [q, k], angles, n_dims)?;
+        }
+        let first = first_row(graph)?;
+        let place = graph.add("place", Gather, &[positions, first])?;
+        let [k, v] = batch_of_one(graph, [k, v])?;
+        let rows_k = graph.add("rows_k", TensorScatter, &[rows_k, k, place])?;
+        let rows_v = graph.add("rows_v", TensorScatter, &[rows_v, v, place])?;
+        let places = relative(graph, positions, row_positions)?;
+        let y = attention.in_one(graph, [q, rows_k, rows_v], places, &out)?;
         Ok([y, rows_k, rows_v])
     }
 
@@ -107,6 +132,13 @@ impl InPlaceSelfAttention {
     }
 }
 
+/// The index 0, `[1]`.
+fn first_row(graph: &mut Graph) -> Result<ValueId, GraphError> {
+    let first = Tensor::i64(&[1], vec![0]);
+    let first = first.ok_or_else(|| graph.broken("a place of the first row".into()))?;
+    Ok(graph.literal(first))
+}
+
 impl Operator for InPlaceSelfAttention {
     fn name(&self) -> &'static str {
         "InPlaceSelfAttention"
@@ -119,12 +151,22 @@ impl Operator for InPlaceSelfAttention {
     fn infer(&self, inputs: &[Fact]) -> Result<Vec<Fact>, OpError> {
         expect_inputs(inputs, 7)?;
         expect_rank(inputs, 0, "q", 2)?;
-        expect_rank(inputs, 3, "rows_k", 2)?;
-        let (m, n) = (inputs[0].shape[0].clone(), inputs[3].shape[0].clone());
+        let m = inputs[0].shape[0].clone();
         let width = |heads: usize| Dim::from(heads * self.attention.head_dim);
         let (wide, narrow) = (width(self.attention.n_heads), width(self.attention.n_kv_heads));
         let new = Fact::f32([m.clone(), narrow.clone()]);
-        let buffer = Fact::f32([n.clone(), narrow]);
+        let (n, buffer) = match &inputs[3].shape[..] {
+            [_, _, n, _] => {
+                let SelfAttention { n_kv_heads, head_dim, .. } = self.attention;
+                let by_head = [Dim::from(1), n_kv_heads.into(), n.clone(), head_dim.into()];
+                (n.clone(), Fact::f32(by_head))
+            }
+            _ => {
+                expect_rank(inputs, 3, "rows_k", 2)?;
+                let n = inputs[3].shape[0].clone();
+                (n.clone(), Fact::f32([n, narrow]))
+            }
+        };
         let expected = [
             ("q", Fact::f32([m.clone(), wide])),
             ("k", new.clone()),
@@ -190,11 +232,21 @@ mod tests {
                 rows.extend([7.0; 32]);
                 Tensor::f32(&[7, 8], rows).unwrap()
             };
-            let inputs = [q, k, v, buffer(&past[0]), buffer(&past[1]), ids(3, 5), ids(0, 7)];
-            let found = InPlaceSelfAttention { attention }.evaluate(&inputs).unwrap();
-            let (found, expected) = (found[0].to_f32_vec(), expected[0].to_f32_vec());
-            for (found, expected) in found.unwrap().iter().zip(expected.unwrap()) {
-                assert!((found - expected).abs() < 1e-6, "{position:?}: {found} {expected}");
+            let op = InPlaceSelfAttention { attention };
+            let buffers = [0, 1].map(|i| buffer(&past[i]));
+            let buffers_by_head = [0, 1].map(|i| {
+                let rows = Reshape { shape: [7usize, 2, 4].map(Dim::from).to_vec() };
+                let rows = rows.evaluate(std::slice::from_ref(&buffers[i])).unwrap().remove(0);
+                let batch = Reshape { shape: [1usize, 2, 7, 4].map(Dim::from).to_vec() };
+                batch.evaluate(&[by_head(&rows)]).unwrap().remove(0)
+            });
+            for [rows_k, rows_v] in [buffers, buffers_by_head] {
+                let [q, k, v] = [&q, &k, &v].map(Tensor::clone);
+                let found = op.evaluate(&[q, k, v, rows_k, rows_v, ids(3, 5), ids(0, 7)]).unwrap();
+                let (found, expected) = (found[0].to_f32_vec(), expected[0].to_f32_vec());
+                for (found, expected) in found.unwrap().iter().zip(expected.unwrap()) {
+                    assert!((found - expected).abs() < 1e-6, "{position:?}: {found} {expected}");
+                }
             }
         }
     }

@@ -187,13 +187,8 @@ impl SelfAttention {
         let places = relative(g, positions, key_positions)?;
         let y = match flavour {
             Flavour::Trt10_15 => {
-                let bias = self.bias(g, places)?;
-                let shape = g.fact(q).shape.clone();
-                let [q, k, v] = batch_of_one(g, [q, present_k, present_v])?;
-                let op = ScaledDotProductAttention { scale: self.scale };
-                let mixed = g.add("attention", op, &[q, k, v, bias])?;
-                let mixed = g.add("mixed", Reshape { shape }, &[mixed])?;
-                self.joined(g, mixed, &inputs[0])?
+                let [k, v] = batch_of_one(g, [present_k, present_v])?;
+                self.in_one(g, [q, k, v], places, &inputs[0])?
             }
             _ => self.in_steps(g, [q, present_k, present_v], places, &inputs[0])?,
         };
@@ -237,6 +232,23 @@ impl SelfAttention {
         let masked = graph.add("masked", Where, &[visible, scores, lowest])?;
         let weights = graph.add("weights", Softmax, &[masked])?;
         self.mix(graph, weights, v, out)
+    }
+
+    /// Mixed values [m, h·d] of q [h, m, d], k and v [1, g, n, d] by one operator.
+    pub(super) fn in_one(
+        &self,
+        graph: &mut Graph,
+        [q, k, v]: [ValueId; 3],
+        places: (ValueId, ValueId),
+        out: &Fact,
+    ) -> Result<ValueId, GraphError> {
+        let bias = self.bias(graph, places)?;
+        let shape = graph.fact(q).shape.clone();
+        let [q] = batch_of_one(graph, [q])?;
+        let op = ScaledDotProductAttention { scale: self.scale };
+        let mixed = graph.add("attention", op, &[q, k, v, bias])?;
+        let mixed = graph.add("mixed", Reshape { shape }, &[mixed])?;
+        self.joined(graph, mixed, out)
     }
 
     /// What is added to the scores, [1, h or 1, m, p + m]: positions, and what hides later keys.
@@ -402,7 +414,7 @@ pub(super) fn batch_of_one<const N: usize>(
 }
 
 /// Values by head [n, m, d] rotated by cos and sin, [m, n_dims / 2] each.
-fn rotate_by_head(
+pub(super) fn rotate_by_head(
     graph: &mut Graph,
     values: [ValueId; 2],
     angles: [ValueId; 2],

@@ -250,6 +250,15 @@ pub(crate) fn standard_cases() -> Vec<Case> {
                 ("updates", Noise, "text_len, 8"),
             ],
         ),
+        case(
+            "tensor_scatter",
+            TensorScatter,
+            &[
+                ("cache", Noise, "1, 2, past_len + text_len, 4"),
+                ("updates", Noise, "1, 2, text_len, 4"),
+                ("places", Positions, "1"),
+            ],
+        ),
         case("quantised", QuantizeLinear, &[X, ("scale", Scale, ""), ("zero_point", Zero, "")]),
         case(
             "dequantised",
@@ -411,10 +420,18 @@ fn self_attention(name: &'static str, n_kv_heads: usize, position: Position) -> 
     )
 }
 
-fn in_place_attention(name: &'static str, n_kv_heads: usize, position: Position) -> Case {
-    let (kv, rows) = match n_kv_heads {
-        4 => ("text_len, 24", "past_len + 3*text_len, 24"),
-        _ => ("text_len, 12", "past_len + 3*text_len, 12"),
+fn in_place_attention(
+    name: &'static str,
+    n_kv_heads: usize,
+    by_head: bool,
+    position: Position,
+) -> Case {
+    let kv = if n_kv_heads == 4 { "text_len, 24" } else { "text_len, 12" };
+    let rows = match (n_kv_heads, by_head) {
+        (4, false) => "past_len + 3*text_len, 24",
+        (4, true) => "1, 4, past_len + 3*text_len, 6",
+        (_, false) => "past_len + 3*text_len, 12",
+        (_, true) => "1, 2, past_len + 3*text_len, 6",
     };
     let attention = SelfAttention { n_heads: 4, n_kv_heads, head_dim: 6, scale: 0.3, position };
     case(
@@ -447,6 +464,7 @@ fn gated_cross_attention(name: &'static str, query_bias: bool, query_norm: Optio
 
 /// Every function op.
 pub(crate) fn function_cases() -> Vec<Case> {
+    let rotary = Position::Rotary { n_dims: 4, theta: 1e4 };
     let activations = [
         ("activate.gelu", Activation::Gelu),
         ("activate.gelu_tanh", Activation::GeluTanh),
@@ -595,9 +613,12 @@ pub(crate) fn function_cases() -> Vec<Case> {
         self_attention("self", 4, Position::None),
         self_attention("self.alibi", 4, Position::Alibi { bias_max: 8.0 }),
         self_attention("self.rotary", 4, Position::Rotary { n_dims: 6, theta: 1e4 }),
-        in_place_attention("in_place.alibi", 4, Position::Alibi { bias_max: 8.0 }),
-        in_place_attention("in_place.rotary", 4, Position::Rotary { n_dims: 4, theta: 1e4 }),
-        in_place_attention("in_place.groups", 2, Position::Rotary { n_dims: 4, theta: 1e4 }),
+        in_place_attention("in_place.alibi", 4, false, Position::Alibi { bias_max: 8.0 }),
+        in_place_attention("in_place.rotary", 4, false, rotary),
+        in_place_attention("in_place.groups", 2, false, rotary),
+        in_place_attention("in_place.alibi.by_head", 4, true, Position::Alibi { bias_max: 8.0 }),
+        in_place_attention("in_place.rotary.by_head", 4, true, rotary),
+        in_place_attention("in_place.groups.by_head", 2, true, rotary),
         self_attention("self.groups", 2, Position::Rotary { n_dims: 4, theta: 1e4 }),
         case(
             "cross",

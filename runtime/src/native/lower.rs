@@ -82,6 +82,7 @@ impl Planner<'_> {
             | Op::BiasedAttention(_)
             | Op::InPlaceSelfAttention(_)
             | Op::ScatterElements(_)
+            | Op::TensorScatter(_)
             | Op::RotaryEmbeddingOfRows(_)
             | Op::ScaledDotProductAttention(_)
             | Op::RotaryEmbedding(_)

@@ -33,6 +33,8 @@ enum Form {
     Joined { n_heads: usize, head_dim: usize },
     /// [cache_len, width]: a step puts out the same with new rows.
     Rows { width: usize },
+    /// [1, n_heads, cache_len, head_dim]: the same by head.
+    ByHead { n_heads: usize, head_dim: usize },
 }
 
 impl Cache {
@@ -49,6 +51,12 @@ impl Cache {
             [rows, width] if rows.as_symbol() == Some("cache_len") && past == present => {
                 Form::Rows { width: width.known()? }
             }
+            [one, n_heads, rows, head_dim]
+                if rows.as_symbol() == Some("cache_len") && past == present =>
+            {
+                (one.known() == Some(1)).then_some(())?;
+                Form::ByHead { n_heads: n_heads.known()?, head_dim: head_dim.known()? }
+            }
             _ => return None,
         };
         let is_float = matches!(past.dtype, DType::F32 | DType::F16);
@@ -57,13 +65,14 @@ impl Cache {
 
     /// Whether steps write into the tensor itself.
     pub(super) fn is_fixed(&self) -> bool {
-        matches!(self.form, Form::Rows { .. })
+        !matches!(self.form, Form::Joined { .. })
     }
 
     fn shape(&self, n_rows: usize) -> Vec<usize> {
         match self.form {
             Form::Joined { n_heads, head_dim } => vec![n_heads, n_rows, head_dim],
             Form::Rows { width } => vec![n_rows, width],
+            Form::ByHead { n_heads, head_dim } => vec![1, n_heads, n_rows, head_dim],
         }
     }
 
@@ -78,7 +87,7 @@ impl Cache {
         (n_rows, len, rows_after): (usize, usize, usize),
     ) -> Cow<'d, [f32]> {
         let n_parts = match self.form {
-            Form::Joined { n_heads, .. } => n_heads,
+            Form::Joined { n_heads, .. } | Form::ByHead { n_heads, .. } => n_heads,
             Form::Rows { .. } => 1,
         };
         let row = self.row_elements() / n_parts.max(1);
