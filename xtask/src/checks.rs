@@ -1,6 +1,7 @@
 //! Every check of the repository, in the order from quick to slow. CI runs this list and nothing else.
 
 use std::path::Path;
+use std::{panic, thread};
 
 use anyhow::Result;
 
@@ -55,10 +56,16 @@ pub(crate) fn run_all(root: &Path, deps: &TestDeps) -> Result<()> {
         }
         process::run(&mut command)?;
     }
-    if_installed(Toolchain::find(), |toolchain| aarch64::test(root, &toolchain))?;
-    if_installed(Chromium::find(), |chromium| pages::test(root, &chromium))?;
-    if_installed(sanitizers::find_valgrind(), |()| {
-        sanitizers::test_valgrind(root, Build::Workspace)
+    // valgrind runs one thread at a time, for minutes: beside the others.
+    thread::scope(|scope| {
+        let valgrind = scope.spawn(|| {
+            if_installed(sanitizers::find_valgrind(), |()| {
+                sanitizers::test_valgrind(root, Build::Workspace)
+            })
+        });
+        if_installed(Toolchain::find(), |toolchain| aarch64::test(root, &toolchain))?;
+        if_installed(Chromium::find(), |chromium| pages::test(root, &chromium))?;
+        valgrind.join().unwrap_or_else(|panic| panic::resume_unwind(panic))
     })?;
     process::say("\nall checks passed");
     Ok(())
